@@ -1,0 +1,231 @@
+"""Composition root: builds every part, wires them, and decides the order in which they start and stop.
+
+Start: log → ports bound (a taken port is known within milliseconds) → workers → models, loaded and warmed up →
+ready. Stop (first SIGTERM or SIGINT): ready goes 503 → the port closes, every answer says `Connection: close` →
+accepted requests are answered → workers end → exit 0. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any, Final
+
+import uvloop
+
+from gateway import plan, terminal
+from gateway.catalog import Catalog, ServedVersion, WantedVersion
+from gateway.config import Config
+from gateway.core.model import ModelState
+from gateway.errors import BindError, ConfigError
+from gateway.ingress.endpoints import OipApplication
+from gateway.ingress.http_server import HttpLimits, HttpServer
+from gateway.ingress.listener import Listener, listen
+from gateway.observe import log as log_setup
+from gateway.observe.loop_lag import LoopLag
+from gateway.observe.metrics import HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels
+from gateway.operations import BackendStatus, ModelStatus, Operations
+from gateway.pipeline import Pipeline
+from gateway.provenance.manifest import manifest
+from gateway.workers.pool import PoolEvent, WorkerPool
+
+log = logging.getLogger("gateway")
+
+EXIT_OK: Final = 0
+EXIT_CONFIG: Final = 2
+EXIT_BIND: Final = 3
+EXIT_MODEL: Final = 4
+GC_THRESHOLDS: Final = (50_000, 20, 50)
+"""Requests make few cycles; collecting young objects every 700 allocations would cost more than it finds."""
+
+
+def run(config: Config, *, demo: bool = False) -> int:
+    """Serve until told to stop; returns the process's exit code (contracts.md)."""
+    log_setup.set_up(config.server.log_level, config.server.log_format)
+    with contextlib.suppress(KeyboardInterrupt):
+        return uvloop.run(Gateway(config).serve(demo=demo))
+    return EXIT_OK
+
+
+class Gateway:
+    """One front-end process: data port, operations port, catalog and worker pool."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.catalog = Catalog()
+        self._stopping = asyncio.Event()
+        self._signals = 0
+        self._draining = False
+        self._loaded = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def serve(self, *, demo: bool) -> int:
+        try:
+            wanted = await asyncio.to_thread(plan.versions, self.config, self._load)
+        except ConfigError as error:
+            terminal.show_faults(error)
+            return EXIT_CONFIG
+        self._build()
+        self._catch_signals()
+        try:
+            listener = await listen(self.config.server.host, self.config.server.http_port, self.http)
+            await self.operations.start(self.config.server.host, self.config.server.metrics_port)
+        except BindError as error:
+            terminal.show_error(str(error))
+            return EXIT_BIND
+        try:
+            return await self._serve(wanted, listener, demo=demo)
+        finally:
+            await self.operations.close()
+            await self.pool.close()
+
+    def _build(self) -> None:
+        server = self.config.server
+        loop = asyncio.get_running_loop()
+        self.pool = WorkerPool(
+            workers=server.workers or max(2, os.cpu_count() or 1),
+            intra_op_threads=server.intra_op_threads,
+            on_event=self._pool_event,
+        )
+        self.pipeline = Pipeline(self.catalog)
+        application = OipApplication(self.catalog, self.pipeline, self._manifest, self.ready)
+        limits = server.limits
+        self.http = HttpServer(
+            application,
+            HttpLimits(
+                max_body_bytes=limits.max_body_bytes,
+                max_held_bytes=limits.max_held_bytes,
+                max_connections=limits.max_connections,
+                header_timeout_s=limits.header_timeout_s,
+                idle_timeout_s=limits.idle_timeout_s,
+                write_timeout_s=limits.write_timeout_s,
+                min_body_rate_bytes_s=limits.min_body_rate_bytes_s,
+            ),
+        )
+        self.loop_lag = LoopLag(lambda: float(self.http.statistics().requests))
+        sources = Sources(self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels())
+        self.operations = Operations(Metrics(sources, loop.time), self._model_statuses, self._worker_statuses)
+
+    async def _serve(self, wanted: Sequence[WantedVersion], listener: Listener, *, demo: bool) -> int:
+        await self.pool.start()
+        with terminal.progress(len(wanted)) as advance:
+            failed = await self._until_stopped(self.catalog.load_all(wanted, on_loaded=advance))
+        if failed is None:
+            return EXIT_OK
+        if failed:
+            for version in failed:
+                terminal.show_error(f"model {version.name} version {version.version}: {version.reason}")
+            return EXIT_MODEL
+        self._loaded = True
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        self.loop_lag.start()
+        terminal.show_started(self.catalog.versions(), self.config.server.host, listener.port, self.operations.port)
+        if demo:
+            self._spawn(self._show_demo(listener.port))
+        await self._stopping.wait()
+        await self._drain(listener)
+        return EXIT_OK
+
+    async def _show_demo(self, port: int) -> None:
+        await asyncio.to_thread(terminal.show_demo, self.config.server.host, port, self.operations.port)
+
+    async def _until_stopped(self, loading: Any) -> list[ServedVersion] | None:
+        """The versions that failed to load; None if a signal came first."""
+        task = asyncio.ensure_future(loading)
+        stopped = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            failed: list[ServedVersion] = task.result()
+            return failed
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return None
+
+    async def _drain(self, listener: Listener) -> None:
+        self._draining = True
+        log.info("stopping: answering %d accepted requests", self.pending())
+        timeout_s = self.config.server.drain_timeout_s
+        listener.close()
+        await self.http.drain(timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.catalog.drain()
+        except TimeoutError:
+            log.warning("%d requests were still unanswered after %g s", self.pending(), timeout_s)
+        self.catalog.stop()
+        self.loop_lag.close()
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(
+            signal.SIGHUP, log.warning, "SIGHUP: this version does not reload its configuration; restart it instead"
+        )
+
+    def _signalled(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self.pool.kill()
+            os._exit(1)
+        self._stopping.set()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- what the parts ask of each other --------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return self._loaded and not self._draining and self.catalog.ready()
+
+    def pending(self) -> int:
+        return sum(v.scheduler.pending for v in self.catalog.versions() if v.scheduler is not None)
+
+    def _pool_event(self, event: PoolEvent) -> None:
+        if event.kind == "model_failed":
+            self.catalog.failed(event.model, event.version, event.message)
+        elif event.kind == "model_recovered":
+            self.catalog.recovered(event.model, event.version)
+
+    def _manifest(self, version: ServedVersion) -> dict[str, Any]:
+        return manifest(version)
+
+    def _model_views(self) -> list[ModelView]:
+        return []
+
+    def _http_view(self) -> HttpView:
+        statistics = self.http.statistics()
+        return HttpView(statistics.open_connections, statistics.held_bytes, statistics.rejected)
+
+    def _model_statuses(self) -> list[ModelStatus]:
+        return [_status(version) for version in self.catalog.versions()]
+
+    def _worker_statuses(self) -> Sequence[object]:
+        return self.pool.statistics().workers
+
+
+def _status(version: ServedVersion) -> ModelStatus:
+    known = version.scheduler is not None
+    return ModelStatus(
+        version.name,
+        version.version,
+        version.state.value,
+        version.artifact.digest if version.artifact is not None else "",
+        [BackendStatus(r.name, r.available, r.in_flight) for r in version.replicas],
+        version.spec.policy.max_batch_size if known else 0,
+        version.spec.batching_note if known else "",
+        "" if version.state is ModelState.READY else version.reason,
+    )

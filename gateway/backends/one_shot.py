@@ -1,0 +1,42 @@
+"""Run a replica once and wait for it: for proofs, warm-up and checks at load, never for requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.backends.interface import Replica
+from gateway.core.assembly import part_nbytes
+from gateway.core.outcome import Failure, Success
+from gateway.core.request import BatchInput, InputTensor
+
+TIMEOUT_S: Final = 120.0
+"""First runs of big graphs are slow; nobody waits for an answer yet."""
+
+
+class _Once:
+    """A batch of one; fits `backends.interface.Batch`."""
+
+    def __init__(self, inputs: Sequence[InputTensor], outputs: tuple[int, ...], rows: int) -> None:
+        self.inputs = [
+            BatchInput(index, tensor.datatype, tensor.shape, part_nbytes(tensor), [tensor])
+            for index, tensor in enumerate(inputs)
+        ]
+        self.outputs = outputs
+        self.rows = rows
+        self.outcome: asyncio.Future[Success | Failure] = asyncio.get_running_loop().create_future()
+
+    def done(self, outcome: Success | Failure, /) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+
+async def run_once(
+    replica: Replica, inputs: Sequence[InputTensor], outputs: tuple[int, ...], timeout_s: float = TIMEOUT_S
+) -> Success | Failure:
+    """Execute `inputs` (one per model input, in its order) on a replica with a free slot."""
+    rows = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    once = _Once(inputs, outputs, rows)
+    replica.execute(once, timeout_s)
+    return await once.outcome

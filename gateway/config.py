@@ -1,0 +1,194 @@
+"""Configuration: the `Config` the rest of the program sees, and the order in which values win.
+
+Rules:
+- Precedence: command line > environment (`GATEWAY_HTTP_PORT` …) > file > built-in default.
+- For one model: command line > its entry under `models` > its config.pbtxt > `defaults` > built-in default;
+  `Config.settings` is the only place that applies this order.
+- Every fault is reported at once, each with its line (config_faults.py); nothing is guessed.
+- No key is ignored: one of a later version is recognised and refused, never accepted without effect.
+- Everything here is immutable. A relative `source` starts at the file's directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.config_faults import Loader, source_fault
+from gateway.config_schema import (
+    MIB,
+    Batching,
+    Isolation,
+    Limits,
+    LogFormat,
+    LogLevel,
+    ModelEntry,
+    ModelKeys,
+    Server,
+    json_schema,
+)
+from gateway.core.model import Oversize
+from gateway.errors import ConfigError, Fault
+from gateway.protocol.model_config import ModelConfig
+from gateway.registry.reference import Source, parse
+
+__all__ = [
+    "Batching",
+    "Config",
+    "Isolation",
+    "Limits",
+    "LogFormat",
+    "LogLevel",
+    "ModelEntry",
+    "ModelKeys",
+    "ModelSettings",
+    "Server",
+    "json_schema",
+    "load",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """All that is settled about one model before it is loaded; no value is left open but those marked so."""
+
+    instances: int
+    dedicated: bool
+    intra_op_threads: int | None
+    """None: the pool divides the cores."""
+    batching: Batching
+    max_batch_size: int | None
+    """Rows; 0: unbatched; None: the gateway chooses."""
+    max_queue_delay_s: float
+    preferred_batch_sizes: tuple[int, ...]
+    oversize: Oversize
+    max_queue_rows: int
+    max_queue_bytes: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A valid configuration. `base` is where relative sources of `models` start."""
+
+    server: Server = field(default_factory=Server)
+    defaults: ModelKeys = field(default_factory=ModelKeys)
+    models: tuple[ModelEntry, ...] = ()
+    base: Path = Path()
+    file: str = ""
+    """The file as named by the user; empty without one."""
+    instances: int | None = None
+    """`--instances` or GATEWAY_INSTANCES: holds for every model."""
+
+    def source(self, entry: ModelEntry) -> Source:
+        """The parsed source of an entry of `models`."""
+        return parse(entry.source, self.base)
+
+    def with_sources(self, sources: Sequence[str]) -> Config:
+        """Add sources given on the command line (relative to the working directory) behind the file's models.
+
+        Raises:
+            ConfigError: a source that cannot be served, with all faults.
+        """
+        faults = [
+            Fault("command line", 0, f"SOURCE '{text}'", fault)
+            for text in sources
+            if (fault := source_fault(text, Path())) is not None
+        ]
+        if faults:
+            raise ConfigError(faults)
+        entries = [ModelEntry(source=_anchored(text, self.base)) for text in sources]
+        return replace(self, models=(*self.models, *entries))
+
+    def settings(self, entry: ModelKeys, stated: ModelConfig | None = None) -> ModelSettings:
+        """What holds for one model: its entry, its config.pbtxt, `defaults`, the built-in values, in this order."""
+        layers = [_given(entry), _stated(stated), _given(self.defaults)]
+        if self.instances is not None:
+            layers.insert(0, {"instances": self.instances})
+        keys: dict[str, Any] = dict(_BUILT_IN)
+        for layer in reversed(layers):
+            keys.update(layer)
+        by_triton = stated is not None and bool(stated.max_batch_size)
+        return ModelSettings(
+            instances=keys["instances"],
+            dedicated=keys["isolation"] == "dedicated",
+            intra_op_threads=keys.get("intra_op_threads", self.server.intra_op_threads),
+            batching=keys["batching"],
+            max_batch_size=keys.get("max_batch_size"),
+            max_queue_delay_s=keys["max_queue_delay_ms"] / 1e3,
+            preferred_batch_sizes=tuple(sorted(set(keys["preferred_batch_sizes"]))),
+            oversize=keys.get("oversize", "reject" if by_triton else "split"),
+            max_queue_rows=max(keys["max_queue_rows"], keys.get("max_batch_size") or 0),
+            max_queue_bytes=keys["max_queue_bytes"],
+            deadline_s=keys["deadline_ms"] / 1e3,
+        )
+
+
+_BUILT_IN: Final[dict[str, Any]] = {
+    "instances": 2,
+    "isolation": "shared",
+    "batching": "auto",
+    "max_queue_delay_ms": 0.0,
+    "preferred_batch_sizes": (),
+    "max_queue_rows": 16_384,
+    "max_queue_bytes": 256 * MIB,
+    "deadline_ms": 30_000.0,
+}
+
+
+def _given(keys: ModelKeys) -> dict[str, Any]:
+    return {name: value for name in ModelKeys.model_fields if (value := getattr(keys, name)) is not None}
+
+
+def _stated(stated: ModelConfig | None) -> dict[str, Any]:
+    """The keys that a config.pbtxt sets.
+
+    Triton's `max_queue_size` counts requests and 0 means no bound; here rows are counted (the same for
+    requests of one row) and there is always a bound.
+    """
+    if stated is None:
+        return {}
+    keys: dict[str, Any] = {
+        "instances": stated.instances,
+        "max_batch_size": stated.max_batch_size,
+        "max_queue_delay_ms": None if stated.max_queue_delay_us is None else stated.max_queue_delay_us / 1e3,
+        "preferred_batch_sizes": stated.preferred_batch_sizes,
+        "max_queue_rows": stated.max_queue_size or None,
+        "intra_op_threads": stated.intra_op_threads,
+    }
+    return {name: value for name, value in keys.items() if value is not None}
+
+
+def _anchored(text: str, base: Path) -> str:
+    """A command line source, written so that it means the same when read from `base`."""
+    if base == Path() or Path(text).is_absolute():
+        return text
+    return str(Path(text).expanduser().absolute())
+
+
+def load(
+    path: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: the YAML file; None for none.
+        overrides: options of the command line by name (`http_port`, `instances` …); None values are skipped.
+        environ: the environment; `GATEWAY_<OPTION>` variables are read.
+
+    Raises:
+        ConfigError: with every fault found.
+    """
+    read = Loader(path, overrides or {}, environ or {}).read()
+    return Config(
+        server=read.server,
+        defaults=read.defaults,
+        models=read.models,
+        base=path.parent if path is not None else Path(),
+        file=str(path) if path is not None else "",
+        instances=read.instances,
+    )

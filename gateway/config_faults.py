@@ -1,0 +1,355 @@
+"""A configuration file → validated sections, or every fault at once, each with its line and what to write.
+
+Order: text → YAML nodes → plain values with the place of each (config_tree.py) → values of environment and
+command line laid over them → one section validated at a time, so that a fault in one hides none in another →
+rules between keys (ports, addresses, sources, names).
+Rules: a value's origin (file line, variable or option) stays with it to the last message.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server
+from gateway.config_tree import Place, Tree, read_scalar, read_tree
+from gateway.errors import ConfigError, Fault
+from gateway.protocol.spelling import nearest, unknown_key
+from gateway.registry.reference import DirectorySource, ModelFileSource, name_fault, parse, unservable
+
+OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "host": ("server", "host"),
+    "http_port": ("server", "http_port"),
+    "metrics_port": ("server", "metrics_port"),
+    "workers": ("server", "workers"),
+    "log_level": ("server", "log_level"),
+    "log_format": ("server", "log_format"),
+    "insecure": ("server", "insecure"),
+    "instances": ("defaults", "instances"),
+    "grpc_port": ("server", "grpc_port"),
+    "processes": ("server", "processes"),
+    "model_control": ("server", "model_control"),
+}
+"""Options of `gateway serve` and the key that each sets; `GATEWAY_<OPTION>` is its variable."""
+
+_LATER: Final[dict[tuple[str, str], str]] = {
+    ("server", "grpc_port"): "the gRPC port is not supported in this version; remove it and use http_port",
+    ("server", "processes"): "several front-end processes are not supported in this version; remove it",
+    ("server", "model_control"): "loading models at run time is not supported in this version; remove it",
+    ("models", "backends"): "remote backends are not supported in this version; give a source instead",
+    (
+        "models",
+        "idempotent",
+    ): "belongs to remote backends, which are not supported in this version; remove it",
+    ("defaults", "backends"): "remote backends are not supported in this version; remove it",
+    (
+        "defaults",
+        "idempotent",
+    ): "belongs to remote backends, which are not supported in this version; remove it",
+}
+_ONE_MODEL: Final = ("name", "source", "digest")
+_SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
+
+
+@dataclass(slots=True)
+class Read:
+    """The sections of a valid file with environment and options applied."""
+
+    server: Server = field(default_factory=Server)
+    defaults: ModelKeys = field(default_factory=ModelKeys)
+    models: tuple[ModelEntry, ...] = ()
+    instances: int | None = None
+
+
+DEFAULT_SERVER: Final = Server()
+S = TypeVar("S", bound=Section)
+
+
+class Loader:
+    """One load; `read` may be called once."""
+
+    def __init__(
+        self, path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str]
+    ) -> None:
+        self._path = path
+        self._overrides = overrides
+        self._environ = environ
+        self._faults: list[Fault] = []
+        self._tree = Tree("")
+
+    def read(self) -> Read:
+        """Raises ConfigError with all faults."""
+        if self._path is not None:
+            self._tree = read_tree(self._path)
+            self._faults += self._tree.faults
+        root = self._mapping(self._tree.value, ())
+        instances = self._lay_over(root)
+        found = Read(
+            server=self._section(Server, root.get("server"), ("server",)) or Server(),
+            defaults=self._section(ModelKeys, root.get("defaults"), ("defaults",)) or ModelKeys(),
+            models=self._models(root.get("models")),
+            instances=instances,
+        )
+        for key in root.keys() - ConfigFile.model_fields.keys():
+            self._fault((key,), unknown_key(str(key), ConfigFile.model_fields))
+        self._check_server(root.get("server"))
+        if self._faults:
+            raise ConfigError(
+                sorted(set(self._faults), key=lambda fault: (fault.file, fault.line, fault.where))
+            )
+        return found
+
+    # Places and values
+
+    def _fault(self, path: tuple[str | int, ...], message: str) -> None:
+        place = self._tree.place(path)
+        self._faults.append(Fault(place.file, place.line, place.key or _dotted(path), message))
+
+    def _mapping(self, value: object, path: tuple[str | int, ...]) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if isinstance(value, dict):
+            return value
+        example = "server: {http_port: 8000}" if not path else f"{path[-1]}: {{key: value}}"
+        self._fault(path, f"expected keys and values, found {_shown(value)}; write for example {example}")
+        return {}
+
+    def _lay_over(self, root: dict[str, Any]) -> int | None:
+        """Put variables, then options, in the place of the file's values; returns the overriding `instances`."""
+        instances: int | None = None
+        for option, value, place in self._outside():
+            section, key = OPTIONS[option]
+            if option == "instances":
+                checked = self._section(ModelKeys, {key: value}, ("instances",), place)
+                instances = checked.instances if checked is not None else None
+                continue
+            inner = root.get(section)
+            if inner is None:
+                inner = root[section] = {}
+            if isinstance(inner, dict):
+                inner[key] = value
+                self._tree.places[section, key] = place
+        return instances
+
+    def _outside(self) -> Iterable[tuple[str, object, Place]]:
+        for option in OPTIONS:
+            variable = f"GATEWAY_{option.upper()}"
+            text = self._environ.get(variable, "")
+            # Kubernetes sets GATEWAY_HTTP_PORT=tcp://10.0.0.1:80 for a service named gateway-http.
+            if text and not _SERVICE_LINK.match(text):
+                typed = text if option in ("host", "log_level", "log_format") else read_scalar(text)
+                yield option, typed, Place("environment", 0, variable)
+        for option, value in self._overrides.items():
+            if value is not None:
+                yield option, value, Place("command line", 0, "--" + option.replace("_", "-"))
+
+    # Sections
+
+    def _section(
+        self, kind: type[S], value: object, path: tuple[str | int, ...], place: Place | None = None
+    ) -> S | None:
+        """Validate one section; its faults are noted and None returned if it has any."""
+        keys = self._mapping(value, path)
+        if place is not None:
+            self._tree.places.update({(*path, key): place for key in keys})
+        usable = dict(keys)
+        for key in keys:
+            if (later := _LATER.get((str(path[0]), key))) is not None:
+                self._fault((*path, key), later)
+                del usable[key]
+            elif path == ("defaults",) and key in _ONE_MODEL:
+                self._fault((*path, key), "belongs to one model; write it in an entry of models")
+                del usable[key]
+        try:
+            return kind.model_validate(usable)
+        except ValidationError as error:
+            for details in error.errors(include_url=False, include_context=True):
+                self._fault((*path, *details["loc"]), _explain(kind, details))
+            return None
+
+    def _models(self, value: object) -> tuple[ModelEntry, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            example = "models: [{source: ./models}]"
+            self._fault(
+                ("models",), f"expected a list of models, found {_shown(value)}; write for example {example}"
+            )
+            return ()
+        entries = []
+        names: dict[str, int] = {}
+        for index, item in enumerate(value):
+            path = ("models", index)
+            self._check_name(item, path, names)
+            self._check_source(item, path)
+            entry = self._section(ModelEntry, item, path) if item is not None else None
+            if item is None:
+                self._fault(path, "is empty; write for example - source: ./models")
+            if entry is not None:
+                entries.append(entry)
+        return tuple(entries)
+
+    # Rules between keys, and rules the types cannot say
+
+    def _check_name(self, item: object, path: tuple[str | int, ...], names: dict[str, int]) -> None:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str):
+            return
+        if (fault := name_fault(name)) is not None:
+            self._fault((*path, "name"), fault)
+        elif name in names:
+            self._fault(
+                (*path, "name"), f"the name '{name}' is taken by models[{names[name]}]; choose another"
+            )
+        names.setdefault(name, int(path[-1]))
+
+    def _check_source(self, item: object, path: tuple[str | int, ...]) -> None:
+        source = item.get("source") if isinstance(item, dict) else None
+        base = self._path.parent if self._path is not None else Path()
+        if isinstance(source, str) and source and (fault := source_fault(source, base)) is not None:
+            self._fault((*path, "source"), fault)
+
+    def _check_server(self, section: object) -> None:
+        """Looks at the raw values, so that it also speaks when another key of the section is wrong."""
+        values = section if isinstance(section, dict) else {}
+        port = values.get("http_port", DEFAULT_SERVER.http_port)
+        if port == values.get("metrics_port", DEFAULT_SERVER.metrics_port) and port != 0:
+            key = "metrics_port" if "metrics_port" in values else "http_port"
+            self._fault(
+                ("server", key), f"http_port and metrics_port are both {port}; give them different ports"
+            )
+        host = values.get("host", DEFAULT_SERVER.host)
+        if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
+            message = (
+                f"'{host[:253]}' can be reached from other machines and this version does not authenticate "
+                "callers; use 127.0.0.1, or accept it with insecure: true (--insecure) where a proxy or "
+                "firewall stands in front"
+            )
+            self._fault(("server", "host"), message)
+
+
+def source_fault(text: str, base: Path) -> str | None:
+    """Why the source `text` cannot be served; None if it looks servable. Looks at the disk, reads nothing."""
+    try:
+        source = parse(text, base)
+    except ValueError as error:
+        return str(error)
+    if isinstance(source, ModelFileSource) and not source.path.is_file():
+        return f"there is no file {source.path}; write the path of an .onnx file"
+    if isinstance(source, DirectorySource) and not source.path.is_dir():
+        if source.path.exists():
+            return f"{source.path} is neither a directory nor an .onnx file; only ONNX models are served"
+        return f"there is no directory {source.path}; write the path of a model repository or model"
+    return unservable(source)
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "keys and values"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f'the text "{value[:60]}"'
+    return (
+        "nothing"
+        if value is None
+        else ("true" if value is True else "false" if value is False else repr(value)[:60])
+    )
+
+
+_EXPECTED: Final = {
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list",
+    "model_type": "expected keys and values",
+    "model_attributes_type": "expected keys and values",
+}
+
+
+def _explain(kind: type[Section], details: ErrorDetails) -> str:
+    """The fault's text in the file's own terms, with an example of what to write."""
+    error, context, value = details["type"], details.get("ctx", {}), details["input"]
+    holder, key = _locate(kind, details["loc"])
+    example = _example(holder, key)
+    if error == "extra_forbidden":
+        return unknown_key(key, holder.model_fields)
+    if error == "missing":
+        return f"is missing; {example}"
+    if error in _EXPECTED:
+        quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
+        hint = f'write {key}: "{value}" (in quotes)' if quoted else example
+        return f"{_EXPECTED[error]}, found {_shown(value)}; {hint}"
+    if error == "literal_error":
+        return _explain_choice(value, str(context["expected"]))
+    if error == "string_pattern_mismatch":
+        return (
+            f"expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows; {example}"
+        )
+    bound = next(
+        (f"{text} {context[name]:g}" for name, text in _BOUNDS.items() if name in context), details["msg"]
+    )
+    found = f"{len(value)}" if "length" in bound else _shown(value)
+    return f"must be {bound}, found {found}; {example}"
+
+
+def _explain_choice(value: object, expected: str) -> str:
+    meant = nearest(str(value), re.findall(r"'([^']*)'", expected))
+    return f"{_shown(value)} is not possible; " + (
+        f"did you mean '{meant}'?" if meant else f"write {expected}"
+    )
+
+
+_BOUNDS: Final = {
+    "ge": "at least",
+    "gt": "more than",
+    "le": "at most",
+    "lt": "less than",
+    "min_length": "of length at least",
+    "max_length": "of length at most",
+}
+
+
+def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[type[Section], str]:
+    """The section class that holds the key at `location`, and the key."""
+    keys = [part for part in location if isinstance(part, str)]
+    for key in keys[:-1]:
+        annotation = kind.model_fields[key].annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            kind = annotation
+    return kind, keys[-1] if keys else ""
+
+
+def _example(kind: type[Section], key: str) -> str:
+    known = kind.model_fields.get(key)
+    if known is None or not known.examples:
+        return "see `gateway schema`"
+    value = known.examples[0]
+    text = str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
+    return f"write for example {key}: {text}"

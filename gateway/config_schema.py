@@ -1,0 +1,142 @@
+"""The configuration file's sections: keys, types, ranges, defaults and what each key means.
+
+Rules: keys are exact, types strict, values immutable; units stand in the key's name; an attribute's docstring
+is its description in the JSON Schema and its first example is what a fault tells the user to write.
+A model key is None where the file does not set it: which value then holds is decided in config.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.core.model import Oversize
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+Isolation = Literal["shared", "dedicated"]
+Batching = Literal["auto", "on", "off"]
+
+MIB: Final = 1024 * 1024
+_Port = Annotated[int, Field(ge=0, le=65_535)]
+_Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A mapping of the file: keys are exact, types are strict, values cannot change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Limits(Section):
+    """Bounds of the data port, against slow, greedy and hostile peers."""
+
+    max_body_bytes: int = Field(default=64 * MIB, ge=1024, le=2**40, examples=[67_108_864])
+    """Largest request body; a larger one is answered 413."""
+    max_held_bytes: int = Field(default=512 * MIB, ge=1024, le=2**44, examples=[536_870_912])
+    """Bytes of all request bodies held at one time; beyond it requests are answered 503."""
+    max_connections: int = Field(default=4096, ge=1, le=1_000_000, examples=[4096])
+    """Open connections; one more is answered 503 and closed."""
+    header_timeout_s: _Seconds = Field(default=10.0, examples=[10])
+    """Time a client has to send a request's head; then 408."""
+    idle_timeout_s: _Seconds = Field(default=75.0, examples=[75])
+    """Time a kept-alive connection may be silent before it is closed."""
+    write_timeout_s: _Seconds = Field(default=30.0, examples=[30])
+    """Time a client may leave an answer unread before its connection is closed."""
+    min_body_rate_bytes_s: int = Field(default=1000, ge=1, le=10**9, examples=[1000])
+    """Slowest accepted upload, in bytes per second, after 5 seconds of grace; below it 408."""
+
+
+class Server(Section):
+    """The process: ports, worker processes, log, limits."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=253, examples=["127.0.0.1"])
+    """Address to listen on. One that is not loopback needs `insecure: true`: callers are not authenticated."""
+    http_port: _Port = Field(default=8000, examples=[8000])
+    """Port of the Open Inference Protocol over HTTP; 0 takes any free one."""
+    metrics_port: _Port = Field(default=8002, examples=[8002])
+    """Port of /metrics, /healthz and /api; 0 takes any free one."""
+    insecure: bool = Field(default=False, examples=[True])
+    """Allow an address that other machines can reach although callers are not authenticated."""
+    workers: int | None = Field(default=None, ge=1, le=256, examples=[2])
+    """ONNX worker processes; by default one per CPU core, at least 2."""
+    intra_op_threads: int | None = Field(default=None, ge=1, le=256, examples=[1])
+    """Threads onnxruntime uses inside one model instance; by default the cores divided by the workers."""
+    drain_timeout_s: _Seconds = Field(default=30.0, examples=[30])
+    """Time that accepted requests have to be answered after SIGTERM."""
+    log_level: LogLevel = Field(default="info", examples=["info"])
+    """Least severe level that is logged."""
+    log_format: LogFormat = Field(default="console", examples=["json"])
+    """`console` for people, `json` for collectors: one object a line."""
+    limits: Limits = Field(default_factory=Limits, examples=[{"max_connections": 4096}])
+    """Bounds of the data port."""
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes to start."""
+        return self.workers if self.workers is not None else max(2, len(os.sched_getaffinity(0)))
+
+
+class ModelKeys(Section):
+    """How a model is served; each key may stand in `defaults` or in one entry of `models`."""
+
+    instances: int | None = Field(default=None, ge=1, le=256, examples=[2])
+    """Loaded copies, each on another worker while there are enough: redundancy and parallelism. Default 2."""
+    isolation: Isolation | None = Field(default=None, examples=["dedicated"])
+    """`shared` (default): workers host many models; `dedicated`: worker processes for this model alone."""
+    batching: Batching | None = Field(default=None, examples=["on"])
+    """`auto` (default): batch a model only if its rows are proven independent at load; `on`, `off`: no proof."""
+    max_batch_size: int | None = Field(default=None, ge=0, le=65_536, examples=[64])
+    """Most rows of one batch; 0 serves the model unbatched. By default the gateway chooses."""
+    max_queue_delay_ms: float | None = Field(default=None, ge=0, le=60_000, allow_inf_nan=False, examples=[2])
+    """Longest wait for a fuller batch while a worker is free. Default 0: a free worker takes what there is."""
+    preferred_batch_sizes: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] | None = Field(
+        default=None, strict=False, max_length=64, examples=[[8, 16]]
+    )
+    """Batch sizes worth waiting `max_queue_delay_ms` for."""
+    oversize: Oversize | None = Field(default=None, examples=["split"])
+    """A request of more rows than `max_batch_size`: `split` and rejoin it, or `reject` it with 400. Default:
+    `reject` where config.pbtxt states the size, else `split`."""
+    max_queue_rows: int | None = Field(default=None, ge=1, le=10**9, examples=[16_384])
+    """Rows that may wait; beyond it requests are answered 503. Default 16384."""
+    max_queue_bytes: int | None = Field(default=None, ge=1024, le=2**44, examples=[268_435_456])
+    """Bytes of inputs that may wait; beyond it requests are answered 503. Default 256 MiB."""
+    deadline_ms: float | None = Field(
+        default=None, gt=0, le=86_400_000, allow_inf_nan=False, examples=[30_000]
+    )
+    """Time for a request that brings no timeout of its own; then 504. Default 30000."""
+    intra_op_threads: int | None = Field(default=None, ge=1, le=256, examples=[1])
+    """Threads onnxruntime uses inside one instance of this model; default: `server.intra_op_threads`."""
+
+
+class ModelEntry(ModelKeys):
+    """One model, or one directory of models."""
+
+    source: str = Field(min_length=1, max_length=4096, examples=["./models/digits"])
+    """A model repository, one model's directory, or one .onnx file; relative to this file's directory."""
+    name: str | None = Field(default=None, examples=["digits"])
+    """Name under which clients reach the model; by default the name of its directory or file. In a repository
+    of several models it picks one."""
+    digest: str | None = Field(
+        default=None, pattern=r"^sha256:[0-9a-f]{64}$", examples=["sha256:" + "0" * 63 + "1"]
+    )
+    """Serve only a version with exactly this digest."""
+
+
+class ConfigFile(Section):
+    """Configuration of the gateway. Every key is optional."""
+
+    server: Server = Field(default_factory=Server, examples=[{"http_port": 8000}])
+    """The process: ports, worker processes, log, limits."""
+    defaults: ModelKeys = Field(default_factory=ModelKeys, examples=[{"instances": 2}])
+    """Keys for every model that does not set them itself."""
+    models: tuple[ModelEntry, ...] = Field(default=(), strict=False, examples=[[{"source": "./models"}]])
+    """What is served."""
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of the configuration file, for editors."""
+    schema = ConfigFile.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "gateway.yaml"}

@@ -1,0 +1,44 @@
+"""Whether a request is let in: every queue has a bound in rows and in bytes, checked before anything is kept.
+
+Refusals cost no memory and happen at arrival, not after a timeout. The bounds are per model version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.core.batch_queue import BatchQueue
+from gateway.core.model import BatchPolicy
+from gateway.core.request import InferRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    reason: str
+    """Metric label."""
+    message: str
+
+
+MAX_TIMEOUT_S = 120.0
+"""The longest deadline a caller may ask for; more is capped (resilience notes §1.2)."""
+
+
+def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Rejected | None:
+    """None: let in. The bounds on the queue are also what one caller may occupy."""
+    if queue.rows + request.rows > policy.max_queue_rows:
+        return Rejected(
+            "queue_rows", f"Exceeds maximum queue size: {queue.rows} of {policy.max_queue_rows} rows wait; retry later"
+        )
+    if queue.nbytes + request.nbytes > policy.max_queue_bytes:
+        return Rejected(
+            "queue_bytes",
+            f"Exceeds maximum queue size: {queue.nbytes} of {policy.max_queue_bytes} bytes wait; retry later",
+        )
+    return None
+
+
+def deadline_of(policy: BatchPolicy, request: InferRequest) -> float:
+    """Monotonic instant by which the caller wants its answer; `request.received` must be set."""
+    if request.timeout_s:
+        return request.received + min(request.timeout_s, MAX_TIMEOUT_S)
+    return request.received + policy.deadline_s

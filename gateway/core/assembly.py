@@ -1,0 +1,173 @@
+"""Rows together, rows apart: how requests become one batch and how its answer is cut up again.
+
+Invariants: parts are written in the order of the batch's members, one behind the other, and the number of bytes
+written is exactly the number announced; a batch's output is only cut when it has exactly as many rows as went in.
+The copy made by `write_parts` is the only one between a client's bytes and the worker's memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gateway.core.model import ModelSpec
+from gateway.core.request import BatchInput, InferRequest, InputTensor, OutputTensor
+from gateway.core.tensor import Datatype, pack_bytes, unpack_bytes
+
+
+class AssemblyError(Exception):
+    """The parts do not make up the announced batch, or an answer does not have the batch's rows."""
+
+
+def concat(members: list[InferRequest], rows: int, batched: bool) -> list[BatchInput]:
+    """The batch's inputs, still in parts. Members have equal keys; a model that does not batch has one member."""
+    inputs = []
+    for index, first in enumerate(members[0].inputs):
+        if first is None:
+            continue
+        parts = [first] if len(members) == 1 else [member.inputs[index] for member in members]
+        shape = (rows, *first.shape[1:]) if batched else first.shape
+        nbytes = sum(map(part_nbytes, parts))  # type: ignore[arg-type]  # equal keys: none is None
+        inputs.append(BatchInput(index, first.datatype, shape, nbytes, parts))  # type: ignore[arg-type]
+    return inputs
+
+
+def part_nbytes(part: InputTensor) -> int:
+    """Size of one part in OIP binary form."""
+    if part.buffer is not None:
+        return len(part.buffer)
+    return len(part.values or ()) * part.datatype.itemsize
+
+
+def write_parts(batch_input: BatchInput, destination: memoryview) -> None:
+    """Write the parts of one input into `destination` (writable, at least `batch_input.nbytes` bytes).
+
+    Runs of parts still held as Python values are converted with one numpy call per run.
+
+    Raises:
+        AssemblyError: the parts hold more or fewer bytes than announced.
+    """
+    at = 0
+    run: list[object] = []
+    for part in batch_input.parts:
+        if part.values is not None:
+            run += part.values
+            continue
+        if run:
+            at = _put(destination, at, encode_values(batch_input.datatype, run), batch_input.nbytes)
+            run = []
+        at = _put(destination, at, _buffer(part), batch_input.nbytes)
+    if run:
+        at = _put(destination, at, encode_values(batch_input.datatype, run), batch_input.nbytes)
+    if at != batch_input.nbytes:
+        raise AssemblyError(f"batch input holds {at} bytes, announced {batch_input.nbytes}")
+
+
+def encode_values(datatype: Datatype, values: list[object]) -> bytes:
+    """Checked numbers or booleans → OIP binary form. BYTES never waits as values: its parser packs it."""
+    with np.errstate(over="ignore"):  # 1e39 in FP32 is Infinity by the protocol, not a mistake
+        return np.array(values, datatype.numpy).tobytes()
+
+
+def check_outputs(spec: ModelSpec, wanted: tuple[int, ...], rows: int, outputs: list[OutputTensor]) -> None:
+    """Whether an answer is the batch's answer: every wanted output, by name and datatype, with the batch's rows.
+
+    Raises:
+        AssemblyError: it is not; nothing of it may reach a caller.
+    """
+    if len(outputs) != len(wanted):
+        raise AssemblyError(f"{len(outputs)} outputs where {len(wanted)} were asked for")
+    for index, output in zip(wanted, outputs, strict=True):
+        tensor = spec.outputs[index]
+        if output.name != tensor.name or output.datatype is not tensor.datatype:
+            raise AssemblyError(
+                f"output '{output.name}' of {output.datatype} where '{tensor.name}' of {tensor.datatype} was expected"
+            )
+        if spec.batched and (not output.shape or output.shape[0] != rows):
+            raise AssemblyError(f"output '{output.name}' has shape {list(output.shape)} for a batch of {rows} rows")
+
+
+def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
+    """A request of more than `max_rows` rows → requests of at most that many, in row order."""
+    parts = []
+    for start in range(0, request.rows, max_rows):
+        stop = min(start + max_rows, request.rows)
+        inputs = tuple([None if tensor is None else _rows_of(tensor, start, stop) for tensor in request.inputs])
+        nbytes = sum(part_nbytes(tensor) for tensor in inputs if tensor is not None)
+        part = InferRequest(
+            inputs, stop - start, nbytes, request.key, request.outputs, request.request_id, request.form,
+            request.timeout_s,
+        )  # fmt: skip
+        part.received = request.received
+        parts.append(part)
+    return parts
+
+
+def _rows_of(tensor: InputTensor, start: int, stop: int) -> InputTensor:
+    rows = tensor.shape[0]
+    shape = (stop - start, *tensor.shape[1:])
+    if tensor.values is not None:
+        per_row = len(tensor.values) // rows
+        return InputTensor(tensor.datatype, shape, tensor.values[start * per_row : stop * per_row], None)
+    buffer = memoryview(_buffer(tensor))
+    if tensor.datatype.kind == "bytes":
+        elements = unpack_bytes(buffer)
+        per_row = len(elements) // rows
+        return InputTensor(tensor.datatype, shape, None, pack_bytes(elements[start * per_row : stop * per_row]))
+    per_row = len(buffer) // rows
+    return InputTensor(tensor.datatype, shape, None, buffer[start * per_row : stop * per_row])
+
+
+def join_outputs(parts: list[tuple[dict[int, OutputTensor], int, int]]) -> dict[int, OutputTensor]:
+    """Answers to the parts of a split request → its answer. `parts`: (outputs of a batch, first row, rows).
+
+    Raises:
+        AssemblyError: the parts' trailing shapes differ, so they are not one tensor.
+    """
+    joined = {}
+    for index, first in parts[0][0].items():
+        pieces = [slice_rows(outputs[index], row, rows) for outputs, row, rows in parts]
+        trailing = {piece.shape[1:] for piece in pieces}
+        if len(trailing) != 1:
+            raise AssemblyError(
+                f"output '{first.name}' has differing shapes {sorted(trailing)} for parts of one request"
+            )
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        joined[index] = OutputTensor(first.name, first.datatype, shape, b"".join([p.data for p in pieces]))
+    return joined
+
+
+def slice_rows(output: OutputTensor, row: int, rows: int) -> OutputTensor:
+    """Rows `row` to `row + rows` of a batch's output; a view where the datatype has a fixed size."""
+    total = output.shape[0]
+    shape = (rows, *output.shape[1:])
+    data = memoryview(output.data)
+    if output.datatype.kind == "bytes":
+        offsets = row_offsets(output)
+        return OutputTensor(output.name, output.datatype, shape, data[offsets[row] : offsets[row + rows]])
+    per_row = len(data) // total if total else 0
+    return OutputTensor(output.name, output.datatype, shape, data[row * per_row : (row + rows) * per_row])
+
+
+def row_offsets(output: OutputTensor) -> list[int]:
+    """Byte offset at which each row of a BYTES output starts, and the end: `rows + 1` numbers."""
+    rows = output.shape[0]
+    sizes = [4 + len(element) for element in unpack_bytes(output.data)]
+    per_row = len(sizes) // rows if rows else 0
+    offsets = [0]
+    for row in range(rows):
+        offsets.append(offsets[-1] + sum(sizes[row * per_row : (row + 1) * per_row]))
+    return offsets
+
+
+def _buffer(part: InputTensor) -> bytes | memoryview:
+    if part.buffer is None:
+        raise AssemblyError("a part has neither values nor a buffer")
+    return part.buffer
+
+
+def _put(destination: memoryview, at: int, data: bytes | memoryview, limit: int) -> int:
+    end = at + len(data)
+    if end > limit:
+        raise AssemblyError(f"batch input exceeds the {limit} bytes announced")
+    destination[at:end] = data
+    return end

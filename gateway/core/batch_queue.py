@@ -1,0 +1,173 @@
+"""The waiting room of one model version: who waits, in what order, until when.
+
+Requests that may share a batch stand in one group (their `key`); groups do not wait for each other, so a request of
+another shape behind the head loses no time. Within a group the order is arrival; a request that comes back after a
+failed attempt stands at the front again.
+
+Invariants: `rows`, `nbytes` and `count` cover exactly the requests in state QUEUED; a request that was removed
+(caller left, deadline passed) is never handed out; every entry of the deadline heap that no longer matters is dropped
+before the heap is twice as long as what matters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.core.request import QUEUED, RUNNING, SETTLED, InferRequest
+
+_SLACK: Final = 64
+"""Dead heap entries tolerated whatever the queue's length, so that short queues are not rebuilt all the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    requests: int
+    rows: int
+    nbytes: int
+    groups: int
+    oldest: float | None
+    """Arrival of the request that waits longest, monotonic seconds."""
+
+
+class Group:
+    """Queued requests with equal keys. `rows` counts QUEUED ones only."""
+
+    __slots__ = ("key", "requests", "rows")
+
+    def __init__(self, key: object) -> None:
+        self.key = key
+        self.requests: deque[InferRequest] = deque()
+        self.rows = 0
+
+    def head(self) -> InferRequest | None:
+        """The oldest request still waiting; drops the ghosts of removed ones on the way."""
+        requests = self.requests
+        while requests:
+            if requests[0].state == QUEUED:
+                return requests[0]
+            requests.popleft()
+        return None
+
+
+class BatchQueue:
+    """See the module's docstring. All methods are amortised O(1) or O(rows handed out)."""
+
+    __slots__ = ("_deadlines", "_sequence", "_unsettled", "count", "groups", "nbytes", "rows")
+
+    def __init__(self) -> None:
+        self.groups: dict[object, Group] = {}
+        self.rows = 0
+        self.nbytes = 0
+        self.count = 0
+        self._deadlines: list[tuple[float, int, InferRequest]] = []
+        self._sequence = 0
+        self._unsettled = 0
+
+    def push(self, request: InferRequest) -> None:
+        """A new request; its `deadline` must be set."""
+        self._sequence += 1
+        self._unsettled += 1
+        heapq.heappush(self._deadlines, (request.deadline, self._sequence, request))
+        if len(self._deadlines) > 2 * self._unsettled + _SLACK:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state != SETTLED]
+            heapq.heapify(self._deadlines)
+        self._group(request).requests.append(request)
+        self._count(request, 1)
+
+    def push_front(self, requests: list[InferRequest]) -> None:
+        """Requests of a dissolved batch, oldest first, ahead of everyone else in their groups."""
+        for request in reversed(requests):
+            request.state = QUEUED
+            self._group(request).requests.appendleft(request)
+            self._count(request, 1)
+
+    def take(self, group: Group, max_rows: int) -> list[InferRequest]:
+        """The longest run of waiting requests from the front that fits `max_rows`; at least one if any waits.
+
+        Taken requests are RUNNING. A request of more rows than `max_rows` is handed out alone.
+        """
+        taken: list[InferRequest] = []
+        room = max_rows
+        nbytes = 0
+        requests = group.requests
+        while requests:
+            request = requests[0]
+            if request.state == QUEUED:
+                if request.rows > room and taken:
+                    break
+                room -= request.rows
+                nbytes += request.nbytes
+                request.state = RUNNING
+                taken.append(request)
+                requests.popleft()
+                if room <= 0:
+                    break
+            else:
+                requests.popleft()
+        rows = max_rows - room
+        group.rows -= rows
+        self.rows -= rows
+        self.nbytes -= nbytes
+        self.count -= len(taken)
+        if not group.rows:  # whatever is left in it are ghosts
+            self.groups.pop(group.key, None)
+        return taken
+
+    def settled(self, request: InferRequest) -> None:
+        """`request` has its answer or needs none: mark it, and take it out of the room if it still waits."""
+        if request.state == QUEUED:
+            group = self.groups.get(request.key)
+            if group is not None:
+                self._count(request, -1)
+                if group.rows == 0:
+                    del self.groups[request.key]
+        request.state = SETTLED
+        self._unsettled -= 1
+
+    def expired(self, now: float) -> list[InferRequest]:
+        """Unsettled requests, waiting or running, whose deadline is not after `now`. They stay unsettled."""
+        found = []
+        heap = self._deadlines
+        while heap and (heap[0][2].state == SETTLED or heap[0][0] <= now):
+            request = heapq.heappop(heap)[2]
+            if request.state != SETTLED:
+                found.append(request)
+        return found
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of an unsettled request."""
+        heap = self._deadlines
+        while heap and heap[0][2].state == SETTLED:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def waiting(self) -> list[InferRequest]:
+        """Every request that waits, for shutting the room."""
+        return [r for group in self.groups.values() for r in group.requests if r.state == QUEUED]
+
+    @property
+    def unsettled(self) -> int:
+        """Requests accepted and not yet settled, waiting or running."""
+        return self._unsettled
+
+    def statistics(self) -> QueueStatistics:
+        heads = [head.received for group in self.groups.values() if (head := group.head()) is not None]
+        return QueueStatistics(self.count, self.rows, self.nbytes, len(self.groups), min(heads, default=None))
+
+    def __repr__(self) -> str:
+        return f"<BatchQueue {self.count} requests, {self.rows} rows, {len(self.groups)} groups>"
+
+    def _group(self, request: InferRequest) -> Group:
+        group = self.groups.get(request.key)
+        if group is None:
+            group = self.groups[request.key] = Group(request.key)
+        return group
+
+    def _count(self, request: InferRequest, sign: int) -> None:
+        self.groups[request.key].rows += sign * request.rows
+        self.rows += sign * request.rows
+        self.nbytes += sign * request.nbytes
+        self.count += sign

@@ -1,0 +1,123 @@
+"""When a batch is closed, of whom, and why: one pure decision.
+
+Rule, in order (wire notes §5.1; Triton's semantics, with one deliberate difference: groups of other shapes never
+wait behind the head):
+  1. a group whose rows fill `max_batch_size`, or the largest preferred size, goes at once          → FULL
+  2. without a queue delay a free replica takes what waits, the group with the oldest head first    → WORKER_FREE
+  3. with a queue delay, a group goes when its head has waited that long: everything pending goes   → DELAY
+  4. ... or earlier, when waiting on would cost the head its deadline                               → DEADLINE
+  5. ... or earlier still, in the largest preferred size that its oldest requests make up exactly   → FULL
+  6. otherwise wait until the earliest instant at which 3 or 4 can become true.
+Batches of a model that does not batch, or whose rows are not proven independent, hold one request each.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from gateway.core.batch_queue import BatchQueue, Group
+from gateway.core.model import BatchPolicy
+from gateway.core.request import QUEUED, InferRequest
+
+
+class Reason(enum.Enum):
+    """Why a batch was closed; label of `gateway_batches_total`."""
+
+    WORKER_FREE = "worker_free"
+    FULL = "full"
+    DELAY = "delay"
+    DEADLINE = "deadline"
+    SHAPE = "shape"
+    """Closed early because the next request in line could not join: it would not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Take up to `rows` rows from `group` now."""
+
+    group: Group
+    rows: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class WaitUntil:
+    """Nothing to do before `instant` (monotonic seconds), unless a request arrives."""
+
+    instant: float
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nobody waits."""
+
+
+IDLE = Idle()
+Decision = Dispatch | WaitUntil | Idle
+
+
+def decide(queue: BatchQueue, policy: BatchPolicy, now: float, execute_s: float = 0.0) -> Decision:
+    """What a free replica should do now. `execute_s`: how long a batch is expected to run."""
+    if not queue.count:
+        return IDLE
+    limit = policy.max_batch_size
+    if not limit or not policy.merge:
+        return Dispatch(_oldest(queue), 1, Reason.WORKER_FREE)  # at least one request is taken, whatever its rows
+    if policy.max_queue_delay_s <= 0.0:
+        group = _oldest(queue)
+        return Dispatch(group, limit, Reason.FULL if group.rows >= limit else Reason.WORKER_FREE)
+    return _decide_delayed(queue, policy, now, execute_s, limit)
+
+
+def _oldest(queue: BatchQueue) -> Group:
+    groups = queue.groups
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    return min(groups.values(), key=_head_received)
+
+
+def _head_received(group: Group) -> float:
+    head = group.head()
+    return head.received if head is not None else float("inf")
+
+
+def _decide_delayed(queue: BatchQueue, policy: BatchPolicy, now: float, execute_s: float, limit: int) -> Decision:
+    wake = float("inf")
+    preferred = policy.preferred_batch_sizes or (limit,)
+    for group in sorted(queue.groups.values(), key=_head_received):
+        head = group.head()
+        if head is None:
+            continue
+        largest, closed = _prefix(group, preferred, limit)
+        if largest == max(preferred) or (closed and largest):
+            return Dispatch(group, largest, Reason.FULL)
+        if closed:
+            return Dispatch(group, limit, Reason.FULL if group.rows >= limit else Reason.SHAPE)
+        ripe = head.received + policy.max_queue_delay_s
+        urgent = _urgent(head, execute_s)
+        if now >= min(ripe, urgent):
+            return Dispatch(group, limit, Reason.DELAY if now >= ripe else Reason.DEADLINE)
+        if largest:
+            return Dispatch(group, largest, Reason.FULL)
+        wake = min(wake, ripe, urgent)
+    return WaitUntil(wake)
+
+
+def _urgent(head: InferRequest, execute_s: float) -> float:
+    # Twice the expected run: the estimate is a mean, and an answer after the deadline is worth nothing.
+    return head.deadline - 2.0 * execute_s
+
+
+def _prefix(group: Group, preferred: tuple[int, ...], limit: int) -> tuple[int, bool]:
+    """(largest preferred size that the oldest requests make up exactly, 0 if none; whether no further one fits)."""
+    total, largest = 0, 0
+    for request in group.requests:
+        if request.state != QUEUED:
+            continue
+        if total + request.rows > limit:
+            return largest, True
+        total += request.rows
+        if total in preferred:
+            largest = total
+    return largest, total >= limit

@@ -1,0 +1,143 @@
+"""One inference request between its parser and its answer: plain data, no rules.
+
+A tensor waits in one of two forms, and is copied once, into the batch:
+`values`: a flat Python list, already checked element by element (small JSON input), or
+`buffer`: bytes in OIP binary form (binary input, large JSON arrays).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+from gateway.core.tensor import Datatype
+
+
+class InputTensor:
+    """One input of one request. `shape` includes the batch dimension; exactly one of `values`, `buffer` is set."""
+
+    __slots__ = ("buffer", "datatype", "shape", "values")
+
+    def __init__(
+        self,
+        datatype: Datatype,
+        shape: tuple[int, ...],
+        values: list[Any] | None,
+        buffer: bytes | memoryview | None,
+    ) -> None:
+        self.datatype = datatype
+        self.shape = shape
+        self.values = values
+        self.buffer = buffer
+
+
+class OutputTensor:
+    """One output of a batch or of a request. `data` is in OIP binary form; `shape` includes the batch dimension."""
+
+    __slots__ = ("data", "datatype", "name", "shape")
+
+    def __init__(self, name: str, datatype: Datatype, shape: tuple[int, ...], data: bytes | memoryview) -> None:
+        self.name = name
+        self.datatype = datatype
+        self.shape = shape
+        self.data = data
+
+
+class BatchInput:
+    """One input of a batch: the members' tensors of one input, still apart.
+
+    `shape` is the whole batch's shape. All parts have the same datatype and trailing dims. The replica writes
+    them one behind the other into memory it owns: with `core.assembly.write_parts(batch_input, destination)`,
+    which needs exactly `nbytes` bytes.
+    """
+
+    __slots__ = ("datatype", "index", "nbytes", "parts", "shape")
+
+    def __init__(
+        self, index: int, datatype: Datatype, shape: tuple[int, ...], nbytes: int, parts: Sequence[InputTensor]
+    ) -> None:
+        self.index = index
+        """Place of this input in the model's signature."""
+        self.datatype = datatype
+        self.shape = shape
+        self.nbytes = nbytes
+        self.parts = parts
+
+
+class Settle(Protocol):
+    """Completes a caller; called exactly once per request, by the scheduler only."""
+
+    def __call__(self, request: InferRequest, /) -> None: ...
+
+
+QUEUED: Final = 0
+RUNNING: Final = 1
+SETTLED: Final = 2
+
+
+class InferRequest:
+    """A validated request. `inputs` are in the model's order; `None` stands for an absent optional input."""
+
+    __slots__ = (
+        "attempt",
+        "avoid",
+        "batch",
+        "context",
+        "deadline",
+        "error",
+        "form",
+        "inputs",
+        "key",
+        "nbytes",
+        "outputs",
+        "received",
+        "request_id",
+        "row",
+        "rows",
+        "settle",
+        "started",
+        "state",
+        "timeout_s",
+    )
+
+    def __init__(
+        self,
+        inputs: tuple[InputTensor | None, ...],
+        rows: int,
+        nbytes: int,
+        key: object,
+        outputs: tuple[int, ...],
+        request_id: str | None,
+        form: Any = None,
+        timeout_s: float = 0.0,
+    ) -> None:
+        self.inputs = inputs
+        self.rows = rows
+        self.nbytes = nbytes
+        self.key = key
+        """Requests with equal keys may share a batch (see core/batching.py)."""
+        self.outputs = outputs
+        """Indexes into the model's outputs that the batch must produce for it, ascending."""
+        self.form = form
+        """How the caller wants the answer encoded; belongs to the protocol that parsed the request."""
+        self.timeout_s = timeout_s
+        """What the caller allows from arrival to answer, seconds; 0: it did not say."""
+        self.request_id = request_id
+        """The client's own OIP `id`, echoed; None if it sent none."""
+        self.received = 0.0
+        self.started = 0.0
+        self.deadline = 0.0
+        self.state = QUEUED
+        self.attempt = 0
+        """Attempts begun so far."""
+        self.avoid: str | None = None
+        """Replica on which the last attempt failed."""
+        self.batch: Any = None
+        """The finished batch (scheduler.FinishedBatch) once settled with an answer."""
+        self.row = 0
+        """First row of this request in `batch`."""
+        self.error: Exception | None = None
+        """Set instead of `batch` when the request failed."""
+        self.context: Any = None
+        """Belongs to the caller (the ingress): what it needs to write the answer."""
+        self.settle: Settle

@@ -1,0 +1,189 @@
+"""One batch from its members to their outcome: route, execute, check; on failure decide who runs again and how.
+
+The dispatcher never completes a caller: it hands outcomes to its `Owner` (the scheduler), which does. Rules:
+`core/routing.py` says where, `core/retry.py` says what a failure means. Members isolated after a failure (halves,
+singles) wait in a lane of their own, served before the queue and never mixed with anyone else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from gateway.backends.interface import Replica
+from gateway.core import assembly
+from gateway.core.batch import FinishedBatch
+from gateway.core.batching import Reason
+from gateway.core.model import ModelSpec
+from gateway.core.outcome import Failure, FailureKind, Success
+from gateway.core.request import SETTLED, InferRequest
+from gateway.core.retry import FailedBatch, Verdict, after_failure
+from gateway.core.routing import route
+from gateway.errors import BackendError, GatewayError, ModelError
+from gateway.observe.record import ModelStatistics
+
+log = logging.getLogger("gateway.dispatch")
+
+ATTEMPT_TIMEOUT_FLOOR_S: Final = 5.0
+"""Below this no attempt is given up: a machine that pauses for a second is not a hung model."""
+ATTEMPT_TIMEOUT_FACTOR: Final = 10.0
+"""... times the longest run seen, peak-sensitive and slowly forgotten."""
+PEAK_DECAY: Final = 0.99
+
+_PROCESS_TAG: Final = os.urandom(2).hex()
+
+
+class Owner(Protocol):
+    """Who asked for the batch and completes its members."""
+
+    def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None: ...
+    def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None: ...
+    def batch_returned(self, members: list[InferRequest]) -> None: ...
+
+
+class RunningBatch:
+    """A batch on its way; fits `backends.interface.Batch`."""
+
+    __slots__ = ("attempt", "dispatched", "dispatcher", "inputs", "members", "outputs", "reason", "replica", "rows")
+
+    def __init__(
+        self, dispatcher: Dispatcher, members: list[InferRequest], rows: int, reason: Reason, replica: Replica
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.members = members
+        self.rows = rows
+        self.reason = reason
+        self.replica = replica
+        self.outputs = members[0].outputs
+        self.inputs = assembly.concat(members, rows, dispatcher.spec.batched)
+        self.dispatched = 0.0
+        self.attempt = 0
+
+    def done(self, outcome: Success | Failure, /) -> None:
+        self.dispatcher.batch_done(self, outcome)
+
+
+class Dispatcher:
+    """Executes the batches of one model version on its replicas."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        replicas: Sequence[Replica],
+        statistics: ModelStatistics,
+        loop: asyncio.AbstractEventLoop,
+        owner: Owner,
+    ) -> None:
+        self.spec = spec
+        self.replicas = replicas
+        self.statistics = statistics
+        self.execute_s = 0.0
+        """The longest recent run, seconds: peak-sensitive, slowly decaying."""
+        self.running = 0
+        self._owner = owner
+        self._now = loop.time
+        self._turn = 0
+        self._batches = 0
+        self._isolated: deque[list[InferRequest]] = deque()
+
+    def free_replica(self, avoid: str | None = None) -> Replica | None:
+        return route(self.replicas, self._turn, avoid)
+
+    @property
+    def isolated(self) -> int:
+        """Groups of members waiting to run by themselves."""
+        return len(self._isolated)
+
+    def next_isolated(self) -> list[InferRequest] | None:
+        """The next members to run by themselves, without those who left meanwhile."""
+        while self._isolated:
+            members = [member for member in self._isolated.popleft() if member.state != SETTLED]
+            if members:
+                return members
+        return None
+
+    def dispatch(self, members: list[InferRequest], reason: Reason, replica: Replica) -> None:
+        """Execute `members` (equal keys, not settled) on `replica`, which has a free slot."""
+        now = self._now()
+        rows = 0
+        attempt = 0
+        for member in members:
+            rows += member.rows
+            member.attempt += 1
+            member.started = now
+            attempt = max(attempt, member.attempt)
+        batch = RunningBatch(self, members, rows, reason, replica)
+        batch.dispatched = now
+        batch.attempt = attempt
+        self._turn += 1
+        self.running += 1
+        replica.execute(batch, max(ATTEMPT_TIMEOUT_FLOOR_S, ATTEMPT_TIMEOUT_FACTOR * self.execute_s))
+
+    def batch_done(self, batch: RunningBatch, outcome: Success | Failure) -> None:
+        self.running -= 1
+        if isinstance(outcome, Success):
+            try:
+                assembly.check_outputs(self.spec, batch.outputs, batch.rows, list(outcome.outputs))
+            except assembly.AssemblyError as error:
+                outcome = Failure(FailureKind.BROKEN, f"the backend's answer failed its checks: {error}")
+        if isinstance(outcome, Success):
+            self._succeeded(batch, outcome)
+        else:
+            self._failed(batch, outcome)
+
+    def _succeeded(self, batch: RunningBatch, outcome: Success) -> None:
+        now = self._now()
+        self._batches += 1
+        execute_s = now - batch.dispatched
+        self.execute_s = max(execute_s, self.execute_s * PEAK_DECAY)
+        finished = FinishedBatch(
+            f"{_PROCESS_TAG}-{self._batches:06d}",
+            batch.rows,
+            dict(zip(batch.outputs, outcome.outputs, strict=True)),
+            batch.replica.name,
+            batch.attempt,
+            batch.dispatched,
+            now,
+            batch.reason.value,
+            (outcome.compute_input_ns, outcome.compute_infer_ns, outcome.compute_output_ns),
+        )
+        self._owner.batch_succeeded(batch.members, finished)
+
+    def _failed(self, batch: RunningBatch, failure: Failure) -> None:
+        self.statistics.attempt(batch.replica.name, failure.kind.value)
+        members = [member for member in batch.members if member.state != SETTLED]
+        if not members:
+            self._owner.batch_returned([])
+            return
+        if failure.kind in (FailureKind.NOT_SENT, FailureKind.OVERLOAD):
+            for member in members:
+                member.attempt -= 1  # nothing was executed
+        for member in members:
+            member.avoid = batch.replica.name
+        verdict = after_failure(FailedBatch(len(members), batch.attempt, failure.kind))
+        log.info(
+            "model %s: batch of %d requests on %s failed (%s: %s): %s",
+            self.spec.name, len(members), batch.replica.name, failure.kind.value, failure.message, verdict.value,
+        )  # fmt: skip
+        self._carry_out(verdict, members, failure)
+
+    def _carry_out(self, verdict: Verdict, members: list[InferRequest], failure: Failure) -> None:
+        if verdict is Verdict.FAIL_MODEL:
+            self._owner.batch_failed(members, ModelError(f"model '{self.spec.name}' failed: {failure.message}"))
+            return
+        if verdict is Verdict.FAIL_BACKEND:
+            self._owner.batch_failed(
+                members, BackendError(f"model '{self.spec.name}': every attempt failed, the last: {failure.message}")
+            )
+            return
+        self.statistics.retry(len(members))
+        if verdict is Verdict.HALVE:
+            middle = (len(members) + 1) // 2
+            self._isolated += [members[:middle], members[middle:]]
+        elif verdict is Verdict.SINGLES:
+            self._isolated += [[member] for member in members]
+        self._owner.batch_returned(members if verdict is Verdict.REQUEUE else [])

@@ -1,0 +1,239 @@
+"""Every error the gateway shows to anyone, and the one table that translates it.
+
+    GatewayError
+    ├── RequestError              blame: the caller; retrying the same bytes cannot help
+    │   ├── InvalidRequest        400  malformed, mistyped, inconsistent input
+    │   ├── NotFound              404  unknown model, version or path
+    │   ├── MethodNotAllowed      405
+    │   ├── RequestTimeout        408  the caller sent its bytes too slowly
+    │   ├── LengthRequired        411
+    │   ├── TooLarge              413  body over the limit
+    │   ├── UriTooLong            414
+    │   ├── ExpectationFailed     417
+    │   ├── HeadersTooLarge       431
+    │   ├── Unsupported           501  part of the protocol that is not offered
+    │   └── VersionNotSupported   505
+    ├── Refused                   blame: load or state of the gateway; retry later may help
+    │   ├── Overloaded            503  queue full, connection or byte limits
+    │   ├── NotReady              503  model loading, failed or unloaded
+    │   ├── NoBackend             503  no replica can take the batch
+    │   ├── Draining              503  shutting down
+    │   └── DeadlineExceeded      504  the caller's time ran out, before or after dispatch
+    ├── ExecutionFailed           blame: model or backend
+    │   ├── ModelError            500  the model itself refused or failed on this input
+    │   └── BackendError          502  the backend's answer could not be used
+    ├── Cancelled                 499  the caller left; only ever seen in metrics and logs
+    ├── ConfigError               never on the wire: bad configuration, model repository or command line
+    └── BindError                 never on the wire: a port that cannot be listened on
+
+Rules: an error is typed by blame and phase where it arises and translated once, here. The text says what
+happened and what to change. Statuses follow the wire notes (Triton's mapping where it has one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class GatewayError(Exception):
+    """Base of all errors with a meaning to a user. `str(error)` is the text shown on the wire."""
+
+    status: ClassVar[int] = 500
+    grpc_code: ClassVar[int] = 13
+    reason: ClassVar[str] = "internal"
+    """Metric label and machine-readable cause."""
+    retryable: ClassVar[bool] = False
+    """Whether the caller may send the same request again; a retryable error carries `Retry-After`."""
+
+    retry_after_s: float = 1.0
+
+
+class RequestError(GatewayError):
+    status = 400
+    grpc_code = 3
+    reason = "invalid"
+
+
+class InvalidRequest(RequestError):
+    """400: malformed, mistyped or inconsistent input."""
+
+
+class NotFound(RequestError):
+    """404: unknown model, version or path."""
+
+    status = 404
+    grpc_code = 5
+    reason = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """405: the path exists, the method does not."""
+
+    status = 405
+    grpc_code = 12
+    reason = "method_not_allowed"
+
+
+class RequestTimeout(RequestError):
+    """408: header or body arrived too slowly."""
+
+    status = 408
+    grpc_code = 4
+    reason = "slow_client"
+
+
+class LengthRequired(RequestError):
+    """411: a body without a length."""
+
+    status = 411
+    reason = "length_required"
+
+
+class TooLarge(RequestError):
+    """413: body, or what it inflates to, is over the limit."""
+
+    status = 413
+    grpc_code = 8
+    reason = "too_large"
+
+
+class UriTooLong(RequestError):
+    """414: request target over the limit."""
+
+    status = 414
+    reason = "uri_too_long"
+
+
+class ExpectationFailed(RequestError):
+    """417: an `Expect` other than 100-continue."""
+
+    status = 417
+    reason = "expectation"
+
+
+class HeadersTooLarge(RequestError):
+    """431: header fields over the limit."""
+
+    status = 431
+    reason = "headers_too_large"
+
+
+class Unsupported(RequestError):
+    """501: part of the protocol this gateway does not offer."""
+
+    status = 501
+    grpc_code = 12
+    reason = "unsupported"
+
+
+class VersionNotSupported(RequestError):
+    """505: neither HTTP/1.0 nor HTTP/1.1."""
+
+    status = 505
+    reason = "http_version"
+
+
+class Refused(GatewayError):
+    status = 503
+    grpc_code = 14
+    reason = "refused"
+    retryable = True
+
+
+class Overloaded(Refused):
+    """503: a queue, byte or connection limit is reached."""
+
+    reason = "overloaded"
+
+
+class NotReady(Refused):
+    """503: the model exists but cannot answer now."""
+
+    reason = "not_ready"
+
+
+class NoBackend(Refused):
+    """503: no replica of the model can take a batch."""
+
+    reason = "no_backend"
+
+
+class Draining(Refused):
+    """503: the gateway is shutting down."""
+
+    reason = "draining"
+
+
+class DeadlineExceeded(Refused):
+    """504: the caller's deadline passed."""
+
+    status = 504
+    grpc_code = 4
+    reason = "deadline"
+    retryable = False
+
+
+class ExecutionFailed(GatewayError):
+    status = 500
+    grpc_code = 13
+    reason = "execution"
+
+
+class ModelError(ExecutionFailed):
+    """500: the model failed on this input (for instance an index out of range inside the graph)."""
+
+    reason = "model_error"
+
+
+class BackendError(ExecutionFailed):
+    """502: every attempt ended in a dead backend or an answer that failed its checks."""
+
+    status = 502
+    grpc_code = 14
+    reason = "backend_error"
+
+
+class Cancelled(GatewayError):
+    """499: the caller left before its answer. Never written to a socket."""
+
+    status = 499
+    grpc_code = 1
+    reason = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with a configuration. `line` is 1-based; 0 where no line applies."""
+
+    file: str
+    line: int
+    where: str
+    """Dotted key, for instance `models[0].max_batch_size`."""
+    message: str
+    """What is wrong and what to write instead."""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.where}: {self.message}" if self.where else f"{place}: {self.message}"
+
+
+class ConfigError(GatewayError):
+    """Configuration that cannot be used; holds every fault found, not just the first."""
+
+    reason = "config"
+
+    def __init__(self, faults: list[Fault] | str) -> None:
+        self.faults = [Fault("", 0, "", faults)] if isinstance(faults, str) else faults
+        super().__init__(faults if isinstance(faults, str) else "\n".join(map(str, faults)))
+
+
+class BindError(GatewayError):
+    """A host and port that cannot be listened on; ends the process with exit code 3."""
+
+    reason = "bind"
+
+    def __init__(self, host: str, port: int, cause: str) -> None:
+        self.host = host
+        self.port = port
+        super().__init__(f"cannot listen on {host}:{port}: {cause}")

@@ -1,0 +1,110 @@
+"""Log lines: one event, one line, to standard error, as text for people or JSON for machines.
+
+Decides the form only. Rules: times are UTC with milliseconds; control characters (and those that reorder text
+on a screen) are written as escapes, so what a client sent can neither forge a line nor drive a terminal;
+messages and fields are cut at a fixed length. Fields come as `extra={"model": …}` of the standard logging
+calls. Nothing is logged per request.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Final, Literal, TextIO
+
+import orjson
+
+LogFormat = Literal["console", "json"]
+
+MESSAGE_LIMIT: Final = 2000
+FIELD_LIMIT: Final = 500
+TRACEBACK_LIMIT: Final = 8000
+"""Characters kept of each; a traceback keeps its end, where the error is."""
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def _escapes() -> dict[int, str]:
+    c0_c1 = [*range(0x20), *range(0x7F, 0xA0)]
+    reordering = [0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+    surrogates = range(0xD800, 0xE000)
+    table = {code: f"\\x{code:02x}" for code in c0_c1}
+    table |= {code: f"\\u{code:04x}" for code in (*reordering, *surrogates)}
+    return table | {0x09: "\\t", 0x0A: "\\n", 0x0D: "\\r"}
+
+
+_ESCAPES: Final = _escapes()
+
+
+def clean(text: str, limit: int = FIELD_LIMIT) -> str:
+    """`text` on one line, safe to show, at most `limit` characters of it kept."""
+    cut = text[:limit]
+    dropped = len(text) - len(cut)
+    return cut.translate(_ESCAPES) + (f"… ({dropped} more characters)" if dropped else "")
+
+
+def _value(value: object) -> str | int | float | bool | None:
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return value
+    return clean(str(value))
+
+
+def _fields(record: logging.LogRecord) -> dict[str, str | int | float | bool | None]:
+    return {clean(k): _value(v) for k, v in vars(record).items() if k not in _STANDARD}
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _traceback(record: logging.LogRecord) -> list[str]:
+    if record.exc_info is None or record.exc_info[0] is None:
+        return []
+    text = logging.Formatter().formatException(record.exc_info)[-TRACEBACK_LIMIT:]
+    return [clean(line, TRACEBACK_LIMIT) for line in text.split("\n")]
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z INFO gateway.app: message key=value`; traceback lines follow, marked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = "".join([f" {key}={value}" for key, value in _fields(record).items()])
+        message = clean(record.getMessage(), MESSAGE_LIMIT)
+        line = f"{_time(record)} {record.levelname} {clean(record.name)}: {message}{fields}"
+        return "\n    | ".join([line, *_traceback(record)])
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, the fields, `traceback` where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        row: dict[str, object] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": clean(record.name),
+            "message": clean(record.getMessage(), MESSAGE_LIMIT),
+        }
+        # What every line has cannot be overwritten by a field of the same name.
+        row = _fields(record) | row
+        if lines := _traceback(record):
+            row["traceback"] = "\n".join(lines)
+        return orjson.dumps(row).decode()
+
+
+def set_up(level: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
+    """Send every log record of `level` ("debug", "info", "warning", "error") and above to one stream.
+
+    Args:
+        stream: standard error if None.
+
+    Raises:
+        ValueError: `level` is not the name of a level.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else ConsoleFormatter())
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    root.handlers[:] = [handler]

@@ -1,0 +1,308 @@
+"""From plain counters to the metric families of `/metrics`: names, types, labels, and what each is read from.
+
+The families of the gateway and Triton's `nv_inference_*` are written directly (observe/exposition.py):
+prometheus_client would append `_total` to Triton's counters, and one object per sample would hold up the
+event loop at 500 models. What is standard about any process (`process_*`, `python_*`) comes from
+prometheus_client's collectors.
+
+Rules: a scrape folds and reads, it changes nothing else. `Scrape.add` does one model version, so that whoever
+scrapes can give way to requests between two. Families without a version label are summed over a model's
+versions. Labels are names from the configuration, protocols, codes, reasons and states: nothing a client can
+invent.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Final
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+import gateway
+from gateway.core.batch_queue import QueueStatistics
+from gateway.observe.exposition import OPENMETRICS, TEXT, Family, Kind, labels, render
+from gateway.observe.record import Histogram, ModelStatistics
+
+BACKEND_STATES: Final = ("ready", "starting", "unavailable", "failed")
+"""Every backend shows each of these as 0 or 1; a state not listed here appears only while it lasts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica of one model version, as seen now."""
+
+    name: str
+    state: str
+    """One of `BACKEND_STATES`."""
+    in_flight: int
+    restarts: int = 0
+    """Times the worker behind it was started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model version, as seen now. `name` and `version` together are unique in a scrape."""
+
+    name: str
+    version: str
+    statistics: ModelStatistics
+    queue: QueueStatistics
+    replicas: Sequence[ReplicaView]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpView:
+    """The data port, as seen now."""
+
+    open_connections: int
+    held_bytes: int
+    """Request bodies being received or not yet answered."""
+    rejected: Mapping[str, int]
+    """Requests refused before they reached a model, by the error's `reason`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a scrape reads from; each is called once per scrape."""
+
+    models: Callable[[], Iterable[ModelView]]
+    http: Callable[[], HttpView]
+    loop_lag: Mapping[str, Histogram]
+    """Event-loop lag in seconds by process name."""
+    build: Mapping[str, str]
+    """Labels of `gateway_build_info`, see `build_labels`."""
+
+
+def build_labels() -> dict[str, str]:
+    """Versions of the gateway, Python and onnxruntime (read from its package metadata, not imported)."""
+    try:
+        onnxruntime = metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:
+        onnxruntime = "none"
+    return {
+        "version": gateway.__version__,
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime,
+    }
+
+
+class Metrics:
+    """What `/metrics` serves; one for the process."""
+
+    def __init__(self, sources: Sources, clock: Callable[[], float]) -> None:
+        """`clock`: monotonic seconds, the one that requests' arrival times are read from."""
+        self.sources = sources
+        self._clock = clock
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        PlatformCollector(registry=self._process)
+        GCCollector(registry=self._process)
+
+    def scrape(self) -> Scrape:
+        """Start one scrape: `add` every model of `sources.models()`, then `finish`."""
+        return Scrape(self._clock())
+
+    def finish(self, scrape: Scrape, openmetrics: bool) -> tuple[bytes, str]:
+        """The text of a scrape and its content type."""
+        scrape.add_process(self.sources.http(), self.sources.loop_lag, self.sources.build)
+        own = render(scrape.families(), openmetrics)
+        if openmetrics:
+            return own + generate_openmetrics(self._process), OPENMETRICS  # type: ignore[no-untyped-call]
+        return own + generate_latest(self._process), TEXT
+
+    def text(self, openmetrics: bool = False) -> tuple[bytes, str]:
+        """A whole scrape at once."""
+        scrape = self.scrape()
+        for view in self.sources.models():
+            scrape.add(view)
+        return self.finish(scrape, openmetrics)
+
+
+class Scrape:
+    """The families of one scrape, filled one model version at a time."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._seen: set[tuple[str, str]] = set()
+        self._by_name: dict[str, Family] = {}
+        self._sums: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self._describe_triton()
+        self._describe_versions()
+        self._describe_models()
+        self._describe_process()
+
+    def families(self) -> list[Family]:
+        """All families in a fixed order, with the sums over versions written."""
+        for (name, label_text), value in self._sums.items():
+            self._by_name[name].add(label_text, value)
+        self._sums.clear()
+        return list(self._by_name.values())
+
+    def add(self, view: ModelView) -> None:
+        """Read one model version. A second view of it is ignored: a series may appear only once."""
+        if (view.name, view.version) in self._seen:
+            return
+        self._seen.add((view.name, view.version))
+        self._add_triton(view)
+        self._add_requests(view)
+        self._add_batches(view)
+        self._add_model(view)
+
+    # -- Triton's families ---------------------------------------------------------------------------------
+
+    def _describe_triton(self) -> None:
+        for name, text in (
+            ("request_success", "Requests answered"),
+            ("request_failure", "Requests that failed, by reason"),
+            ("count", "Inferences performed: rows, a batch of n counts n"),
+            ("exec_count", "Model executions: batches"),
+            ("request_duration_us", "Cumulative request duration in microseconds"),
+            ("queue_duration_us", "Cumulative time requests waited in the queue in microseconds"),
+            ("compute_input_duration_us", "Cumulative time spent preparing inputs in microseconds"),
+            ("compute_infer_duration_us", "Cumulative time spent executing the model in microseconds"),
+            ("compute_output_duration_us", "Cumulative time spent reading outputs in microseconds"),
+        ):
+            self._family(f"nv_inference_{name}", "counter", text, foreign=True)
+        self._family("nv_inference_pending_request_count", "gauge", "Requests waiting to be executed")
+
+    def _add_triton(self, view: ModelView) -> None:
+        s, family = view.statistics, self._by_name
+        version = labels(model=view.name, version=view.version)
+        for reason, n in s.failures.items():
+            family["nv_inference_request_failure"].add(labels(model=view.name, reason=reason, version=view.version), n)
+        for name, value in (
+            ("request_success", s.success),
+            ("count", s.inference_count),
+            ("exec_count", s.execution_count),
+            ("request_duration_us", s.request_ns // 1000),
+            ("queue_duration_us", s.queue_ns // 1000),
+            ("compute_input_duration_us", s.compute_input_ns // 1000),
+            ("compute_infer_duration_us", s.compute_infer_ns // 1000),
+            ("compute_output_duration_us", s.compute_output_ns // 1000),
+            ("pending_request_count", view.queue.requests),
+        ):
+            family[f"nv_inference_{name}"].add(version, value)
+
+    # -- families by model version -------------------------------------------------------------------------
+
+    def _describe_versions(self) -> None:
+        self._family("gateway_requests_total", "counter", "Requests by status code of the answer")
+        self._family(
+            "gateway_request_duration_seconds",
+            "histogram",
+            "Arrival to answer of requests answered from a batch",
+        )
+        self._family(
+            "gateway_phase_duration_seconds",
+            "histogram",
+            "Where the time goes: queue and total_overhead once a request, execute once a batch",
+        )
+        self._family("gateway_batch_rows", "histogram", "Rows of executed batches")
+        self._family("gateway_batches_total", "counter", "Executed batches by the reason they left the queue")
+        self._family("gateway_queue_rows", "gauge", "Rows waiting in the queue")
+        self._family("gateway_queue_bytes", "gauge", "Bytes of input waiting in the queue")
+        self._family("gateway_queue_oldest_seconds", "gauge", "Wait so far of the request that waits longest")
+
+    def _add_requests(self, view: ModelView) -> None:
+        family = self._by_name
+        for protocol, part in view.statistics.protocols.items():
+            for code, n in part.codes.items():
+                family["gateway_requests_total"].add(
+                    labels(model=view.name, version=view.version, protocol=protocol, code=str(code)), n
+                )
+            self._histogram(
+                "gateway_request_duration_seconds",
+                labels(model=view.name, version=view.version, protocol=protocol),
+                part.durations,
+            )
+
+    def _add_batches(self, view: ModelView) -> None:
+        s, family = view.statistics, self._by_name
+        version = labels(model=view.name, version=view.version)
+        for phase, histogram in (
+            ("queue", s.queue_waits),
+            ("execute", s.execute),
+            ("total_overhead", s.overhead),
+        ):
+            self._histogram(
+                "gateway_phase_duration_seconds",
+                labels(model=view.name, phase=phase, version=view.version),
+                histogram,
+            )
+        family["gateway_batch_rows"].add_histogram(version, s.rows.bounds, s.rows.cumulative(), s.rows.sum)
+        for reason, n in s.batches.items():
+            family["gateway_batches_total"].add(labels(model=view.name, reason=reason, version=view.version), n)
+        oldest = view.queue.oldest
+        family["gateway_queue_rows"].add(version, view.queue.rows)
+        family["gateway_queue_bytes"].add(version, view.queue.nbytes)
+        family["gateway_queue_oldest_seconds"].add(version, 0.0 if oldest is None else max(0.0, self._now - oldest))
+
+    # -- families by model, summed over its versions -------------------------------------------------------
+
+    def _describe_models(self) -> None:
+        self._family("gateway_rejected_total", "counter", "Requests refused for load or state, by reason")
+        self._family("gateway_retries_total", "counter", "Requests sent to a backend again after a failed attempt")
+        self._family("gateway_backend_state", "gauge", "1 for the state a backend is in, 0 for the others")
+        self._family("gateway_backend_attempts_total", "counter", "Batches sent to a backend, by outcome")
+        self._family("gateway_backend_inflight_batches", "gauge", "Batches a backend is executing")
+        self._family("gateway_worker_restarts_total", "counter", "Restarts of the worker process behind a backend")
+
+    def _add_model(self, view: ModelView) -> None:
+        s, model = view.statistics, view.name
+        for reason, n in s.rejected.items():
+            self._sum("gateway_rejected_total", labels(model=model, reason=reason), n)
+        self._sum("gateway_retries_total", labels(model=model), s.retries)
+        for (backend, outcome), n in s.attempts.items():
+            self._sum("gateway_backend_attempts_total", labels(backend=backend, model=model, outcome=outcome), n)
+        for replica in view.replicas:
+            backend = labels(backend=replica.name, model=model)
+            self._sum("gateway_backend_inflight_batches", backend, replica.in_flight)
+            # Versions and instances of a model may share a worker: its restarts are one number, not one each.
+            self._most("gateway_worker_restarts_total", backend, replica.restarts)
+            for state in dict.fromkeys((*BACKEND_STATES, replica.state)):
+                self._most(
+                    "gateway_backend_state",
+                    labels(backend=replica.name, model=model, state=state),
+                    int(state == replica.state),
+                )
+
+    # -- families of the process ---------------------------------------------------------------------------
+
+    def _describe_process(self) -> None:
+        self._family("gateway_http_open_connections", "gauge", "Open connections to the data port")
+        self._family("gateway_http_held_bytes", "gauge", "Bytes of request bodies being received or processed")
+        self._family("gateway_http_rejected_total", "counter", "Requests refused at the data port, by reason")
+        self._family("gateway_event_loop_lag_seconds", "histogram", "How late the event loop runs what is due")
+        self._family("gateway_build_info", "gauge", "Always 1; the labels name the versions running")
+
+    def add_process(self, http: HttpView, lag: Mapping[str, Histogram], build: Mapping[str, str]) -> None:
+        family = self._by_name
+        family["gateway_http_open_connections"].add("", http.open_connections)
+        family["gateway_http_held_bytes"].add("", http.held_bytes)
+        for reason, n in http.rejected.items():
+            family["gateway_http_rejected_total"].add(labels(reason=reason), n)
+        for process, histogram in lag.items():
+            self._histogram("gateway_event_loop_lag_seconds", labels(process=process), histogram)
+        family["gateway_build_info"].add(labels(**build), 1)
+
+    # -- small print ---------------------------------------------------------------------------------------
+
+    def _family(self, name: str, kind: Kind, text: str, *, foreign: bool = False) -> None:
+        self._by_name[name] = Family(name, kind, text, foreign=foreign)
+
+    def _histogram(self, name: str, label_text: str, histogram: Histogram) -> None:
+        cumulative = histogram.cumulative()
+        self._by_name[name].add_histogram(label_text, histogram.bounds, cumulative, histogram.sum)
+
+    def _sum(self, name: str, label_text: str, value: int) -> None:
+        self._sums[name, label_text] += value
+
+    def _most(self, name: str, label_text: str, value: int) -> None:
+        key = (name, label_text)
+        self._sums[key] = max(self._sums[key], value)

@@ -1,0 +1,214 @@
+"""The operations port: metrics, health and the state of models and workers, for people, scrapers and the CLI.
+
+Read-only and off the hot path, hence plain aiohttp. Rules: GET and HEAD only; never a tensor; errors are JSON
+`{"error": …}` like on the data port. On a loopback address the `Host` header must name this machine, so that
+a web page whose name was re-pointed at 127.0.0.1 (DNS rebinding) reads nothing. A scrape gives way to
+requests between model versions, so a long list of models does not hold up the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from gateway.errors import BindError
+from gateway.observe.exposition import prefers_openmetrics
+from gateway.observe.metrics import Metrics
+
+log = logging.getLogger("gateway.operations")
+
+MODELS_PER_TURN: Final = 8
+"""Model versions read between two turns of the event loop: about a millisecond."""
+
+PAGES: Final = (
+    ("/metrics", "counters and histograms for Prometheus"),
+    ("/healthz", "whether the process answers at all"),
+    ("/api/models", "models: version, state, digest, backends"),
+    ("/api/workers", "worker processes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    name: str
+    available: bool
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model version as `/api/models` shows it; the field names are part of the interface."""
+
+    name: str
+    version: str
+    state: str
+    digest: str
+    backends: Sequence[BackendStatus]
+    max_batch_size: int
+    batching: str
+    """Why the model is or is not batched, in words."""
+    reason: str
+    """Why it is not ready; empty where it is."""
+
+
+class Operations:
+    """The operations server.
+
+    Args:
+        metrics: what `/metrics` serves.
+        models: model versions now, for `/api/models`.
+        workers: worker processes now, for `/api/workers`: dataclasses or dicts of plain values.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        models: Callable[[], Sequence[ModelStatus]],
+        workers: Callable[[], Sequence[object]],
+    ) -> None:
+        self._metrics = metrics
+        self._models = models
+        self._workers = workers
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+        """The port listened on, once started."""
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; port 0 takes any free one.
+
+        Raises:
+            BindError: the address is taken, not ours, or not allowed.
+        """
+        app = web.Application(middlewares=[_errors, _only_reads, _host_check(host)])
+        app.router.add_get("/", _index)
+        app.router.add_get("/metrics", self._serve_metrics)
+        app.router.add_get("/healthz", _healthz)
+        app.router.add_get("/api/models", self._serve_models)
+        app.router.add_get("/api/workers", self._serve_workers)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except (OSError, OverflowError) as error:
+            await runner.cleanup()
+            raise BindError(host, port, _cause(error)) from None
+        self._runner = runner
+        self.port = runner.addresses[0][1]
+
+    async def close(self) -> None:
+        """Stop listening and end open connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
+        scrape = self._metrics.scrape()
+        for n, view in enumerate(list(self._metrics.sources.models()), start=1):
+            scrape.add(view)
+            if n % MODELS_PER_TURN == 0:
+                await asyncio.sleep(0)
+        openmetrics = prefers_openmetrics(request.headers.get("Accept", ""))
+        body, content_type = self._metrics.finish(scrape, openmetrics)
+        response = web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept"})
+        response.enable_compression()
+        return response
+
+    async def _serve_models(self, _: web.Request) -> web.Response:
+        return _json(self._models())
+
+    async def _serve_workers(self, _: web.Request) -> web.Response:
+        return _json(self._workers())
+
+
+async def _healthz(_: web.Request) -> web.Response:
+    return _json({"status": "alive"})
+
+
+async def _index(_: web.Request) -> web.Response:
+    rows = "".join(f'<li><a href="{path}">{path}</a> {html.escape(text)}</li>' for path, text in PAGES)
+    title = "<title>Inference gateway</title><h1>Inference gateway: operations</h1>"
+    page = f"<!doctype html><html lang=en>{title}<ul>{rows}</ul></html>"
+    return web.Response(text=page, content_type="text/html")
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    body = orjson.dumps(value if not isinstance(value, tuple) else list(value))
+    # Set as a header, because `content_type=` would add a charset to what contracts fix as exactly this.
+    return web.Response(body=body, status=status, headers={"Content-Type": "application/json"})
+
+
+def _fault(status: int, text: str) -> web.Response:
+    return _json({"error": text}, status)
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Whatever goes wrong is told in JSON, and only the log sees the traceback."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        known = ", ".join(path for path, _ in PAGES)
+        return _fault(404, f"nothing is served here; this port serves {known}. Inference is on the data port")
+    except web.HTTPException as error:
+        return _fault(error.status, error.reason)
+    except Exception:
+        log.exception("operations: %s failed", request.path)
+        return _fault(500, "this page could not be made; the gateway's log says why")
+
+
+@web.middleware
+async def _only_reads(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.method not in {"GET", "HEAD"}:
+        response = _fault(405, f"{request.method} is not allowed here; use GET")
+        response.headers["Allow"] = "GET, HEAD"
+        return response
+    return await handler(request)
+
+
+def _host_check(bound: str) -> Middleware:
+    """Middleware that refuses a foreign `Host` where only this machine can connect."""
+    allowed = {"localhost", "127.0.0.1", "::1", bound.lower()} if is_loopback(bound) else None
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        hosts = request.headers.getall("Host", [])
+        if allowed is not None and any(host_name(value) not in allowed for value in hosts):
+            return _fault(403, "this Host is not served here; open the port as http://127.0.0.1 or http://localhost")
+        return await handler(request)
+
+    return check
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind address can be reached from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_name(value: str) -> str:
+    """The name in a `Host` header: lower case, without port, brackets of IPv6 removed."""
+    if value.startswith("["):
+        return value[1:].partition("]")[0].lower()
+    return value.partition(":")[0].lower()
+
+
+def _cause(error: OSError | OverflowError) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        # asyncio wraps the system's text into a longer one that repeats the address.
+        text = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+        return f"{text}; choose another with --metrics-port"
+    return f"{error}; choose another with --metrics-port"

@@ -1,0 +1,134 @@
+"""READ THIS FIRST: the path of one inference request.
+
+    bytes ─▶ ingress/http_server.py + protocol/http1.py     one request, framed and within limits
+          ─▶ ingress/endpoints.py + protocol/oip_json.py    decoded and checked against the model's signature
+          ─▶ Pipeline.infer (here)                          resolved, split if oversized, admitted
+          ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
+          ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
+          ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory
+          ─▶ dispatcher.py → scheduler.py                   answer checked, members settled, each exactly once
+          ─▶ ingress/endpoints.py + protocol/oip_answer.py  its rows encoded, provenance headers, bytes
+          ─▶ observe/record.py                              counted, once per batch where possible
+
+Nothing here knows a wire format: HTTP today and gRPC later enter through the same method.
+"""
+
+from __future__ import annotations
+
+from gateway.catalog import Catalog, ServedVersion
+from gateway.core import assembly
+from gateway.core.batch import FinishedBatch
+from gateway.core.request import SETTLED, InferRequest
+from gateway.errors import BackendError, Draining, GatewayError, NotReady
+
+
+class Pipeline:
+    """Entry of every inference request, whatever protocol it came in by."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def infer(self, version: ServedVersion, request: InferRequest) -> None:
+        """Take a decoded request; `received`, `context` and `settle` are set. `settle` is called once, later.
+
+        Raises:
+            Refused: the request was not taken (draining, not ready, queue full); `settle` will not be called.
+        """
+        # Resolved before it was decoded, so the version may have left since; what it still holds is answered.
+        scheduler = version.scheduler
+        if scheduler is None:
+            raise NotReady(f"Request for unavailable model: '{version.spec.name}' version {version.spec.version}")
+        # More rows than one batch holds, and the model's owner lets the gateway cut: several requests, one answer.
+        limit = version.spec.policy.max_batch_size
+        if limit and request.rows > limit:
+            SplitRequest(version, request, limit).submit()
+            return
+        # Admission and queueing; from here on the scheduler owns the request until it settles it.
+        scheduler.submit(request)
+
+    def abort(self, version: ServedVersion, request: InferRequest) -> None:
+        """The caller left before its answer."""
+        split = request.batch if isinstance(request.batch, SplitRequest) else None
+        if split is not None:
+            split.abort()
+        elif version.scheduler is not None:
+            version.scheduler.abort(request)
+
+
+class SplitRequest:
+    """An oversized request on its way as several; settles the original once, when the last part is settled."""
+
+    __slots__ = ("_error", "_open", "_original", "_parts", "_version")
+
+    def __init__(self, version: ServedVersion, original: InferRequest, max_rows: int) -> None:
+        self._version = version
+        self._original = original
+        self._error: GatewayError | None = None
+        self._parts = assembly.split_request(original, max_rows)
+        self._open = len(self._parts)
+        original.batch = self
+        for part in self._parts:
+            part.settle = self._part_settled
+
+    def submit(self) -> None:
+        """All parts are let in, or none is and the scheduler's refusal is raised."""
+        scheduler = self._version.scheduler
+        if scheduler is None:
+            raise Draining(f"model '{self._version.spec.name}' is unloading")
+        submitted: list[InferRequest] = []
+        try:
+            for part in self._parts:
+                scheduler.submit(part)
+                submitted.append(part)
+        except GatewayError:
+            self._parts = []  # what is settled below must not settle the original
+            for part in submitted:
+                scheduler.abort(part)
+            self._original.batch = None
+            raise
+
+    def abort(self) -> None:
+        self._original.state = SETTLED
+        self._give_up()
+
+    def _give_up(self) -> None:
+        scheduler = self._version.scheduler
+        if scheduler is not None:
+            for part in self._parts:
+                scheduler.abort(part)
+
+    def _part_settled(self, part: InferRequest) -> None:
+        if not self._parts or self._original.state == SETTLED:
+            return
+        self._open -= 1
+        if part.error is not None:
+            self._settle(error=part.error)
+            self._give_up()
+        elif self._open == 0:
+            try:
+                self._settle(batch=self._join())
+            except assembly.AssemblyError as error:
+                self._settle(error=BackendError(f"model '{self._version.spec.name}': {error}"))
+
+    def _join(self) -> FinishedBatch:
+        pieces = [(part.batch, part.row) for part in self._parts]
+        first: FinishedBatch = pieces[0][0]
+        joined = FinishedBatch(
+            first.batch_id,
+            self._original.rows,
+            assembly.join_outputs([(part.batch.outputs, part.row, part.rows) for part in self._parts]),
+            first.backend,
+            max(batch.attempt for batch, _ in pieces),
+            min(batch.dispatched for batch, _ in pieces),
+            max(batch.finished for batch, _ in pieces),
+            first.reason,
+            (0, sum(batch.infer_ns for batch in {batch for batch, _ in pieces}), 0),
+        )
+        joined.parts = pieces
+        return joined
+
+    def _settle(self, batch: FinishedBatch | None = None, error: Exception | None = None) -> None:
+        original = self._original
+        original.state = SETTLED
+        original.batch, original.error, original.row = batch, error, 0
+        original.settle(original)

@@ -1,0 +1,183 @@
+"""Answers: a request's rows of a finished batch → OIP JSON, with or without binary tensors behind it.
+
+Per batch, once: each output becomes JSON text in one call and is cut into rows; everything of the body that does not
+change from request to request is put together. Per request: its rows are joined and framed.
+Rules (wire notes §1.8, §1.9): key order id, model_name, model_version, outputs; data flat; FP32 in its shortest form
+that reads back to the same float32; NaN and Infinity as bare literals; no parameters but `binary_data_size`;
+a response with at least one non-empty binary output carries `Inference-Header-Content-Length`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from gateway.core import assembly
+from gateway.core.batch import FinishedBatch
+from gateway.core.model import ModelSpec
+from gateway.core.request import InferRequest, OutputTensor
+from gateway.core.tensor import unpack_bytes
+from gateway.errors import InvalidRequest
+from gateway.protocol.oip_plan import ResponseForm
+
+_NUMPY: Final = orjson.OPT_SERIALIZE_NUMPY
+_LITERAL: Final = {True: b"-Infinity", False: b"Infinity"}
+
+
+class AnswerEncoder:
+    """Encodes answers for one model version."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        identity = b'"model_name":%b,"model_version":%b,"outputs":[' % (
+            orjson.dumps(spec.name),
+            orjson.dumps(spec.version),
+        )
+        self._opening = b"{" + identity
+        self._opening_with_id = b'{"id":%b,' + identity.replace(b"%", b"%%")
+
+    def encode(self, request: InferRequest, encoded: BatchEncoder) -> tuple[list[bytes | memoryview], int, int | None]:
+        """The body of a settled request: (parts, total bytes, JSON part's length if binary tensors follow).
+
+        `encoded` belongs to the request's batch and is shared by all its members.
+
+        Raises:
+            InvalidRequest: a BYTES output is wanted as JSON but is not valid UTF-8.
+        """
+        form: ResponseForm = request.form
+        opening = (
+            self._opening if request.request_id is None else self._opening_with_id % orjson.dumps(request.request_id)
+        )
+        if not form.any_binary:
+            body = opening + encoded.json_outputs(form.outputs, request.row, request.rows)
+            return [body], len(body), None
+        return self._encode_binary(opening, encoded, request, form)
+
+    def _encode_binary(
+        self, opening: bytes, encoded: BatchEncoder, request: InferRequest, form: ResponseForm
+    ) -> tuple[list[bytes | memoryview], int, int | None]:
+        fields: list[bytes] = []
+        blobs: list[bytes | memoryview] = []
+        total = 0
+        for index, binary in zip(form.outputs, form.binary, strict=True):
+            if not binary:
+                fields.append(encoded.json_output(index, request.row, request.rows))
+                continue
+            blob = encoded.blob(index, request.row, request.rows)
+            fields.append(encoded.binary_head(index, request.rows) + b"%d}}" % len(blob))
+            if len(blob):
+                blobs.append(blob)
+                total += len(blob)
+        head = opening + b",".join(fields) + b"]}"
+        return [head, *blobs], len(head) + total, len(head) if blobs else None
+
+
+class BatchEncoder:
+    """What is encoded once per batch. `row` and `rows` of its methods select a request's part of the batch."""
+
+    __slots__ = ("_batch", "_heads", "_offsets", "_rows", "_spec")
+
+    def __init__(self, spec: ModelSpec, batch: FinishedBatch) -> None:
+        self._spec = spec
+        self._batch = batch
+        self._rows: dict[int, list[bytes | None]] = {}
+        self._heads: dict[tuple[int, int, bool], bytes] = {}
+        self._offsets: dict[int, list[int]] = {}
+
+    def json_outputs(self, outputs: tuple[int, ...], row: int, rows: int) -> bytes:
+        """All outputs and the closing brackets."""
+        if len(outputs) == 1:
+            return self.json_output(outputs[0], row, rows) + b"]}"
+        return b",".join([self.json_output(index, row, rows) for index in outputs]) + b"]}"
+
+    def json_output(self, index: int, row: int, rows: int) -> bytes:
+        """One output object with its data."""
+        texts = self._rows.get(index)
+        if texts is None:
+            texts = self._rows[index] = self._row_texts(self._batch.outputs[index])
+        head = self._heads.get((index, rows, False)) or self._head(index, rows, binary=False)
+        if not self._spec.batched:
+            text = texts[0]
+        elif rows == 1:
+            text = texts[row]
+        else:
+            chosen = texts[row : row + rows]
+            text = None if None in chosen else b",".join([part for part in chosen if part])
+        if text is None:
+            raise InvalidRequest(
+                f"output '{self._batch.outputs[index].name}' holds bytes that are not valid UTF-8 and cannot be "
+                "sent as JSON; ask for it with the parameter binary_data: true"
+            )
+        return head + text + b"]}"
+
+    def binary_head(self, index: int, rows: int) -> bytes:
+        """One output object up to the value of `binary_data_size`."""
+        return self._heads.get((index, rows, True)) or self._head(index, rows, binary=True)
+
+    def blob(self, index: int, row: int, rows: int) -> bytes | memoryview:
+        output = self._batch.outputs[index]
+        if not self._spec.batched:
+            return output.data
+        if output.datatype.kind == "bytes":
+            offsets = self._offsets.get(index)
+            if offsets is None:
+                offsets = self._offsets[index] = assembly.row_offsets(output)
+            return memoryview(output.data)[offsets[row] : offsets[row + rows]]
+        per_row = len(output.data) // self._batch.rows
+        return memoryview(output.data)[row * per_row : (row + rows) * per_row]
+
+    def _head(self, index: int, rows: int, *, binary: bool) -> bytes:
+        output = self._batch.outputs[index]
+        shape = (rows, *output.shape[1:]) if self._spec.batched else output.shape
+        head = b'{"name":%b,"datatype":"%b","shape":[%b],%b' % (
+            orjson.dumps(output.name),
+            output.datatype.name.encode(),
+            ",".join(map(str, shape)).encode(),
+            b'"parameters":{"binary_data_size":' if binary else b'"data":[',
+        )
+        self._heads[index, rows, binary] = head
+        return head
+
+    def _row_texts(self, output: OutputTensor) -> list[bytes | None]:
+        """JSON text of each row's elements, without brackets; None where a row cannot be JSON."""
+        rows = self._batch.rows if self._spec.batched else 1
+        if output.datatype.kind == "bytes":
+            return _string_rows(output, rows)
+        numbers = np.frombuffer(output.data, output.datatype.numpy)
+        if numbers.size == 0:
+            return [b""] * rows
+        if numbers.size == rows:
+            texts: list[bytes | None] = orjson.dumps(numbers, option=_NUMPY)[1:-1].split(b",")  # type: ignore[assignment]
+        else:
+            table = numbers.reshape(rows, -1)
+            texts = orjson.dumps(table, option=_NUMPY)[2:-2].split(b"],[")  # type: ignore[assignment]
+        if output.datatype.kind == "float" and not np.isfinite(numbers).all():
+            return _with_literals(texts, numbers.reshape(rows, -1))
+        return texts
+
+
+def _string_rows(output: OutputTensor, rows: int) -> list[bytes | None]:
+    elements = unpack_bytes(output.data)
+    per_row = len(elements) // rows if rows else 0
+    texts: list[bytes | None] = []
+    for row in range(rows):
+        try:
+            texts.append(orjson.dumps([e.decode() for e in elements[row * per_row : (row + 1) * per_row]])[1:-1])
+        except UnicodeDecodeError:
+            texts.append(None)
+    return texts
+
+
+def _with_literals(texts: list[bytes | None], table: np.ndarray[Any, Any]) -> list[bytes | None]:
+    """orjson writes null for what JSON has no number for; put the protocol's literals in those places."""
+    result = list(texts)
+    for row in np.flatnonzero(~np.isfinite(table).all(axis=1)):
+        tokens = (texts[row] or b"").split(b",")
+        for column in np.flatnonzero(~np.isfinite(table[row])):
+            value = float(table[row, column])
+            tokens[column] = b"NaN" if math.isnan(value) else _LITERAL[value < 0]
+        result[row] = b",".join(tokens)
+    return result

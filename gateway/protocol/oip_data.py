@@ -1,0 +1,145 @@
+"""The `data` of one JSON tensor → checked elements, on the cheapest road that still checks each of them.
+
+Rules (wire notes §1.8): data may be flat, nested or irregularly nested; it is flattened in order and only the
+count is compared with the shape. BOOL takes only true and false, integers only integer literals within range,
+floats any number (1e39 becomes Infinity in FP32), BYTES only strings. FP16 and BF16 have no JSON form.
+Small arrays stay Python lists and become bytes once per batch; large ones (simdjson) become bytes here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from gateway.core.request import InputTensor
+from gateway.core.tensor import pack_bytes
+from gateway.errors import InvalidRequest
+from gateway.protocol.oip_plan import InputPlan
+
+MAX_DEPTH: Final = 64
+_RANGE: Final = {
+    (kind, size): (0, 2 ** (8 * size) - 1) if kind == "uint" else (-(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1)
+    for kind in ("int", "uint")
+    for size in (1, 2, 4, 8)
+}
+_TYPES: Final[dict[str, frozenset[type]]] = {
+    "float": frozenset({float, int}),
+    "int": frozenset({int}),
+    "uint": frozenset({int}),
+    "bool": frozenset({bool}),
+    "bytes": frozenset({str}),
+}
+_WANTED: Final = {
+    "float": "numbers",
+    "int": "integers",
+    "uint": "integers that are not negative",
+    "bool": "true or false",
+    "bytes": "strings",
+}
+
+
+def check_count(plan: InputPlan, got: int) -> None:
+    """Raises InvalidRequest unless `got` elements fill the shape exactly."""
+    if got != plan.elements:
+        raise InvalidRequest(
+            f"input '{plan.name}': shape {list(plan.shape)} needs {plan.elements} elements, 'data' holds {got}. "
+            "Shape does not match true shape of 'data' field"
+        )
+
+
+def from_checked(plan: InputPlan, values: list[Any]) -> InputTensor:
+    """Elements whose Python types a typed decoder has proven; count and range are still checked here."""
+    if len(values) != plan.elements:
+        check_count(plan, len(values))
+    kind = plan.datatype.kind
+    if kind in {"int", "uint"}:
+        _check_range(plan, values)
+    elif kind == "bytes":
+        packed = pack_bytes([value.encode() for value in values])
+        return InputTensor(plan.datatype, plan.shape, None, packed)
+    return InputTensor(plan.datatype, plan.shape, values, None)
+
+
+def from_json(plan: InputPlan, data: Any) -> InputTensor:
+    """Elements as orjson or the standard library made them: flat or nested lists of any JSON types."""
+    kind = plan.datatype.kind
+    if kind == "half":
+        raise InvalidRequest(
+            f"receiving {plan.datatype} data via JSON is not supported. Please use the binary data format for "
+            f"input '{plan.name}'"
+        )
+    if not isinstance(data, list):
+        raise InvalidRequest(f"input '{plan.name}': 'data' must be an array, got {_json_type(data)}")
+    allowed = _TYPES[kind]
+    if not allowed.issuperset(map(type, data)):
+        flat: list[Any] = []
+        _flatten(plan, data, flat, 0)
+        data = flat
+        if not allowed.issuperset(map(type, data)):
+            _refuse_element(plan, data)
+    try:
+        return from_checked(plan, data)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"input '{plan.name}': a string holds a lone surrogate, which is not valid Unicode"
+        ) from error
+
+
+def from_array(plan: InputPlan, array: Any) -> InputTensor:
+    """A simdjson array of any nesting. Numbers are checked and flattened in C; other kinds go through lists."""
+    kind = plan.datatype.kind
+    if kind not in {"float", "int", "uint"}:
+        return from_json(plan, array.as_list())
+    letter, wire = {"float": ("d", "<f8"), "int": ("i", "<i8"), "uint": ("u", "<u8")}[kind]
+    try:
+        numbers: np.ndarray[Any, Any] = np.frombuffer(array.as_buffer(of_type=letter), wire)
+    except (TypeError, ValueError):
+        # The slow road finds out which element is at fault, and why.
+        return from_json(plan, array.as_list())
+    check_count(plan, numbers.size)
+    if kind != "float" and numbers.size:
+        _check_range(plan, [int(numbers.min()), int(numbers.max())])
+    with np.errstate(over="ignore"):
+        return InputTensor(plan.datatype, plan.shape, None, memoryview(numbers.astype(plan.datatype.numpy).tobytes()))
+
+
+def _check_range(plan: InputPlan, values: list[int]) -> None:
+    if not values:
+        return
+    low, high = _RANGE[plan.datatype.kind, plan.datatype.itemsize]
+    least, most = min(values), max(values)
+    if least < low or most > high:
+        wrong = least if least < low else most
+        raise InvalidRequest(
+            f"input '{plan.name}': {wrong} is out of range for {plan.datatype}, which holds {low} to {high}"
+        )
+
+
+def _flatten(plan: InputPlan, data: list[Any], into: list[Any], depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"input '{plan.name}': 'data' is nested deeper than {MAX_DEPTH} levels")
+    for item in data:
+        if type(item) is list:
+            _flatten(plan, item, into, depth + 1)
+        else:
+            into.append(item)
+
+
+def _refuse_element(plan: InputPlan, data: list[Any]) -> None:
+    allowed = _TYPES[plan.datatype.kind]
+    index, item = next((i, item) for i, item in enumerate(data) if type(item) not in allowed)
+    raise InvalidRequest(
+        f"input '{plan.name}': element {index} is {_json_type(item)}, but {plan.datatype} takes "
+        f"{_WANTED[plan.datatype.kind]} only"
+    )
+
+
+def _json_type(item: Any) -> str:
+    if item is None:
+        return "null"
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    if isinstance(item, (int, float)):
+        return "a number" if not isinstance(item, float) else f"the number {item!r}"
+    return {"str": "a string", "list": "an array", "dict": "an object"}.get(type(item).__name__, "another value")

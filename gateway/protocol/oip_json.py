@@ -1,0 +1,253 @@
+"""OIP inference request, JSON with or without binary tensors → `InferRequest`.
+
+Four roads lead to the same checks; a body takes the cheapest that can read it:
+  1. typed (msgspec): small bodies of plain requests; names, shapes and elements are type-checked in C;
+  2. general (orjson → dict): anything else that is small, and the JSON part before binary tensors, whose
+     outcome is remembered by its bytes;
+  3. large (simdjson): arrays go from text to numbers in C without becoming Python objects;
+  4. standard library: bodies with the literals NaN, Infinity, −Infinity or −0, which no other parser reads.
+A road that stumbles hands over to a more general one; only the general ones word errors.
+
+Invariants: each road refuses duplicate keys, invalid UTF-8 and elements of a wrong type; unknown keys are ignored;
+the same request gives the same tensors on every road.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import msgspec
+import orjson
+import simdjson
+
+from gateway.core.model import ModelSpec
+from gateway.core.request import InferRequest, InputTensor
+from gateway.core.tensor import pack_bytes
+from gateway.errors import InvalidRequest
+from gateway.protocol import oip_binary, oip_data
+from gateway.protocol.json_strict import parse_strict
+from gateway.protocol.oip_frame import Frame, FrameInput, read_frame
+from gateway.protocol.oip_plan import Plan, Planner, ResponseForm
+
+LARGE_BYTES: Final = 4096
+"""From this body size on simdjson is faster than building Python lists (at 16 floats they tie)."""
+REMEMBERED_HEADERS: Final = 256
+REMEMBERED_HEADER_BYTES: Final = 2048
+_LITERALS: Final = re.compile(rb"NaN|Infinity|-0[\s,\]}]")
+_ELEMENT: Final = {"float": float, "int": int, "uint": int, "bool": bool, "bytes": str}
+
+
+class RequestDecoder:
+    """Decodes requests for one model version; everything that only depends on the model is made here, once."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._planner = Planner(spec)
+        self._all_json: ResponseForm | InvalidRequest
+        try:
+            self._all_json = self._planner.response_form(None, all_binary=False)
+        except InvalidRequest as error:  # an FP16 output: only a request that asks for binary can be answered
+            self._all_json = error
+        self._typed = _typed_decoder(spec)
+        self._header_frames: dict[bytes, Frame] = {}
+
+    def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
+        """`header_length`: length in bytes of the JSON part where binary tensors follow it, else None.
+
+        Raises:
+            InvalidRequest: the request is malformed or does not fit the model.
+        """
+        if header_length is not None and header_length != len(body):
+            return self._decode_binary(body, header_length)
+        if self._typed is not None and len(body) < LARGE_BYTES:
+            request = self._decode_typed(body)
+            if request is not None:
+                return request
+        return self._decode_general(body)
+
+    # -- road 1 ------------------------------------------------------------------------------------------------
+
+    def _decode_typed(self, body: bytes) -> InferRequest | None:
+        """None: this body needs a more general road."""
+        try:
+            frame = self._typed.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        keys = 1 + (frame.id is not msgspec.UNSET)
+        inputs = frame.inputs
+        # Each input has exactly four keys. A colon more means a key given twice or a string with a colon in it.
+        if body.count(b":") != keys + 4 * len(inputs):
+            return None
+        # A bare -0 came out as 0; where both could be, a closer look is worth its price.
+        if b"-0" in body and any([0.0 in item.data for item in inputs]) and _LITERALS.search(body):
+            return None
+        form = self._all_json
+        if isinstance(form, InvalidRequest):
+            raise InvalidRequest(str(form))
+        plan = self._planner.plan(tuple([(item.name, item.datatype, tuple(item.shape)) for item in inputs]))
+        tensors = [oip_data.from_checked(planned, item.data) for planned, item in zip(plan.inputs, inputs, strict=True)]
+        return self._request(plan, tensors, form, frame.id or None, 0.0)
+
+    # -- roads 2, 3, 4 -----------------------------------------------------------------------------------------
+
+    def _decode_general(self, body: bytes) -> InferRequest:
+        if len(body) >= LARGE_BYTES:
+            frame = self._large_frame(body)
+            if frame is not None:
+                return self._from_frame(frame, None)
+        return self._from_frame(read_frame(_parse_small(body)), None)
+
+    def _large_frame(self, body: bytes) -> Frame | None:
+        try:
+            document = simdjson.Parser().parse(body)
+        except (ValueError, RuntimeError):
+            return None  # NaN, an integer over 2^64, or broken: the general parser tells which
+        return read_frame(_shallow(document))
+
+    def _decode_binary(self, body: bytes, header_length: int) -> InferRequest:
+        if not 0 <= header_length <= len(body):
+            raise InvalidRequest(f"inference header size should be in range (0, {len(body)}), got: {header_length}")
+        if header_length == 0:
+            return self._decode_raw(body)
+        header = body[:header_length]
+        frame = self._header_frames.get(header)
+        if frame is None:
+            frame = read_frame(_parse_small(header))
+            if header_length <= REMEMBERED_HEADER_BYTES:
+                if len(self._header_frames) >= REMEMBERED_HEADERS:
+                    self._header_frames.clear()
+                self._header_frames[header] = frame
+        return self._from_frame(frame, memoryview(body)[header_length:])
+
+    def _decode_raw(self, body: bytes) -> InferRequest:
+        spec = self.spec
+        plan = self._planner.plan((oip_binary.raw_request_key(spec, len(body)),))
+        form = self._planner.response_form(None, all_binary=True)
+        blob = pack_bytes([body]) if spec.inputs[0].datatype.kind == "bytes" else body
+        tensor = oip_binary.from_blob(plan.inputs[0], memoryview(blob), spec.name)
+        return self._request(plan, [tensor], form, None, 0.0)
+
+    def _from_frame(self, frame: Frame, blobs: memoryview | None) -> InferRequest:
+        plan = self._planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
+        form = self._planner.response_form(frame.outputs, all_binary=frame.binary_data_output)
+        at = 0
+        tensors = []
+        for planned, item in zip(plan.inputs, frame.inputs, strict=True):
+            if item.binary_data_size is None:
+                tensors.append(_json_tensor(planned, item))
+                continue
+            end = at + item.binary_data_size
+            if blobs is None or end > len(blobs):
+                raise InvalidRequest(
+                    f"unexpected size for input '{item.name}', expecting "
+                    f"{end - (len(blobs) if blobs is not None else 0)} additional bytes for model '{self.spec.name}'"
+                )
+            tensors.append(oip_binary.from_blob(planned, blobs[at:end], self.spec.name))
+            at = end
+        if blobs is not None and at != len(blobs):
+            raise InvalidRequest(
+                f"unexpected additional input data for model '{self.spec.name}': {len(blobs) - at} bytes behind the "
+                "last input"
+            )
+        return self._request(plan, tensors, form, frame.request_id, frame.timeout_s)
+
+    def _request(
+        self, plan: Plan, tensors: list[InputTensor], form: ResponseForm, request_id: str | None, timeout_s: float
+    ) -> InferRequest:
+        nbytes = 0
+        for tensor in tensors:
+            buffer = tensor.buffer
+            nbytes += len(buffer) if buffer is not None else len(tensor.values) * tensor.datatype.itemsize  # type: ignore[arg-type]
+        if len(tensors) == 1 == len(plan.trailing):
+            inputs: tuple[InputTensor | None, ...] = (tensors[0],)
+        else:
+            ordered: list[InputTensor | None] = [None] * len(plan.trailing)
+            for planned, tensor in zip(plan.inputs, tensors, strict=True):
+                ordered[planned.place] = tensor
+            inputs = tuple(ordered)
+        return InferRequest(
+            inputs, plan.rows, nbytes, (plan.trailing, form.needed), form.needed, request_id, form, timeout_s
+        )
+
+
+def _typed_decoder(spec: ModelSpec) -> Any:
+    """A msgspec decoder for plain requests whose inputs all hold the same kind of element; None where they differ."""
+    kinds = {tensor.datatype.kind for tensor in spec.inputs}
+    if len(kinds) != 1 or kinds == {"half"}:
+        return None
+    element = _ELEMENT[kinds.pop()]
+    tensor = msgspec.defstruct(
+        "TypedInput",
+        [("name", str), ("shape", list[int]), ("datatype", str), ("data", list[element])],  # type: ignore[valid-type]
+        forbid_unknown_fields=True,
+    )
+    request = msgspec.defstruct(
+        "TypedRequest",
+        [("inputs", list[tensor]), ("id", str | msgspec.UnsetType, msgspec.UNSET)],  # type: ignore[valid-type]
+        forbid_unknown_fields=True,
+    )
+    return msgspec.json.Decoder(request)
+
+
+def _json_tensor(planned: Any, item: FrameInput) -> InputTensor:
+    if isinstance(item.data, simdjson.Array):
+        return oip_data.from_array(planned, item.data)
+    return oip_data.from_json(planned, item.data)
+
+
+def _parse_small(body: bytes) -> Any:
+    """JSON text → Python objects, strictly: no duplicate keys, no BOM, UTF-8 only; NaN literals allowed."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return parse_strict(body)  # reads NaN and Infinity, or says where the text is broken
+    if body.count(b":") != _count_keys(document) or (b"-0" in body and _LITERALS.search(body)):
+        return parse_strict(body)
+    return document
+
+
+def _count_keys(value: Any) -> int:
+    if type(value) is dict:
+        return len(value) + sum(map(_count_keys, value.values()))
+    if type(value) is list and value and type(value[0]) in (dict, list):
+        return sum(map(_count_keys, value))
+    return 0
+
+
+def _shallow(document: Any) -> Any:
+    """A simdjson document → dict; the `data` arrays of inputs stay simdjson arrays."""
+    if not isinstance(document, simdjson.Object):
+        return None
+    top = _members(document)
+    inputs = top.get("inputs")
+    result = {name: _plain(value) for name, value in top.items() if name != "inputs"}
+    if isinstance(inputs, simdjson.Array):
+        result["inputs"] = [_shallow_input(item) for item in inputs]
+    elif inputs is not None:
+        result["inputs"] = _plain(inputs)
+    return result
+
+
+def _shallow_input(item: Any) -> Any:
+    if not isinstance(item, simdjson.Object):
+        return _plain(item)
+    return {
+        name: value if name == "data" and isinstance(value, simdjson.Array) else _plain(value)
+        for name, value in _members(item).items()
+    }
+
+
+def _members(item: Any) -> dict[str, Any]:
+    members = dict(item.items())
+    if len(members) != len(item):
+        raise InvalidRequest("a JSON object holds the same key twice; give each key once")
+    return members
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, simdjson.Object):
+        return {name: _plain(member) for name, member in _members(value).items()}
+    if isinstance(value, simdjson.Array):
+        return [_plain(member) for member in value]
+    return value

@@ -1,0 +1,210 @@
+"""What a validated request looks like before its data is looked at: plans, made once per distinct request form.
+
+A `Plan` is everything a request's names, datatypes, shapes and wanted outputs decide: rows, element counts, the
+batch key, the response form. Clients repeat themselves, so plans are remembered per model version in bounded
+maps; the key is always the whole of what the plan was made from, so remembering never weakens a check.
+
+Rules (wire notes §1.8): unknown, duplicate or missing inputs, datatype mismatch, wrong rank or dims, unequal
+batch dimensions and unknown or repeated outputs are refused here, each with a text that names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.core.model import ModelSpec, TensorSpec
+from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count
+from gateway.errors import InvalidRequest
+
+MAX_ELEMENTS: Final = 2**63 - 1
+MAX_INPUTS: Final = 64
+REMEMBERED: Final = 512
+"""Distinct forms remembered per model version before starting afresh."""
+
+InputKey = tuple[str, str, tuple[int, ...]]
+"""Name, datatype and shape as the client wrote them."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputPlan:
+    """One input of a request form; `place` is its index in the model's signature."""
+
+    place: int
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseForm:
+    """Which outputs the caller wants, in its order, and which of them as binary."""
+
+    outputs: tuple[int, ...]
+    binary: tuple[bool, ...]
+    any_binary: bool
+    needed: tuple[int, ...]
+    """`outputs`, ascending: what a batch must produce."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Inputs in the order the client sent them."""
+
+    inputs: tuple[InputPlan, ...]
+    rows: int
+    trailing: tuple[tuple[int, ...] | None, ...]
+    """Per model input: dims after the batch dimension, None if absent. Part of the batch key."""
+
+
+class Planner:
+    """Makes and remembers plans for one model version."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._inputs = {tensor.name: place for place, tensor in enumerate(spec.inputs)}
+        self._outputs = {tensor.name: place for place, tensor in enumerate(spec.outputs)}
+        self._required = sum(not tensor.optional for tensor in spec.inputs)
+        self._plans: dict[tuple[InputKey, ...], Plan] = {}
+
+    def plan(self, keys: tuple[InputKey, ...]) -> Plan:
+        """Validated plan for these inputs.
+
+        Raises:
+            InvalidRequest: the inputs do not fit the model; the text names the input and what was expected.
+        """
+        plan = self._plans.get(keys)
+        if plan is None:
+            plan = self._make(keys)
+            if len(self._plans) >= REMEMBERED:
+                self._plans.clear()
+            self._plans[keys] = plan
+        return plan
+
+    def _make(self, keys: tuple[InputKey, ...]) -> Plan:
+        spec = self.spec
+        inputs: dict[int, InputPlan] = {}
+        for name, datatype, shape in keys:
+            place = self._inputs.get(name)
+            if place is None:
+                raise InvalidRequest(f"unexpected inference input '{name}' for model '{spec.name}'")
+            if place in inputs:
+                raise InvalidRequest(f"input '{name}' already exists in request")
+            inputs[place] = self._input(place, datatype, shape)
+        self._check_present(inputs)
+        rows = self._rows(list(inputs.values()))
+        skip = 1 if spec.batched else 0
+        trailing = tuple(inputs[place].shape[skip:] if place in inputs else None for place in range(len(spec.inputs)))
+        return Plan(tuple(inputs.values()), rows, trailing)
+
+    def _input(self, place: int, datatype_name: str, shape: tuple[int, ...]) -> InputPlan:
+        spec, tensor = self.spec, self.spec.inputs[place]
+        datatype = DATATYPE.get(datatype_name)
+        if datatype is None:
+            raise InvalidRequest(
+                f"invalid datatype for input {tensor.name}: '{datatype_name}'; write one of {', '.join(DATATYPE)}"
+            )
+        if datatype is not tensor.datatype:
+            raise InvalidRequest(
+                f"inference input '{tensor.name}' data-type is '{datatype}', but model '{spec.name}' expects "
+                f"'{tensor.datatype}'"
+            )
+        if len(shape) > MAX_RANK:
+            raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
+        if any(dim < 0 for dim in shape):
+            raise InvalidRequest(
+                f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {list(shape)}"
+            )
+        elements = element_count(shape)
+        if any(dim > MAX_ELEMENTS for dim in shape) or elements * max(datatype.itemsize, 1) > MAX_ELEMENTS:
+            raise InvalidRequest(
+                f"input '{tensor.name}': shape {list(shape)} causes total element count to exceed maximum size of "
+                f"{MAX_ELEMENTS}"
+            )
+        self._check_dims(tensor, shape)
+        return InputPlan(place, tensor.name, datatype, shape, elements)
+
+    def _check_dims(self, tensor: TensorSpec, shape: tuple[int, ...]) -> None:
+        spec = self.spec
+        if spec.batched and not shape:
+            raise InvalidRequest(
+                f"input '{tensor.name}' has no shape but model requires batch dimension for '{spec.name}'"
+            )
+        expected = (-1, *tensor.dims) if spec.batched else tensor.dims
+        if len(shape) != len(expected) or any(want not in (-1, got) for want, got in zip(expected, shape, strict=True)):
+            raise InvalidRequest(
+                f"unexpected shape for input '{tensor.name}' for model '{spec.name}'. Expected "
+                f"{_dims(expected)}, got {_dims(shape)}"
+            )
+
+    def _check_present(self, inputs: dict[int, InputPlan]) -> None:
+        spec = self.spec
+        missing = [t.name for place, t in enumerate(spec.inputs) if place not in inputs and not t.optional]
+        if not missing:
+            return
+        got = [plan.name for plan in inputs.values()]
+        if self._required == len(spec.inputs):
+            counts = f"expected {len(spec.inputs)} inputs but got {len(got)} inputs"
+        else:
+            counts = (
+                f"expected number of inputs between {self._required} and {len(spec.inputs)} but got {len(got)} inputs"
+            )
+        raise InvalidRequest(
+            f"{counts} for model '{spec.name}'. Got input(s) {got}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+
+    def _rows(self, inputs: list[InputPlan]) -> int:
+        spec = self.spec
+        if not spec.batched or not inputs:
+            return 1
+        rows = inputs[0].shape[0]
+        for plan in inputs:
+            if plan.shape[0] != rows:
+                raise InvalidRequest(
+                    f"input '{plan.name}' batch size {plan.shape[0]} does not match other inputs for '{spec.name}': "
+                    f"input '{inputs[0].name}' has {rows}"
+                )
+        if rows < 1:
+            raise InvalidRequest(f"inference request batch-size must be >= 1 for '{spec.name}'")
+        if rows > spec.policy.max_batch_size and spec.policy.oversize == "reject":
+            raise InvalidRequest(
+                f"inference request batch-size must be <= {spec.policy.max_batch_size} for '{spec.name}'"
+            )
+        return rows
+
+    def response_form(self, wanted: Sequence[tuple[str, bool]] | None, all_binary: bool) -> ResponseForm:
+        """`wanted`: (output name, binary) as listed by the caller; None or empty: all outputs, `all_binary` each.
+
+        Raises:
+            InvalidRequest: unknown or repeated output, or one that JSON cannot carry (FP16, BF16).
+        """
+        spec = self.spec
+        if not wanted:
+            outputs = tuple(range(len(spec.outputs)))
+            binary = (all_binary,) * len(outputs)
+        else:
+            outputs = tuple(self._output(name) for name, _ in wanted)
+            binary = tuple(flag for _, flag in wanted)
+            if len(set(outputs)) != len(outputs):
+                raise InvalidRequest(f"an output is requested twice from model '{spec.name}'; list each output once")
+        for place, flag in zip(outputs, binary, strict=True):
+            tensor = spec.outputs[place]
+            if tensor.datatype.kind == "half" and not flag:
+                raise InvalidRequest(
+                    f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format "
+                    f"for output '{tensor.name}' (parameter binary_data: true)"
+                )
+        return ResponseForm(outputs, binary, any(binary), tuple(sorted(outputs)))
+
+    def _output(self, name: str) -> int:
+        place = self._outputs.get(name)
+        if place is None:
+            raise InvalidRequest(f"unexpected inference output '{name}' for model '{self.spec.name}'")
+        return place
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"

@@ -1,0 +1,22 @@
+"""What a mistyped word was probably meant to be; used in the text of configuration faults."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word closest to `word` (of which 64 characters are compared), or None if none is close."""
+    close = difflib.get_close_matches(word[:64].lower(), list(known), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_key(word: str, known: Iterable[str]) -> str:
+    """Fault text for a key that does not exist: names the nearest known key, or else all of them."""
+    names = sorted(known)
+    meant = nearest(word, names)
+    shown = word[:64]
+    if meant is not None:
+        return f"unknown key '{shown}'; did you mean '{meant}'?"
+    return f"unknown key '{shown}'; the keys here are: {', '.join(names)}"

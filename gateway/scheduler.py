@@ -1,0 +1,251 @@
+"""The asyncio shell of one model version's queue: submit, pump, timer, settle, abort, drain.
+
+Decisions are `core/batching.py`'s; this file carries them out. Rules:
+  * one call per loop turn decides for all requests that arrived in it (`_pump`), so requests read from the sockets
+    in one turn share a batch without waiting for each other;
+  * one timer per model version, armed for the exact instant the core asked for; nothing ticks while nobody waits;
+  * every request settles exactly once, through `_settle`; a caller that left is normal;
+  * a batch-mate's fate never depends on another: an error while answering one caller is kept from the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.backends.interface import Replica
+from gateway.core.admission import admit, deadline_of
+from gateway.core.batch import FinishedBatch
+from gateway.core.batch_queue import BatchQueue, QueueStatistics
+from gateway.core.batching import Dispatch, Reason, WaitUntil, decide
+from gateway.core.model import ModelSpec
+from gateway.core.request import RUNNING, SETTLED, InferRequest
+from gateway.dispatcher import Dispatcher
+from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend, Overloaded
+from gateway.observe.record import ModelStatistics
+
+log = logging.getLogger("gateway.scheduler")
+
+NO_BACKEND_S: Final = 5.0
+"""How long requests wait for a replica to come back before they are refused. A worker is back within a second;
+this leaves room for a large model to load."""
+
+
+class Scheduler:
+    """Queue, dispatcher and timer of one model version."""
+
+    def __init__(self, spec: ModelSpec, replicas: Sequence[Replica], statistics: ModelStatistics) -> None:
+        self.spec = spec
+        self.statistics = statistics
+        self._loop = asyncio.get_running_loop()
+        self._queue = BatchQueue()
+        self._dispatcher = Dispatcher(spec, replicas, statistics, self._loop, self)
+        self._pumping = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed: GatewayError | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._no_backend_since: float | None = None
+        for replica in replicas:
+            replica.set_listener(self._replica_changed)
+
+    # -- what callers do -----------------------------------------------------------------------------------------
+
+    def submit(self, request: InferRequest) -> None:
+        """Queue a validated request; `received`, `context` and `settle` must be set. Its `settle` is called later.
+
+        Raises:
+            Overloaded: a bound of the queue is reached.
+            NotReady, NoBackend, Draining: the model cannot take requests now.
+        """
+        if self._closed is not None:
+            raise type(self._closed)(str(self._closed))
+        if self._no_backend_since is not None and request.received - self._no_backend_since > NO_BACKEND_S:
+            self.statistics.reject("no_backend")
+            raise NoBackend(f"model '{self.spec.name}': no worker is available; retry later")
+        rejected = admit(self._queue, self.spec.policy, request)
+        if rejected is not None:
+            self.statistics.reject(rejected.reason)
+            raise Overloaded(rejected.message)
+        request.deadline = deadline_of(self.spec.policy, request)
+        self._queue.push(request)
+        if not self._pumping:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def abort(self, request: InferRequest) -> None:
+        """The caller left: drop the request, waiting or running. Batch-mates do not notice."""
+        if request.state != SETTLED:
+            self.statistics.fail("CANCELED")
+            self._settle(request, Cancelled("the caller left"))
+
+    def close(self, error: GatewayError) -> None:
+        """Refuse new requests with `error` from now on; those inside are still answered."""
+        self._closed = error
+
+    def fail_waiting(self, error: GatewayError) -> None:
+        """Settle everyone who waits with `error` (the model failed for good)."""
+        for request in self._queue.waiting():
+            self._settle(request, error)
+
+    def reopen(self) -> None:
+        self._closed = None
+        self._replica_changed()
+
+    async def drained(self) -> None:
+        """Returns when no accepted request is unsettled and no batch is running."""
+        while self._queue.unsettled or self._dispatcher.running:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def stop(self) -> None:
+        """Disarm the timer; the queue must be empty."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def queue_statistics(self) -> QueueStatistics:
+        return self._queue.statistics()
+
+    @property
+    def pending(self) -> int:
+        """Accepted and not yet settled."""
+        return self._queue.unsettled
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {self.spec.name}/{self.spec.version} {self._queue!r} running={self._dispatcher.running}>"
+
+    # -- the pump ------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Hand out batches while replicas have room and the core says so; then arm the timer."""
+        self._pumping = False
+        queue, dispatcher = self._queue, self._dispatcher
+        now = self._loop.time()
+        wake: float | None = None
+        while queue.count or dispatcher.isolated:
+            replica = dispatcher.free_replica()
+            if replica is None:
+                break
+            members = dispatcher.next_isolated() if dispatcher.isolated else None
+            reason = Reason.WORKER_FREE
+            if members is None:
+                decision = decide(queue, self.spec.policy, now, dispatcher.execute_s)
+                if isinstance(decision, WaitUntil):
+                    wake = decision.instant
+                    break
+                if not isinstance(decision, Dispatch):
+                    break
+                members, reason = queue.take(decision.group, decision.rows), decision.reason
+                if not members:
+                    continue
+            if replica.name == members[0].avoid:
+                replica = dispatcher.free_replica(members[0].avoid) or replica
+            dispatcher.dispatch(members, reason, replica)
+        self._arm(wake)
+
+    def _arm(self, wake: float | None) -> None:
+        deadline = self._queue.next_deadline()
+        if deadline is not None and (wake is None or deadline < wake):
+            wake = deadline
+        if wake is None:
+            return
+        timer = self._timer
+        if timer is not None:
+            if timer.when() <= wake:
+                return  # fires early enough; it looks again then
+            timer.cancel()
+        self._timer = self._loop.call_at(wake, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        for request in self._queue.expired(now):
+            if request.state == RUNNING:
+                where = "while the model ran"
+                self.statistics.fail("OTHER")
+            else:
+                where = "in the queue"
+                self.statistics.reject("deadline")
+            self._settle(
+                request, DeadlineExceeded(f"Request timeout expired {where} after {now - request.received:.3f} s")
+            )
+        self._pump()
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    # -- what the dispatcher reports -------------------------------------------------------------------------------
+
+    def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None:
+        # The next batch first: the replica starts on it while this one's answers are written.
+        if self._queue.count or self._dispatcher.isolated:
+            self._pump()
+        settled = self._queue.settled
+        dispatched = batch.dispatched
+        answered, waited_s, row = 0, 0.0, 0
+        for request in members:
+            if request.state != SETTLED:
+                settled(request)
+                request.batch = batch
+                request.row = row
+                answered += 1
+                waited_s += dispatched - request.received
+                try:
+                    request.settle(request)
+                except Exception:
+                    log.exception("model %s: an answer could not be written", self.spec.name)
+            row += request.rows
+        self.statistics.record_batch(
+            batch.backend, batch.rows, answered, batch.reason, batch.input_ns, batch.infer_ns, batch.output_ns,
+            waited_s, batch.finished - dispatched,
+        )  # fmt: skip
+        self._after_batch()
+
+    def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
+        self.statistics.fail("BACKEND", len(members))
+        for request in members:
+            self._settle(request, error)
+        self._after_batch()
+
+    def batch_returned(self, members: list[InferRequest]) -> None:
+        self._queue.push_front(members)
+        self._after_batch()
+
+    def _after_batch(self) -> None:
+        if self._queue.count or self._dispatcher.isolated:
+            self._pump_soon()
+        self._check_drained()
+
+    def _settle(self, request: InferRequest, error: GatewayError) -> None:
+        if request.state == SETTLED:
+            return
+        self._queue.settled(request)
+        request.error = error
+        try:
+            request.settle(request)
+        except Exception:
+            log.exception("model %s: an error could not be written", self.spec.name)
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        waiter = self._drained
+        if waiter is not None and not waiter.done() and not (self._queue.unsettled or self._dispatcher.running):
+            waiter.set_result(None)
+
+    # -- replicas come and go --------------------------------------------------------------------------------------
+
+    def _replica_changed(self) -> None:
+        if any(replica.available for replica in self._dispatcher.replicas):
+            self._no_backend_since = None
+            self._pump_soon()
+        elif self._no_backend_since is None:
+            self._no_backend_since = self._loop.time()
+            self._loop.call_later(NO_BACKEND_S, self._give_up, self._no_backend_since)
+
+    def _give_up(self, since: float) -> None:
+        if self._no_backend_since == since:
+            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no worker came back in time; retry later"))

@@ -1,0 +1,461 @@
+"""The gateway's end of one worker process: start it, talk to it, notice its end.
+
+One channel is one process: it is born with the process and never reconnects. Everything that was asked of it ends in
+exactly one answer: attempts in `result`, `refused` or `lost`, control questions in their future.
+
+Rules:
+- The end is noticed through the end of the stream, at once; the process is reaped through its pidfd, without a
+  thread and without waiting.
+- A channel is marked lost, and its instances unavailable, before anyone is told: whoever reacts to a lost attempt
+  already sees the world without this worker.
+- An attempt over its deadline means that the process hangs: it is killed. There is no timer per attempt, only one
+  `Sweep` for all channels, armed for the earliest deadline known when it was set.
+- An answer that fails a check is worse than none: the process is killed and its attempts are broken.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gateway.core.assembly import AssemblyError, write_parts
+from gateway.core.outcome import FailureKind
+from gateway.core.request import BatchInput
+from gateway.protocol import ipc
+from gateway.workers.shm import AreaError, Buffer
+
+if TYPE_CHECKING:
+    from gateway.workers.hosting import Instance, Model
+
+TRIM_BYTES: Final = 64 * 1024 * 1024
+"""A buffer that grew beyond this is given back instead of being kept for the next batch."""
+
+_SCM: Final = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+_PACKAGE_PARENT: Final = str(Path(__file__).resolve().parents[2])
+
+
+class WorkerLost(Exception):
+    """The process ended, or never answered, before it did what was asked; the text says which."""
+
+
+class LoadRefused(Exception):
+    """The worker is well, the model is not; the text says why."""
+
+
+class NotSent(Exception):
+    """The batch never left the gateway; the text says why."""
+
+
+class Attempt:
+    """One batch on its way through one worker. Subclasses say what becomes of the outcome."""
+
+    __slots__ = ("buffer", "deadline", "instance")
+
+    instance: Instance
+    deadline: float
+    buffer: Buffer
+
+    def result(self, result: ipc.Result, memory: memoryview) -> None:
+        """The answer; `memory` is the output area, valid only during this call."""
+        raise NotImplementedError
+
+    def refused(self, text: str) -> None:
+        """The model failed on this input."""
+        raise NotImplementedError
+
+    def lost(self, kind: FailureKind, text: str) -> None:
+        """There will be no answer."""
+        raise NotImplementedError
+
+
+class Sweep:
+    """The one timer behind all attempt deadlines: asleep while nothing is in flight."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.channels: set[Channel] = set()
+        self._due = float("inf")
+        self._handle: asyncio.TimerHandle | None = None
+
+    def watch(self, deadline: float) -> None:
+        """An attempt with this deadline (loop time) was sent."""
+        if deadline < self._due:
+            self._arm(deadline)
+
+    def _arm(self, due: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._due = due
+        self._handle = self.loop.call_at(due, self._fire)
+
+    def _fire(self) -> None:
+        self._handle = None
+        self._due = float("inf")
+        now = self.loop.time()
+        for channel in list(self.channels):
+            self.watch(channel.expire(now))
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
+class Channel:
+    """See the head of this file. Built by `start`; all methods on the loop's thread."""
+
+    def __init__(
+        self, sweep: Sweep, name: str, generation: int, process: subprocess.Popen[bytes], connection: socket.socket
+    ) -> None:
+        self.name = name
+        self.generation = generation
+        self.pid = process.pid
+        self.lost = False
+        self.cause = ""
+        """Why it was lost, in words; set by the time `ended` is."""
+        self.killed = False
+        """We killed it because it hung or talked nonsense."""
+        self.suspects: list[Model] = []
+        """Models that executed or loaded in the process when it was lost."""
+        self.in_flight: dict[int, Attempt] = {}
+        self.instances: dict[int, Instance] = {}
+        """By the number they have in this process."""
+        loop = self._loop = sweep.loop
+        self.hello: asyncio.Future[ipc.Hello] = loop.create_future()
+        self.ended: asyncio.Future[int] = loop.create_future()
+        """Exit code (negative: signal), once the process is gone and reaped."""
+        self._sweep = sweep
+        self._process = process
+        self._socket = connection
+        self._closing = False
+        self._identity = 0
+        self._buffers = 0
+        self._free: list[Buffer] = []
+        self._questions: dict[int, tuple[asyncio.Future[bytes], Model | None]] = {}
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._drains: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._frame = memoryview(bytearray(ipc.FRAME_LIMIT))
+        self._pidfd = os.pidfd_open(process.pid)
+        sweep.channels.add(self)
+        loop.add_reader(connection.fileno(), self._readable)
+        loop.add_reader(self._pidfd, self._exited)
+
+    def __repr__(self) -> str:
+        state = "lost" if self.lost else "open"
+        return f"<Channel {self.name} pid={self.pid} {state} in_flight={len(self.in_flight)}>"
+
+    @classmethod
+    def start(cls, sweep: Sweep, name: str, generation: int) -> Channel:
+        """Start a worker process. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                process = _spawn(name, generation, theirs)
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        return cls(sweep, name, generation, process, ours)
+
+    # --- Batches --------------------------------------------------------------------------------------------------
+
+    def run(
+        self, attempt: Attempt, number: int, inputs: Sequence[BatchInput], outputs: tuple[int, ...], timeout_s: float
+    ) -> None:
+        """Send a batch to instance `number`. Raises NotSent, and then the attempt is not in flight."""
+        if self.lost:
+            raise NotSent(f"worker {self.name} is not running")
+        try:
+            buffer = self._free.pop() if self._free else self._new_buffer()
+        except OSError as error:
+            raise NotSent(f"no shared memory for a batch: {error.strerror}") from None
+        try:
+            frame = self._prepare(number, buffer, inputs, outputs)
+            self._socket.sendmsg([frame], () if buffer.announced else _rights(buffer.input.fd, buffer.output.fd))
+        except (OSError, ValueError, TypeError, OverflowError, AssemblyError, ipc.FrameTooLarge) as error:
+            self._free.append(buffer)
+            raise NotSent(f"worker {self.name} could not be given the batch: {error}") from None
+        buffer.announced = True
+        attempt.buffer = buffer
+        attempt.deadline = deadline = self._loop.time() + timeout_s
+        self.in_flight[self._identity] = attempt
+        self._sweep.watch(deadline)
+
+    def _prepare(
+        self, number: int, buffer: Buffer, inputs: Sequence[BatchInput], outputs: tuple[int, ...]
+    ) -> bytes:
+        """Write the inputs into shared memory; returns the RUN frame."""
+        places = []
+        size = end = 0
+        for item in inputs:
+            places.append((item.index, size, item.nbytes, item.shape))
+            end = size + item.nbytes
+            size = ipc.aligned(end)
+        area = buffer.input
+        if end > area.size:
+            area.reserve(end)
+        view = area.view
+        for item, (_, offset, nbytes, _) in zip(inputs, places, strict=True):
+            write_parts(item, view[offset : offset + nbytes])
+        self._identity = identity = self._identity + 1
+        return ipc.encode_run(
+            self.generation, identity,
+            instance=number, buffer=buffer.identity, input_size=area.size, inputs=places, outputs=outputs,
+        )  # fmt: skip
+
+    def _new_buffer(self) -> Buffer:
+        self._buffers += 1
+        return Buffer.create(self._buffers)
+
+    def _release(self, buffer: Buffer) -> None:
+        if self.lost:
+            buffer.close()
+        elif buffer.size > TRIM_BYTES:
+            self._send(ipc.encode(ipc.DETACH, self.generation, 0, ipc.encode_number(buffer.identity)))
+            buffer.close()
+        else:
+            self._free.append(buffer)
+
+    def expire(self, now: float) -> float:
+        """Kill the process if an attempt is over its deadline; returns the earliest deadline left."""
+        expired = [identity for identity, attempt in self.in_flight.items() if attempt.deadline <= now]
+        if not expired:
+            return min((attempt.deadline for attempt in self.in_flight.values()), default=float("inf"))
+        late = [self.in_flight[identity] for identity in expired]
+        self.kill("did not answer in time", [attempt.instance.model for attempt in late], set(expired))
+        return float("inf")
+
+    # --- Questions ------------------------------------------------------------------------------------------------
+
+    async def ask(
+        self, kind: int, payload: bytes, fds: Sequence[int] = (), model: Model | None = None, *, timeout_s: float
+    ) -> bytes:
+        """Send a control frame and wait for its answer. `model`: who is to blame if the process dies of it.
+
+        Raises:
+            WorkerLost: the process ended; if it did not answer in time it is killed.
+            LoadRefused: it answered FAILED.
+        """
+        if self.lost:
+            raise WorkerLost(f"worker {self.name} is not running")
+        self._identity = identity = self._identity + 1
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        self._questions[identity] = (answer, model)
+        try:
+            self._send(ipc.encode(kind, self.generation, identity, payload), fds)
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError:
+            self.kill(f"did not answer within {timeout_s:g} s", None if model is None else [model])
+            raise WorkerLost(f"worker {self.name} {self.cause}") from None
+        finally:
+            self._questions.pop(identity, None)
+
+    def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a control frame now, or as soon as the socket takes it: unlike batches they must arrive."""
+        if not self._unsent:
+            try:
+                self._socket.sendmsg([frame], _rights(*fds) if fds else ())
+            except BlockingIOError:
+                self._loop.add_writer(self._socket.fileno(), self._writable)
+            except OSError:
+                return  # the stream has ended: noticed by the reader
+            else:
+                return
+        self._unsent.append((frame, fds))
+
+    def _writable(self) -> None:
+        unsent, self._unsent = self._unsent, deque()
+        self._loop.remove_writer(self._socket.fileno())
+        for frame, fds in unsent:
+            self._send(frame, fds)
+
+    async def drained(self, number: int | None = None) -> None:
+        """Returns when no attempt on instance `number` (or on any) is in flight."""
+
+        def clear() -> bool:
+            if number is None:
+                return not self.in_flight
+            instance = self.instances.get(number)
+            return all(attempt.instance is not instance for attempt in self.in_flight.values())
+
+        if not clear():
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._drains.append((clear, waiter))
+            await waiter
+
+    def _look_at_drains(self) -> None:
+        waiting = self._drains
+        self._drains = []
+        for clear, waiter in waiting:
+            if not clear():
+                self._drains.append((clear, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+
+    # --- What the worker says -------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            size = self._socket.recv_into(self._frame)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            size = 0
+        if size == 0:
+            self._lose("died", None)
+            return
+        try:
+            kind, identity, payload = ipc.decode(self._frame[:size], self.generation)
+            if kind == ipc.RESULT:
+                self._result(identity, ipc.decode_result(payload))
+            elif kind == ipc.FAILED and identity in self.in_flight:
+                self._finish(identity).refused(str(payload, "utf-8", "replace"))
+            else:
+                self._answered(kind, identity, payload)
+        except (ipc.FrameError, AreaError) as error:
+            self.kill(f"sent an answer that cannot be used ({error})", None)
+
+    def _result(self, identity: int, result: ipc.Result) -> None:
+        attempt = self.in_flight.get(identity)
+        if attempt is None:
+            raise ipc.FrameError("RESULT for a batch that is not in flight")
+        area = attempt.buffer.output
+        if result.output_size > area.size:
+            area.follow(result.output_size)
+        del self.in_flight[identity]
+        try:
+            attempt.result(result, area.view)
+        finally:
+            self._release(attempt.buffer)
+            if self._drains:
+                self._look_at_drains()
+
+    def _finish(self, identity: int) -> Attempt:
+        attempt = self.in_flight.pop(identity)
+        self._release(attempt.buffer)
+        if self._drains:
+            self._look_at_drains()
+        return attempt
+
+    def _answered(self, kind: int, identity: int, payload: memoryview) -> None:
+        if kind == ipc.HELLO:
+            if not self.hello.done():
+                self.hello.set_result(ipc.decode_hello(payload))
+            return
+        question = self._questions.get(identity)
+        if question is None:
+            raise ipc.FrameError("answer to a question that was not asked")
+        answer, _ = question
+        if answer.done():
+            return
+        if kind == ipc.FAILED:
+            answer.set_exception(LoadRefused(str(payload, "utf-8", "replace")))
+        else:
+            answer.set_result(bytes(payload))
+
+    # --- The end --------------------------------------------------------------------------------------------------
+
+    def kill(self, cause: str, suspects: list[Model] | None, expired: set[int] | None = None) -> None:
+        """End a process that misbehaves. `suspects`: the models to blame, None for all that were running."""
+        if not self.lost:
+            self.killed = True
+            self._lose(cause, suspects, expired or set())
+
+    def close(self) -> None:
+        """End the process in peace: it exits when its stream does. Attempts still in flight are lost."""
+        if not self.lost:
+            self._closing = True
+            self._lose("was stopped", [])
+
+    def make_sure(self) -> None:
+        """SIGKILL, if the process is still there after `close`."""
+        if not self.ended.done():
+            self._process.kill()
+
+    @property
+    def closing(self) -> bool:
+        """Whether the end was our wish."""
+        return self._closing
+
+    def _lose(self, cause: str, suspects: list[Model] | None, expired: set[int] | frozenset[int] = frozenset()) -> None:
+        self.lost = True
+        self.cause = cause
+        running = [attempt.instance.model for attempt in self.in_flight.values()]
+        loading = [model for _, model in self._questions.values() if model is not None]
+        self.suspects = list(dict.fromkeys(running + loading if suspects is None else suspects))
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._sweep.channels.discard(self)
+        if not self._closing:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        gone = [instance for instance in self.instances.values() if instance.channel is self]
+        for instance in gone:
+            instance.channel = None
+        self.instances.clear()
+        self._fail_all(expired)
+        for instance in gone:
+            instance.changed()
+
+    def _fail_all(self, expired: set[int] | frozenset[int]) -> None:
+        text = f"worker {self.name} {self.cause}"
+        attempts = list(self.in_flight.items())
+        self.in_flight.clear()
+        for buffer in [*self._free, *[attempt.buffer for _, attempt in attempts]]:
+            buffer.close()
+        self._free.clear()
+        for answer, _ in list(self._questions.values()):
+            if not answer.done():
+                answer.set_exception(WorkerLost(text))
+        if not self.hello.done():
+            self.hello.set_exception(WorkerLost(text))
+            self.hello.exception()  # whoever waited has heard it; nobody need have waited
+        self._look_at_drains()
+        for identity, attempt in attempts:
+            attempt.lost(FailureKind.TIMEOUT if identity in expired else FailureKind.BROKEN, text)
+
+    def _exited(self) -> None:
+        """The pidfd is readable: the process is gone, and can be reaped without waiting."""
+        exit_code = self._process.wait()
+        if not self.lost:
+            self._lose("died", None)
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.ended.set_result(exit_code)
+
+
+def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:
+    return [(*_SCM, array.array("i", fds))]
+
+
+def _spawn(name: str, generation: int, theirs: socket.socket) -> subprocess.Popen[bytes]:
+    arguments = [name, str(theirs.fileno()), str(generation), str(os.getpid())]
+    # numpy's linear algebra is not used there; its threads would only slow the start down.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+    return subprocess.Popen(
+        # -P: a module lying in the working directory must not shadow one of ours.
+        [sys.executable, "-P", "-m", "gateway.workers.process", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        pass_fds=(theirs.fileno(),),
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def _python_path() -> str:
+    inherited = os.environ.get("PYTHONPATH")
+    return f"{_PACKAGE_PARENT}{os.pathsep}{inherited}" if inherited else _PACKAGE_PARENT
+
+

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.core.batching import Reason
+from gateway.observe.record import (
+    DURATION_BOUNDS_S,
+    FAILURE_REASONS,
+    FOLD_AT,
+    PHASE_BOUNDS_S,
+    ROW_BOUNDS,
+    Histogram,
+    ModelStatistics,
+    RowHistogram,
+)
+
+# Values on, just below and just above the bounds are where a histogram goes wrong.
+EDGES = [v for b in DURATION_BOUNDS_S for v in (b, float(np.nextafter(b, 0)), float(np.nextafter(b, 1e9)))]
+SECONDS = st.one_of(st.floats(0, 100, allow_nan=False), st.sampled_from(EDGES))
+
+
+def batch(statistics: ModelStatistics, **given_values: Any) -> None:
+    values: dict[str, Any] = {
+        "backend": "onnx-1", "rows": 8, "requests": 3, "reason": "full",
+        "compute_input_ns": 10, "compute_infer_ns": 100, "compute_output_ns": 5,
+        "queue_s_total": 0.25, "execute_s": 0.002,
+    }  # fmt: skip
+    statistics.record_batch(**(values | given_values))
+
+
+@given(st.lists(st.lists(SECONDS, max_size=30), max_size=8))
+def test_folding_in_any_portions_gives_what_comparing_each_value_gives(portions: list[list[float]]) -> None:
+    histogram = Histogram(DURATION_BOUNDS_S)
+    for portion in portions:
+        histogram.add_many(portion)
+        histogram.fold()
+    values = [v for portion in portions for v in portion]
+    expected = [sum(v <= bound for v in values) for bound in DURATION_BOUNDS_S]
+    assert histogram.cumulative() == [*expected, len(values)]
+    assert histogram.count == len(values)
+    assert histogram.sum == pytest.approx(sum(values), rel=1e-12, abs=1e-12)
+
+
+def test_folding_agrees_with_numpys_histogram() -> None:
+    values = np.random.default_rng(7).exponential(0.02, 10_000)
+    histogram = Histogram(DURATION_BOUNDS_S)
+    histogram.add_many(values.tolist())
+    counts, _ = np.histogram(values, bins=[0.0, *DURATION_BOUNDS_S, np.inf])
+    histogram.fold()
+    assert histogram.counts == counts.tolist()
+
+
+@pytest.mark.parametrize("way", ["add", "add_many", "append"])
+def test_parked_values_are_bounded(way: str) -> None:
+    histogram = Histogram(DURATION_BOUNDS_S)
+    pending = histogram.pending
+    most = 0
+    for _ in range(3 * FOLD_AT):
+        if way == "add":
+            histogram.add(0.1)
+        elif way == "add_many":
+            histogram.add_many([0.1])
+        else:
+            pending.append(0.1)
+            histogram.fold_if_full()
+        most = max(most, len(histogram.pending))
+    assert most < FOLD_AT
+    assert histogram.pending is pending
+    assert histogram.cumulative()[-1] == 3 * FOLD_AT
+
+
+@given(st.lists(st.integers(1, 2000), max_size=50))
+def test_rows_fall_into_the_bucket_that_holds_them(sizes: list[int]) -> None:
+    histogram = RowHistogram()
+    for rows in sizes:
+        histogram.add(rows)
+    assert histogram.cumulative() == [*[sum(r <= bound for r in sizes) for bound in ROW_BOUNDS], len(sizes)]
+    assert histogram.sum == sum(sizes)
+
+
+def test_every_request_of_a_batch_is_charged_the_whole_batchs_compute_time() -> None:
+    statistics = ModelStatistics()
+    batch(statistics)
+    batch(statistics, requests=2, rows=2, reason="worker_free", backend="onnx-2")
+    assert statistics.success == 5
+    assert statistics.inference_count == 10
+    assert statistics.execution_count == 2
+    assert statistics.compute_input_ns == 10 * 5
+    assert statistics.compute_infer_ns == 100 * 5
+    assert statistics.compute_output_ns == 5 * 5
+    assert statistics.queue_ns == 500_000_000
+    assert statistics.batches == {r.value: int(r.value in {"full", "worker_free"}) for r in Reason}
+    assert statistics.attempts == {("onnx-1", "success"): 1, ("onnx-2", "success"): 1}
+    assert statistics.execute.cumulative()[-1] == 2
+
+
+def test_an_answered_request_is_counted_in_every_place_once() -> None:
+    statistics = ModelStatistics()
+    http = statistics.protocol("http")
+    assert statistics.protocol("http") is http
+    http.answered(0.010, 0.004, 0.005)
+    http.answered(0.020, 0.004, 0.005)
+    statistics.protocol("grpc").answered(0.030, 0.0, 0.030, code=0)
+    assert http.codes == {200: 2}
+    assert statistics.request_ns == 60_000_000
+    assert statistics.queue_waits.cumulative()[-1] == 3
+    statistics.overhead.fold()
+    assert statistics.overhead.sum == pytest.approx(0.001 + 0.011)
+
+
+def test_overhead_is_never_negative() -> None:
+    statistics = ModelStatistics()
+    statistics.protocol("http").answered(0.003, 0.001, 0.002000001)
+    statistics.overhead.fold()
+    assert statistics.overhead.sum == 0.0
+
+
+def test_answers_alone_keep_every_list_bounded() -> None:
+    statistics = ModelStatistics()
+    http, grpc = statistics.protocol("http"), statistics.protocol("grpc")
+    lists = [statistics.queue_waits, statistics.overhead, http.durations, grpc.durations]
+    most = 0
+    for n in range(4 * FOLD_AT):
+        (http if n % 3 else grpc).answered(0.01, 0.001, 0.002)
+        most = max(most, *(len(h.pending) for h in lists))
+    assert most <= FOLD_AT * len(statistics.protocols)
+    assert max(len(http.durations.pending), len(grpc.durations.pending)) < FOLD_AT
+    assert http.durations.cumulative()[-1] + grpc.durations.cumulative()[-1] == 4 * FOLD_AT
+
+
+def test_refusals_and_failures() -> None:
+    statistics = ModelStatistics()
+    assert statistics.failures == dict.fromkeys(FAILURE_REASONS, 0)
+    statistics.reject("overloaded")
+    statistics.reject("deadline", 2)
+    statistics.fail("BACKEND", 4)
+    statistics.count("http", 400, 7)
+    statistics.attempt("onnx-1", "broken")
+    statistics.retry(3)
+    assert statistics.failures == {"REJECTED": 3, "CANCELED": 0, "BACKEND": 4, "OTHER": 0}
+    assert statistics.rejected == {"overloaded": 1, "deadline": 2}
+    assert statistics.protocols["http"].codes == {400: 7}
+    assert statistics.attempts == {("onnx-1", "broken"): 1}
+    assert statistics.retries == 3
+    assert statistics.success == 0
+
+
+def test_bounds_are_strictly_increasing() -> None:
+    for bounds in (DURATION_BOUNDS_S, PHASE_BOUNDS_S, ROW_BOUNDS):
+        assert list(bounds) == sorted(set(bounds))
