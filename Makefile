@@ -15,7 +15,7 @@ RUN    := $(BIN)/python
 .PHONY: help demo test test-slow test-all lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
 	$(RUN) -m gateway demo $(ARGS)

@@ -18,6 +18,8 @@ from rich.table import Table
 from benchmarks.wrk import Round
 
 RESULTS: Final = Path(__file__).parent / "results"
+UNSTEADY: Final = 1.25
+"""Fastest round over slowest, of one system; a quiet machine stays below 1.1."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Outcome:
     def p50_us(self, system: str) -> float:
         return median(r.p50_us for r in self.rounds[system])
 
+    def unsteady(self) -> list[str]:
+        """Systems whose fastest round is far above their slowest: something else used the machine."""
+        spans = {name: [r.rate for r in rounds] for name, rounds in self.rounds.items()}
+        return [name for name, rates in spans.items() if max(rates) > UNSTEADY * min(rates)]
+
     def ratio(self, over: str, under: str) -> float:
         """Median rate of `over` as a multiple of that of `under`."""
         return self.rate(over) / self.rate(under)
@@ -85,6 +92,8 @@ def show(outcome: Outcome, console: Console) -> None:
         console.print(_table(outcome))
     for name, value in outcome.figures.items():
         console.print(f"  {name}: {value:.4g}")
+    if names := outcome.unsteady():
+        console.print(f"  rounds of {', '.join(names)} differ widely: the machine was not quiet", style="yellow")
     for claim in outcome.claims:
         console.print(f"  {claim}", style="green" if claim.met else "red", highlight=False)
 

@@ -13,15 +13,18 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 import uvloop
 
 from gateway import plan, terminal
+from gateway.backends.interface import Replica
+from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
 from gateway.catalog import Catalog, ServedVersion, WantedVersion
-from gateway.config import Config
-from gateway.core.model import ModelState
+from gateway.config import Config, ModelSettings
+from gateway.core.model import Artifact, ModelState
 from gateway.errors import BindError, ConfigError
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpLimits, HttpServer
@@ -31,8 +34,6 @@ from gateway.observe.loop_lag import LoopLag
 from gateway.observe.metrics import HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels
 from gateway.operations import BackendStatus, ModelStatus, Operations
 from gateway.pipeline import Pipeline
-from gateway.provenance.manifest import manifest
-from gateway.workers.pool import PoolEvent, WorkerPool
 
 log = logging.getLogger("gateway")
 
@@ -88,14 +89,13 @@ class Gateway:
 
     def _build(self) -> None:
         server = self.config.server
-        loop = asyncio.get_running_loop()
-        self.pool = WorkerPool(
+        self.pool = OnnxPool(
             workers=server.workers or max(2, os.cpu_count() or 1),
             intra_op_threads=server.intra_op_threads,
             on_event=self._pool_event,
         )
         self.pipeline = Pipeline(self.catalog)
-        application = OipApplication(self.catalog, self.pipeline, self._manifest, self.ready)
+        application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.ready)
         limits = server.limits
         self.http = HttpServer(
             application,
@@ -111,7 +111,7 @@ class Gateway:
         )
         self.loop_lag = LoopLag(lambda: float(self.http.statistics().requests))
         sources = Sources(self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels())
-        self.operations = Operations(Metrics(sources, loop.time), self._model_statuses, self._worker_statuses)
+        self.operations = Operations(Metrics(sources, time.monotonic), self._model_statuses, self._worker_statuses)
 
     async def _serve(self, wanted: Sequence[WantedVersion], listener: Listener, *, demo: bool) -> int:
         await self.pool.start()
@@ -177,8 +177,7 @@ class Gateway:
     def _signalled(self) -> None:
         self._signals += 1
         if self._signals > 1:
-            self.pool.kill()
-            os._exit(1)
+            os._exit(1)  # the workers see the end of their stream and follow
         self._stopping.set()
 
     def _spawn(self, work: Any) -> None:
@@ -196,15 +195,26 @@ class Gateway:
 
     def _pool_event(self, event: PoolEvent) -> None:
         if event.kind == "model_failed":
-            self.catalog.failed(event.model, event.version, event.message)
+            self.catalog.failed(event.model, event.version, event.text)
         elif event.kind == "model_recovered":
             self.catalog.recovered(event.model, event.version)
 
-    def _manifest(self, version: ServedVersion) -> dict[str, Any]:
-        return manifest(version)
+    async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel[OnnxReplica]:
+        options = LoadOptions(settings.instances, settings.dedicated, settings.intra_op_threads)
+        return await self.pool.load(artifact, options)
 
     def _model_views(self) -> list[ModelView]:
-        return []
+        return [
+            ModelView(
+                version.name,
+                version.version,
+                version.statistics,
+                version.scheduler.queue_statistics(),
+                [_replica_view(version, replica) for replica in version.replicas],
+            )
+            for version in self.catalog.versions()
+            if version.scheduler is not None
+        ]
 
     def _http_view(self) -> HttpView:
         statistics = self.http.statistics()
@@ -215,6 +225,12 @@ class Gateway:
 
     def _worker_statuses(self) -> Sequence[object]:
         return self.pool.statistics().workers
+
+
+def _replica_view(version: ServedVersion, replica: Replica) -> ReplicaView:
+    state = "ready" if replica.available else "failed" if version.state is ModelState.FAILED else "starting"
+    restarts = replica.restarts if isinstance(replica, OnnxReplica) else 0
+    return ReplicaView(replica.name, state, replica.in_flight, restarts)
 
 
 def _status(version: ServedVersion) -> ModelStatus:

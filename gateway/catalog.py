@@ -48,8 +48,8 @@ class WantedVersion:
 
     name: str
     version: str
-    read: Callable[[], Artifact]
-    """Reads and hashes the bytes; runs in a thread."""
+    read: Callable[[], tuple[Artifact, bytes | None]]
+    """Reads and hashes the bytes, and the version's `provenance.json` if it has one; runs in a thread."""
     load: Callable[[Artifact], Awaitable[LoadedModel]]
     digest_pin: str | None
     batching: Literal["auto", "on", "off"]
@@ -97,6 +97,8 @@ class ServedVersion:
         self.statistics = ModelStatistics()
         self.artifact: Artifact | None = None
         """Files and digest; the model's bytes are not kept."""
+        self.sidecar: bytes | None = None
+        """Content of `provenance.json`."""
         self.loaded: LoadedModel | None = None
         self.scheduler: Scheduler | None = None
         self.codec: Any = None
@@ -189,13 +191,23 @@ class Catalog:
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    async def load_all(self, wanted: Iterable[WantedVersion], parallel: int = 2) -> list[ServedVersion]:
-        """Load versions, a few at a time; returns those that FAILED. Never raises for a model's sake."""
+    async def load_all(
+        self,
+        wanted: Iterable[WantedVersion],
+        on_loaded: Callable[[str], None] = lambda name: None,
+        parallel: int = 2,
+    ) -> list[ServedVersion]:
+        """Load versions, a few at a time; returns those that FAILED. Never raises for a model's sake.
+
+        `on_loaded` is called with a model's name when it is done, whichever way.
+        """
         gate = asyncio.Semaphore(parallel)
 
         async def one(version: WantedVersion) -> ServedVersion:
             async with gate:
-                return await self.load(version)
+                served = await self.load(version)
+            on_loaded(version.name)
+            return served
 
         served = await asyncio.gather(*[one(version) for version in wanted])
         return [version for version in served if version.state is ModelState.FAILED]
@@ -220,7 +232,7 @@ class Catalog:
     async def _load(self, version: ServedVersion) -> None:
         wanted = version.wanted
         try:
-            artifact = await asyncio.to_thread(wanted.read)
+            artifact, version.sidecar = await asyncio.to_thread(wanted.read)
         except OSError as error:
             raise ConfigError(f"cannot read the model's files: {error.strerror or error}") from error
         if wanted.digest_pin is not None and artifact.digest != wanted.digest_pin:
@@ -299,10 +311,10 @@ async def _settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: Loaded
         raise ConfigError(
             f"max_batch_size is {wanted.max_batch_size}, but the model cannot batch: {obstacle}; set it to 0"
         )
-    may_batch = obstacle is None and wanted.max_batch_size != 0 and wanted.batching != "off"
-    if not may_batch:
-        why = obstacle or ("max_batch_size is 0" if wanted.max_batch_size == 0 else "batching is off")
-        spec = _spec(wanted, artifact, inputs, outputs, 0, merge=False, note=f"not batched: {why}")
+    why = obstacle or _kept_apart(wanted, inputs)
+    if why is not None:
+        size = (wanted.max_batch_size or 0) if obstacle is None else 0
+        spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {why}")
         # Only shapes are unknown here: a model that will not run on made-up input may still run on real input.
         await _warm_up(loaded, await _trial(loaded, inputs, outputs, None))
         return spec
@@ -321,6 +333,19 @@ async def _settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: Loaded
         spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {verdict.why}")
     await _warm_up(loaded, trial)
     return spec
+
+
+def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> str | None:
+    """Why somebody decided that this model is not batched; None where nobody did."""
+    if wanted.max_batch_size == 0:
+        return "max_batch_size is 0"
+    if wanted.batching == "off":
+        return "batching is off"
+    ranks = {tensor.name: len(tensor.shape) for tensor in inputs}
+    full = any(len(tensor.dims) == ranks.get(tensor.name) for tensor in wanted.stated_inputs)
+    if wanted.max_batch_size is None and full:
+        return "config.pbtxt states whole shapes and no max_batch_size"
+    return None
 
 
 async def _trial(

@@ -79,6 +79,8 @@ class Config:
     base: Path = Path()
     file: str = ""
     """The file as named by the user; empty without one."""
+    model_lines: tuple[int, ...] = ()
+    """Line of each entry of `models` in the file; sources of the command line have none."""
     instances: int | None = None
     """`--instances` or GATEWAY_INSTANCES: holds for every model."""
 
@@ -190,5 +192,6 @@ def load(
         models=read.models,
         base=path.parent if path is not None else Path(),
         file=str(path) if path is not None else "",
+        model_lines=read.model_lines,
         instances=read.instances,
     )

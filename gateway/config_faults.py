@@ -65,6 +65,7 @@ class Read:
     server: Server = field(default_factory=Server)
     defaults: ModelKeys = field(default_factory=ModelKeys)
     models: tuple[ModelEntry, ...] = ()
+    model_lines: tuple[int, ...] = ()
     instances: int | None = None
 
 
@@ -95,6 +96,9 @@ class Loader:
             server=self._section(Server, root.get("server"), ("server",)) or Server(),
             defaults=self._section(ModelKeys, root.get("defaults"), ("defaults",)) or ModelKeys(),
             models=self._models(root.get("models")),
+            model_lines=tuple(
+                self._tree.place(("models", i)).line for i in range(_length(root.get("models")))
+            ),
             instances=instances,
         )
         for key in root.keys() - ConfigFile.model_fields.keys():
@@ -259,6 +263,10 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
 def _dotted(path: Iterable[str | int]) -> str:
     text = ""
     for part in path:
@@ -298,10 +306,8 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     error, context, value = details["type"], details.get("ctx", {}), details["input"]
     holder, key = _locate(kind, details["loc"])
     example = _example(holder, key)
-    if error == "extra_forbidden":
-        return unknown_key(key, holder.model_fields)
-    if error == "missing":
-        return f"is missing; {example}"
+    if error in ("extra_forbidden", "missing"):
+        return f"is missing; {example}" if error == "missing" else unknown_key(key, holder.model_fields)
     if error in _EXPECTED:
         quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
         hint = f'write {key}: "{value}" (in quotes)' if quoted else example
@@ -309,14 +315,17 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     if error == "literal_error":
         return _explain_choice(value, str(context["expected"]))
     if error == "string_pattern_mismatch":
-        return (
-            f"expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows; {example}"
-        )
-    bound = next(
-        (f"{text} {context[name]:g}" for name, text in _BOUNDS.items() if name in context), details["msg"]
-    )
-    found = f"{len(value)}" if "length" in bound else _shown(value)
-    return f"must be {bound}, found {found}; {example}"
+        return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
+    return f"{_explain_bound(details, context)}; {example}"
+
+
+def _explain_bound(details: ErrorDetails, context: dict[str, Any]) -> str:
+    limit = next((name for name in _BOUNDS if name in context), None)
+    if limit is None:
+        return details["msg"][:1].lower() + details["msg"][1:]
+    number, value = context[limit], details["input"]
+    found = f"length {len(value)}" if "length" in limit else _shown(value)
+    return f"must be {_BOUNDS[limit]} {int(number) if number == int(number) else number}, found {found}"
 
 
 def _explain_choice(value: object, expected: str) -> str:

@@ -133,6 +133,8 @@ class _Walk:
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.visit(item, (*path, index)) for index, item in enumerate(node.value)]
+        if not isinstance(node, yaml.ScalarNode):
+            raise TypeError(f"unknown YAML node {type(node).__name__}")
         try:
             return _scalar(node)
         except ValueError as error:
@@ -159,7 +161,7 @@ class _Walk:
         return found
 
 
-def _scalar(node: yaml.Node) -> object:
+def _scalar(node: yaml.ScalarNode) -> object:
     """The value of a scalar node; ValueError for tags and numbers that are not accepted."""
     kind = node.tag.removeprefix(_PREFIX)
     if kind in _TEXT_TAGS:

@@ -7,11 +7,11 @@ singles) wait in a lane of their own, served before the queue and never mixed wi
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from gateway.backends.interface import Replica
@@ -35,6 +35,8 @@ ATTEMPT_TIMEOUT_FACTOR: Final = 10.0
 PEAK_DECAY: Final = 0.99
 
 _PROCESS_TAG: Final = os.urandom(2).hex()
+_BATCH_NUMBERS: Final = itertools.count(1)
+"""One sequence for all models: a batch id names one batch of this process."""
 
 
 class Owner(Protocol):
@@ -75,7 +77,7 @@ class Dispatcher:
         spec: ModelSpec,
         replicas: Sequence[Replica],
         statistics: ModelStatistics,
-        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float],
         owner: Owner,
     ) -> None:
         self.spec = spec
@@ -85,9 +87,8 @@ class Dispatcher:
         """The longest recent run, seconds: peak-sensitive, slowly decaying."""
         self.running = 0
         self._owner = owner
-        self._now = loop.time
+        self._now = clock
         self._turn = 0
-        self._batches = 0
         self._isolated: deque[list[InferRequest]] = deque()
 
     def free_replica(self, avoid: str | None = None) -> Replica | None:
@@ -137,11 +138,10 @@ class Dispatcher:
 
     def _succeeded(self, batch: RunningBatch, outcome: Success) -> None:
         now = self._now()
-        self._batches += 1
         execute_s = now - batch.dispatched
         self.execute_s = max(execute_s, self.execute_s * PEAK_DECAY)
         finished = FinishedBatch(
-            f"{_PROCESS_TAG}-{self._batches:06d}",
+            f"{_PROCESS_TAG}-{next(_BATCH_NUMBERS):06d}",
             batch.rows,
             dict(zip(batch.outputs, outcome.outputs, strict=True)),
             batch.replica.name,

@@ -9,6 +9,7 @@ requests between model versions, so a long list of models does not hold up the e
 from __future__ import annotations
 
 import asyncio
+import errno
 import html
 import ipaddress
 import logging
@@ -89,6 +90,8 @@ class Operations:
         Raises:
             BindError: the address is taken, not ours, or not allowed.
         """
+        if not 0 <= port <= 65535:  # uvloop would take it modulo 65536
+            raise BindError(host, port, "a port is a number from 0 to 65535; choose another with --metrics-port")
         app = web.Application(middlewares=[_errors, _only_reads, _host_check(host)])
         app.router.add_get("/", _index)
         app.router.add_get("/metrics", self._serve_metrics)
@@ -99,7 +102,7 @@ class Operations:
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             await runner.cleanup()
             raise BindError(host, port, _cause(error)) from None
         self._runner = runner
@@ -206,9 +209,11 @@ def host_name(value: str) -> str:
     return value.partition(":")[0].lower()
 
 
-def _cause(error: OSError | OverflowError) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        # asyncio wraps the system's text into a longer one that repeats the address.
-        text = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
-        return f"{text}; choose another with --metrics-port"
-    return f"{error}; choose another with --metrics-port"
+def _cause(error: OSError) -> str:
+    """What went wrong and what to change."""
+    number = error.errno or 0
+    # asyncio wraps the system's text into a longer one that repeats the address.
+    text = os.strerror(number) if number > 0 else error.strerror
+    if number in {errno.EADDRINUSE, errno.EACCES}:
+        return f"{text}; choose another port with --metrics-port"
+    return f"{text}; choose another address with --host"

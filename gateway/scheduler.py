@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from gateway.backends.interface import Replica
@@ -32,18 +33,30 @@ NO_BACKEND_S: Final = 5.0
 """How long requests wait for a replica to come back before they are refused. A worker is back within a second;
 this leaves room for a large model to load."""
 
+TIMER_SLACK_S: Final = 0.0005
+"""uvloop rounds timers to milliseconds; without this one could fire just before its instant, and again."""
+
 
 class Scheduler:
     """Queue, dispatcher and timer of one model version."""
 
-    def __init__(self, spec: ModelSpec, replicas: Sequence[Replica], statistics: ModelStatistics) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        replicas: Sequence[Replica],
+        statistics: ModelStatistics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock`: monotonic seconds, the one that requests' `received` is read from."""
         self.spec = spec
         self.statistics = statistics
         self._loop = asyncio.get_running_loop()
         self._queue = BatchQueue()
-        self._dispatcher = Dispatcher(spec, replicas, statistics, self._loop, self)
+        self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
+        self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self)
         self._pumping = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_instant = 0.0
         self._closed: GatewayError | None = None
         self._drained: asyncio.Future[None] | None = None
         self._no_backend_since: float | None = None
@@ -122,7 +135,7 @@ class Scheduler:
         """Hand out batches while replicas have room and the core says so; then arm the timer."""
         self._pumping = False
         queue, dispatcher = self._queue, self._dispatcher
-        now = self._loop.time()
+        now = self._now()
         wake: float | None = None
         while queue.count or dispatcher.isolated:
             replica = dispatcher.free_replica()
@@ -151,16 +164,16 @@ class Scheduler:
             wake = deadline
         if wake is None:
             return
-        timer = self._timer
-        if timer is not None:
-            if timer.when() <= wake:
+        if self._timer is not None:
+            if self._timer_instant <= wake:
                 return  # fires early enough; it looks again then
-            timer.cancel()
-        self._timer = self._loop.call_at(wake, self._timer_fired)
+            self._timer.cancel()
+        self._timer_instant = wake
+        self._timer = self._loop.call_later(max(0.0, wake - self._now()) + TIMER_SLACK_S, self._timer_fired)
 
     def _timer_fired(self) -> None:
         self._timer = None
-        now = self._loop.time()
+        now = self._now()
         for request in self._queue.expired(now):
             if request.state == RUNNING:
                 where = "while the model ran"
@@ -243,7 +256,7 @@ class Scheduler:
             self._no_backend_since = None
             self._pump_soon()
         elif self._no_backend_since is None:
-            self._no_backend_since = self._loop.time()
+            self._no_backend_since = self._now()
             self._loop.call_later(NO_BACKEND_S, self._give_up, self._no_backend_since)
 
     def _give_up(self, since: float) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -13,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from gateway.core.batch_queue import QueueStatistics
 from gateway.errors import BindError
 from gateway.observe.exposition import OPENMETRICS, TEXT
-from gateway.observe.metrics import HttpView, Metrics, ModelView, Sources, build_labels
+from gateway.observe.metrics import HttpView, Metrics, ModelView, Scrape, Sources, build_labels
 from gateway.observe.record import ModelStatistics
-from gateway.operations import BackendStatus, ModelStatus, Operations, host_name, is_loopback
+from gateway.operations import MODELS_PER_TURN, BackendStatus, ModelStatus, Operations, host_name, is_loopback
 
 DIGITS = ModelStatus("digits", "3", "READY", "sha256:ab", [BackendStatus("onnx-1", True, 2)], 64, "row-independent", "")
 
@@ -120,26 +121,32 @@ async def test_metrics_are_compressed_for_those_who_ask(shown: Gateway, client: 
         assert "Content-Encoding" not in response.headers
 
 
-async def test_a_scrape_gives_way_between_models(shown: Gateway, client: aiohttp.ClientSession) -> None:
+async def test_a_scrape_gives_way_between_models(
+    shown: Gateway, client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other work runs while 200 models are being read; otherwise a long list would hold up every request."""
     shown.views = [view(f"model-{n}") for n in range(200)]
-    turns = 0
-    done = False
+    turn = 0
+    models_by_turn: Counter[int] = Counter()
+    add = Scrape.add
+
+    def counted(scrape: Scrape, model: ModelView) -> None:
+        models_by_turn[turn] += 1
+        add(scrape, model)
 
     async def count_turns() -> None:
-        nonlocal turns
-        while not done:
+        nonlocal turn
+        while True:
+            turn += 1
             await asyncio.sleep(0)
-            if shown.views_read:
-                turns += 1
 
+    monkeypatch.setattr(Scrape, "add", counted)
     counting = asyncio.create_task(count_turns())
     async with client.get("/metrics") as response:
         text = await response.text()
-    done = True
-    await counting
-    assert turns > 10
-    assert text.count("nv_inference_count{") == 200
+    counting.cancel()
+    assert text.count("nv_inference_count{") == models_by_turn.total() == 200
+    assert max(models_by_turn.values()) <= MODELS_PER_TURN
 
 
 async def test_models_that_change_during_a_scrape_do_no_harm(shown: Gateway, client: aiohttp.ClientSession) -> None:
@@ -249,7 +256,7 @@ async def test_a_taken_port_is_a_bind_error(shown: Gateway) -> None:
             await server.start("127.0.0.1", port)
     assert (caught.value.host, caught.value.port) == ("127.0.0.1", port)
     assert str(caught.value) == (
-        f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --metrics-port"
+        f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another port with --metrics-port"
     )
     await server.close()
 

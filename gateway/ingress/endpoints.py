@@ -15,7 +15,7 @@ import orjson
 from gateway import __version__
 from gateway.catalog import Catalog, ServedVersion
 from gateway.core.model import TensorSpec
-from gateway.errors import GatewayError, MethodNotAllowed, NotFound
+from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unsupported
 from gateway.ingress.http_server import Exchange
 from gateway.ingress.oip_http import JSON, HttpCodec, request_id_header
 from gateway.pipeline import Pipeline
@@ -79,6 +79,9 @@ class OipApplication:
             return Route(self._refuse, error=NotFound("Not Found"))
         if segments[0] != "":
             return Route(self._refuse, error=NotFound("Not Found"))
+        if head.content_encoding not in {None, b"", b"identity"}:
+            error = Unsupported("Unsupported compression type; send the body without Content-Encoding")
+            return Route(self._refuse, error=error)
         return self._match(head.method, segments[1:])
 
     def _match(self, method: bytes, path: tuple[str, ...]) -> Route:

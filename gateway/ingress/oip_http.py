@@ -7,7 +7,6 @@ for the head, one join for the body.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from typing import Final
@@ -52,7 +51,7 @@ class HttpCodec:
         self._spec = spec
         self._encoder = AnswerEncoder(spec)
         self._statistics = version.statistics.protocol("http")
-        self._now = asyncio.get_running_loop().time
+        self._now = time.monotonic
 
     def decode(self, head: Head, body: bytes, exchange: Exchange) -> InferRequest:
         """A request ready for the pipeline.

@@ -2,8 +2,9 @@
 
 Rules: sizes are 1 to 15 hex digits; extensions are bounded and dropped; each line ends with CRLF and holds no
 control character; the trailer section is bounded, checked line by line and dropped. The number of chunks is
-bounded because a chunk costs work whatever its size. Data is coalesced into one buffer, so a million one-byte
-chunks hold no more memory than one chunk of a million bytes.
+bounded because a chunk costs work whatever its size. Data is coalesced into one buffer, so a body in one-byte
+chunks holds no more memory than the same body in one piece. A fault is found at the same byte however the bytes
+were cut into reads.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gateway.errors import HeadersTooLarge, InvalidRequest
-from gateway.protocol.http1_head import body_too_large
+from gateway.errors import GatewayError, HeadersTooLarge, InvalidRequest
+from gateway.protocol.http1_head import BAD_BYTE, body_too_large
 from gateway.protocol.http1_limits import HttpLimits
 
+_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
-_BAD_IN_LINE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_MAX_SIZE_DIGITS: Final = 15
+_CR: Final = 0x0D
 
 _SIZE: Final = 0
 _DATA: Final = 1
 _DATA_END: Final = 2
 _TRAILER: Final = 3
 _DONE: Final = 4
-
-_MAX_HEX_DIGITS: Final = 15
 
 
 class ChunkedDecoder:
@@ -38,7 +39,9 @@ class ChunkedDecoder:
         self._limits = limits
         self._state = _SIZE
         self._line = bytearray()
+        """The beginning of a line whose end has not arrived."""
         self._left = 0
+        """Bytes of the current chunk still to come."""
         self._chunks = 0
         self._trailer_bytes = 0
 
@@ -58,74 +61,77 @@ class ChunkedDecoder:
         while at < end and self._state != _DONE:
             if self._state == _DATA:
                 at = self._take_data(data, at)
+            elif self._state == _SIZE and not self._line and (plain := _PLAIN_SIZE.match(data, at)):
+                self._begin_chunk(plain[1])
+                at = plain.end()
             else:
                 at = self._take_line(data, at)
         return at
 
     def _take_data(self, data: bytes | bytearray, at: int) -> int:
         stop = min(len(data), at + self._left)
-        self.body += memoryview(data)[at:stop]
+        self.body += data[at:stop]
         self._left -= stop - at
-        if not self._left:
-            self._state = _DATA_END
+        if self._left:
+            return stop
+        if data[stop : stop + 2] == b"\r\n":
+            self._state = _SIZE
+            return stop + 2
+        self._state = _DATA_END
         return stop
 
     def _take_line(self, data: bytes | bytearray, at: int) -> int:
-        """Collect up to a CRLF. Limits hold for a line still incomplete, so that it cannot grow while we wait."""
-        found = data.find(b"\n", at)
-        stop = len(data) if found < 0 else found + 1
         limit = self._line_limit()
-        room = max(limit + 2 - len(self._line), 0)
-        piece = data[at : min(stop, at + room)]
-        self._line += piece
-        whole = self._line.endswith(b"\n")
-        content = self._line[:-2] if whole else self._line
-        if whole and not self._line.endswith(b"\r\n"):
-            raise InvalidRequest("chunked body: a line ends with a bare LF")
-        if _BAD_IN_LINE.search(content.removesuffix(b"\r") if not whole else content):
-            raise InvalidRequest("chunked body: a control character where a chunk size or trailer field stands")
-        if not whole:
-            self._check_incomplete(limit)
-            return at + len(piece)
-        self._line = bytearray()
-        self._end_line(bytes(content))
-        return at + len(piece)
+        # An incomplete line is never longer than limit + 1, so there is always room for one byte more.
+        room = at + limit + 2 - len(self._line)
+        found = data.find(b"\n", at, room)
+        stop = found + 1 if found >= 0 else min(len(data), room)
+        self._line += data[at:stop]
+        self._check_line(limit)
+        if found >= 0:
+            line = bytes(self._line[:-2])
+            self._line.clear()
+            self._end_line(line)
+        return stop
 
     def _line_limit(self) -> int:
         """Bytes the line expected now may have, without its CRLF."""
         if self._state == _DATA_END:
             return 0
         if self._state == _SIZE:
-            return _MAX_HEX_DIGITS + self._limits.max_chunk_extension_bytes
+            return _MAX_SIZE_DIGITS + self._limits.max_chunk_extension_bytes
         return self._limits.max_trailer_bytes - self._trailer_bytes
 
-    def _check_incomplete(self, limit: int) -> None:
-        over = len(self._line) >= limit + 2 or (len(self._line) == limit + 1 and self._line[-1:] != b"\r")
+    def _check_line(self, limit: int) -> None:
+        """Refuse the line at its first wrong byte, complete or not."""
+        line = self._line
+        bad = BAD_BYTE.search(line)
+        over = len(line) > limit and line[limit] != _CR
+        if bad is not None and not (over and limit + 1 < bad.end()):
+            raise InvalidRequest("chunked body: a control character, or a line end that is not CRLF")
         if over:
-            raise self._too_long()
+            raise self._overlong()
 
-    def _too_long(self) -> InvalidRequest | HeadersTooLarge:
+    def _overlong(self) -> GatewayError:
         if self._state == _DATA_END:
-            return InvalidRequest("chunked body: chunk data is longer than its size says")
+            return InvalidRequest("chunked body: a chunk is longer than its size says")
         if self._state == _SIZE:
             return InvalidRequest("chunked body: chunk size or extension too long")
-        return HeadersTooLarge(f"trailer section exceeds {self._limits.max_trailer_bytes} bytes")
+        return HeadersTooLarge(f"trailer section exceeds {self._limits.max_trailer_bytes} bytes; send fewer trailers")
 
     def _end_line(self, line: bytes) -> None:
         if self._state == _SIZE:
             self._begin_chunk(line)
         elif self._state == _DATA_END:
-            if line:
-                raise InvalidRequest("chunked body: chunk data is longer than its size says")
             self._state = _SIZE
         elif not line:
             self._state = _DONE
+        elif not _TRAILER_LINE.fullmatch(line):
+            raise InvalidRequest("chunked body: malformed trailer field")
         else:
-            if not _TRAILER_LINE.fullmatch(line):
-                raise InvalidRequest("chunked body: malformed trailer field")
             self._trailer_bytes += len(line) + 2
             if self._trailer_bytes > self._limits.max_trailer_bytes:
-                raise self._too_long()
+                raise self._overlong()
 
     def _begin_chunk(self, line: bytes) -> None:
         match = _SIZE_LINE.fullmatch(line)

@@ -38,7 +38,7 @@ MAX_REMEMBERED_BLOCKS: Final = 2048
 CHUNKED: Final = -1
 """`Head.length` of a chunked body: compares unequal to every number of bytes."""
 
-_BAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
+BAD_BYTE: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([^?]*)", re.IGNORECASE)
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
@@ -65,17 +65,20 @@ class Head:
         "request_timeout_ms",
         "route",
         "target",
+        "uncommon",
     )
 
-    def __init__(self, method: str, target: bytes, path: bytes) -> None:
+    def __init__(self, method: bytes, target: bytes) -> None:
         self.method = method
         self.target = target
         """As sent."""
-        self.path = path
+        self.path = b""
         """The bytes before `?`, still percent-encoded; without scheme and authority."""
         self.headers: tuple[tuple[bytes, bytes], ...] = ()
         """(lower-case name, value without surrounding blanks), in the order sent."""
         self.http10 = False
+        self.uncommon = method == b"HEAD"
+        """Whether answers need `http1_response.adapt`: HEAD, or HTTP/1.0."""
         self.keep_alive = True
         self.content_length: int | None = None
         """As announced; None if not. Never negative, never over the body limit."""
@@ -94,7 +97,7 @@ class Head:
         """Whatever the application resolved the head to."""
 
     def __repr__(self) -> str:
-        return f"<Head {self.method} {self.target[:80]!r}>"
+        return f"<Head {self.method.decode()} {self.target[:80]!r}>"
 
 
 class Heads:
@@ -141,7 +144,7 @@ def check_prefix(data: bytes | bytearray, start: int, scanned: int, end: int, li
     """
     available = (len(data) if end < 0 else end) - start
     faults: list[tuple[int, GatewayError]] = []
-    bad = _BAD_BYTE.search(data, max(start, scanned - 1), start + min(available, limits.max_head_bytes))
+    bad = BAD_BYTE.search(data, max(start, scanned - 1), start + min(available, limits.max_head_bytes))
     if bad is not None:
         faults.append((bad.end() - start, _bad_byte(data, start)))
     line_limit = limits.max_request_line_bytes
@@ -197,9 +200,10 @@ def parse_head(block: bytes, limits: HttpLimits) -> Head:
     fields = _split_fields(lines[1:])
     if fields != _ask_llhttp(block):
         raise InvalidRequest("ambiguous header fields")
-    head = Head(request_line[1].decode(), request_line[2], b"")
+    head = Head(request_line[1], request_line[2])
     head.headers = tuple(fields)
     head.http10 = request_line[4] == b"0"
+    head.uncommon = head.uncommon or head.http10
     _locate(head)
     _frame(head, limits)
     _persist(head)
@@ -261,7 +265,7 @@ def _locate(head: Head) -> None:
         raise InvalidRequest("header Host is malformed")
     target = head.target
     absolute = _ABSOLUTE.match(target)
-    if target.startswith(b"/") or (target == b"*" and head.method == "OPTIONS"):
+    if target.startswith(b"/") or (target == b"*" and head.method == b"OPTIONS"):
         head.path = target.partition(b"?")[0]
     elif absolute is None:
         raise InvalidRequest("malformed request target; expected a path that begins with /")

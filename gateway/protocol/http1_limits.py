@@ -40,10 +40,10 @@ class HttpLimits:
     """From the first byte of a request head (from the connect, for the first one) to its last."""
     body_window_s: float = 5.0
     """The slow-body rule looks at windows of this length; the first one is the grace period."""
-    min_body_bytes_per_s: int = 1000
+    min_body_rate_bytes_s: int = 1000
     """A body that brings less than this over a window is given up."""
     idle_timeout_s: float = 75.0
-    unread_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
     """A client that takes nothing of a waiting answer for this long is disconnected."""
     linger_s: float = 5.0
     """After a refusal: how long what the client still sends is dropped, so that it can read the refusal."""

@@ -15,9 +15,10 @@ from typing import Final, Literal
 from gateway.core.model import TensorSpec
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype
 from gateway.errors import ConfigError, Fault
-from gateway.protocol.spelling import nearest, unknown_key
-from gateway.protocol.text_format import Message, TextFormatError, Value, Word
+from gateway.protocol.spelling import nearest
+from gateway.protocol.text_format import TextFormatError
 from gateway.protocol.text_format import parse as parse_text
+from gateway.protocol.text_section import Section
 
 _INT32: Final = 2**31 - 1
 _INT64: Final = 2**63 - 1
@@ -88,141 +89,6 @@ _RUNTIME_PARAMETERS: Final = (
 )
 
 
-class _Section:
-    """One message while it is read: hands out its fields by name, then reports those nobody asked for."""
-
-    def __init__(
-        self, message: Message, where: str, line: int, faults: list[Fault], ignored: list[str]
-    ) -> None:
-        self._fields = message.fields
-        self._asked: set[str] = set()
-        self._where = where
-        self._faults = faults
-        self._ignored = ignored
-        self.line = line
-
-    def path(self, name: str) -> str:
-        return f"{self._where}.{name}" if self._where else name
-
-    def fault(self, line: int, name: str, message: str) -> None:
-        self._faults.append(Fault("", line, self.path(name), message))
-
-    def has(self, name: str) -> bool:
-        return name in self._fields
-
-    def values(self, name: str) -> list[Value]:
-        self._asked.add(name)
-        return self._fields.get(name, [])
-
-    def single(self, name: str) -> Value | None:
-        values = self.values(name)
-        if len(values) > 1:
-            self.fault(values[1].line, name, "stands twice; keep one of them")
-        return values[0] if values else None
-
-    def check_integer(self, value: Value, name: str, low: int, high: int) -> int | None:
-        content = value.content
-        if isinstance(content, int) and not isinstance(content, bool) and low <= content <= high:
-            return content
-        self.fault(value.line, name, f"expected a whole number from {low} to {high}, found {_shown(content)}")
-        return None
-
-    def integer(self, name: str, low: int, high: int = _INT32) -> int | None:
-        value = self.single(name)
-        return None if value is None else self.check_integer(value, name, low, high)
-
-    def integers(self, name: str, low: int, high: int) -> tuple[int, ...]:
-        checked = [self.check_integer(value, name, low, high) for value in self.values(name)]
-        return tuple(number for number in checked if number is not None)
-
-    def text(self, name: str) -> str | None:
-        value = self.single(name)
-        if value is None or isinstance(value.content, str):
-            return None if value is None else str(value.content)
-        self.fault(
-            value.line,
-            name,
-            f'expected text in quotes, for example {name}: "…", found {_shown(value.content)}',
-        )
-        return None
-
-    def flag(self, name: str) -> bool:
-        value = self.single(name)
-        if value is None:
-            return False
-        if isinstance(value.content, Word) and value.content.text in ("true", "false"):
-            return value.content.text == "true"
-        if value.content in (0, 1) and isinstance(value.content, int):
-            return value.content == 1
-        self.fault(value.line, name, f"expected true or false, found {_shown(value.content)}")
-        return False
-
-    def word(self, name: str, known: tuple[str, ...]) -> str | None:
-        value = self.single(name)
-        if value is None:
-            return None
-        content = value.content
-        if isinstance(content, Word) and content.text in known:
-            return content.text
-        meant = nearest(content.text, [k.lower() for k in known]) if isinstance(content, Word) else None
-        hint = f"did you mean {meant.upper()}?" if meant else f"write one of {', '.join(known)}"
-        self.fault(value.line, name, f"{_shown(content)} is not known here; {hint}")
-        return None
-
-    def sections(self, name: str) -> list[_Section]:
-        found = []
-        for index, value in enumerate(self.values(name)):
-            where = f"{name}[{index}]"
-            if isinstance(value.content, Message):
-                found.append(
-                    _Section(value.content, self.path(where), value.line, self._faults, self._ignored)
-                )
-            else:
-                self.fault(value.line, where, f"expected a block {{ … }}, found {_shown(value.content)}")
-        return found
-
-    def section(self, name: str) -> _Section | None:
-        value = self.single(name)
-        if value is None:
-            return None
-        if isinstance(value.content, Message):
-            return _Section(value.content, self.path(name), value.line, self._faults, self._ignored)
-        self.fault(value.line, name, f"expected a block {{ … }}, found {_shown(value.content)}")
-        return None
-
-    def refuse_unless(self, name: str, neutral: tuple[object, ...], hint: str) -> None:
-        """A key that may only stand with a value that changes nothing."""
-        value = self.single(name)
-        if value is None:
-            return
-        content = value.content.text if isinstance(value.content, Word) else value.content
-        if content not in neutral:
-            self.fault(value.line, name, hint)
-
-    def ignore(self, *names: str) -> None:
-        for name in names:
-            if self.values(name):
-                self._ignored.append(self.path(name))
-
-    def finish(self, *unsupported: str) -> None:
-        """Report the keys not asked for: `unsupported` ones with what to do, others as unknown."""
-        for name, values in self._fields.items():
-            line = values[0].line if values else self.line
-            if name in self._asked:
-                continue
-            if name in unsupported:
-                self.fault(line, name, _UNSUPPORTED[name])
-            else:
-                self.fault(line, name, unknown_key(name, self._asked))
-
-
-def _shown(content: object) -> str:
-    if isinstance(content, Message):
-        return "a block"
-    text = content.text if isinstance(content, Word) else repr(content)
-    return f"{text[:60]}…" if len(text) > 60 else text
-
-
 def parse(text: str, file: str = "config.pbtxt") -> ModelConfig:
     """Read a config.pbtxt. `file` names it in faults.
 
@@ -235,7 +101,7 @@ def parse(text: str, file: str = "config.pbtxt") -> ModelConfig:
         raise ConfigError([Fault(file, error.line, "", f"column {error.column}: {error.message}")]) from None
     faults: list[Fault] = []
     ignored: list[str] = []
-    config = _read_model(_Section(message, "", 1, faults, ignored), ignored)
+    config = _read_model(Section(message, "", 1, faults, ignored), ignored)
     if faults:
         raise ConfigError(
             [Fault(file, f.line, f.where, f.message) for f in sorted(faults, key=lambda f: f.line)]
@@ -243,7 +109,7 @@ def parse(text: str, file: str = "config.pbtxt") -> ModelConfig:
     return config
 
 
-def _read_model(top: _Section, ignored: list[str]) -> ModelConfig:
+def _read_model(top: Section, ignored: list[str]) -> ModelConfig:
     _check_platform(top)
     batch_size = top.integer("max_batch_size", 0)
     preferred, delay, queue_size = _read_batching(top, batch_size)
@@ -275,27 +141,17 @@ def _read_model(top: _Section, ignored: list[str]) -> ModelConfig:
         default_model_filename=_read_filename(top),
         ignored=tuple(ignored),
     )
-    top.finish(
-        "sequence_batching",
-        "ensemble_scheduling",
-        "model_warmup",
-        "batch_input",
-        "batch_output",
-        "model_operations",
-        "model_repository_agents",
-        "cc_model_filenames",
-        "scheduling_choice",
-    )
+    top.finish(_UNSUPPORTED)
     return config
 
 
-def _check_platform(top: _Section) -> None:
+def _check_platform(top: Section) -> None:
     for name, accepted in (("platform", "onnxruntime_onnx"), ("backend", "onnxruntime")):
         hint = f'only ONNX models are served; write {name}: "{accepted}" and export the model to ONNX'
         top.refuse_unless(name, ("", accepted), hint)
 
 
-def _read_filename(top: _Section) -> str | None:
+def _read_filename(top: Section) -> str | None:
     line = next((value.line for value in top.values("default_model_filename")), 0)
     name = top.text("default_model_filename")
     if name and ("/" in name or "\0" in name or name in (".", "..")):
@@ -305,7 +161,7 @@ def _read_filename(top: _Section) -> str | None:
     return name or None
 
 
-def _read_tensors(top: _Section, name: str) -> tuple[TensorSpec, ...]:
+def _read_tensors(top: Section, name: str) -> tuple[TensorSpec, ...]:
     specs = []
     for tensor in top.sections(name):
         label = tensor.text("name")
@@ -326,7 +182,7 @@ def _read_tensors(top: _Section, name: str) -> tuple[TensorSpec, ...]:
         tensor.refuse_unless("is_shape_tensor", ("false", 0), "shape tensors belong to TensorRT; remove it")
         hint = "non-linear formats belong to TensorRT; remove it"
         tensor.refuse_unless("is_non_linear_format_io", ("false", 0), hint)
-        tensor.finish("reshape")
+        tensor.finish(_UNSUPPORTED)
         if label and kind:
             specs.append(TensorSpec(label, _DATA_TYPES[kind], dims, optional))
     names = [spec.name for spec in specs]
@@ -335,14 +191,14 @@ def _read_tensors(top: _Section, name: str) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _read_input_keys(tensor: _Section) -> bool:
+def _read_input_keys(tensor: Section) -> bool:
     tensor.refuse_unless("format", ("FORMAT_NONE",), "image formats have no effect on ONNX models; remove it")
     hint = "ragged batching is not supported yet; pad the inputs instead"
     tensor.refuse_unless("allow_ragged_batch", ("false", 0), hint)
     return tensor.flag("optional")
 
 
-def _read_batching(top: _Section, limit: int | None) -> tuple[tuple[int, ...] | None, int | None, int | None]:
+def _read_batching(top: Section, limit: int | None) -> tuple[tuple[int, ...] | None, int | None, int | None]:
     """(preferred batch sizes, max queue delay in µs, max queue size) of `dynamic_batching`."""
     batching = top.section("dynamic_batching")
     if batching is None:
@@ -357,11 +213,11 @@ def _read_batching(top: _Section, limit: int | None) -> tuple[tuple[int, ...] | 
     for name in ("priority_levels", "default_priority_level"):
         batching.refuse_unless(name, (0,), "priority levels are not supported yet; remove it")
     queue_size = _read_queue_policy(batching)
-    batching.finish("priority_queue_policy")
+    batching.finish(_UNSUPPORTED)
     return preferred if batching.has("preferred_batch_size") else None, delay, queue_size
 
 
-def _read_queue_policy(batching: _Section) -> int | None:
+def _read_queue_policy(batching: Section) -> int | None:
     policy = batching.section("default_queue_policy")
     if policy is None:
         return None
@@ -378,7 +234,7 @@ def _read_queue_policy(batching: _Section) -> int | None:
     return size
 
 
-def _read_instances(top: _Section) -> int | None:
+def _read_instances(top: Section) -> int | None:
     if not top.has("instance_group"):
         return None
     total = 0
@@ -390,11 +246,11 @@ def _read_instances(top: _Section) -> int | None:
         group.refuse_unless("passive", ("false", 0), "passive instances are not supported; remove it")
         group.refuse_unless("host_policy", ("",), "host policies are not supported; remove it")
         group.ignore("name")
-        group.finish("gpus", "secondary_devices", "profile", "rate_limiter")
+        group.finish(_UNSUPPORTED)
     return total or None
 
 
-def _read_versions(top: _Section) -> VersionPolicy:
+def _read_versions(top: Section) -> VersionPolicy:
     policy = top.section("version_policy")
     if policy is None:
         return VersionPolicy()
@@ -417,7 +273,7 @@ def _read_versions(top: _Section) -> VersionPolicy:
     return chosen[0] if chosen else VersionPolicy()
 
 
-def _read_parameters(top: _Section) -> int | None:
+def _read_parameters(top: Section) -> int | None:
     """`parameters` is a map of free-form text; only `intra_op_thread_count` has a meaning here."""
     threads: int | None = None
     for entry in top.sections("parameters"):
@@ -438,11 +294,11 @@ def _read_parameters(top: _Section) -> int | None:
         elif meant := nearest(key, ("intra_op_thread_count", *_RUNTIME_PARAMETERS)):
             entry.fault(entry.line, key[:64], f"unknown parameter; did you mean '{meant}'?")
         else:
-            entry._ignored.append(f"parameters.{key[:64]}")
+            entry.note_ignored(f"parameters.{key[:64]}")
     return threads
 
 
-def _check_optimization(top: _Section) -> None:
+def _check_optimization(top: Section) -> None:
     """Hints about memory change no answer; everything that selects an execution path is refused."""
     block = top.section("optimization")
     if block is None:
@@ -456,4 +312,4 @@ def _check_optimization(top: _Section) -> None:
         hint = "is not supported; remove it, onnxruntime's full graph optimisation is used"
         graph.refuse_unless("level", (0, 1), hint)
         graph.finish()
-    block.finish("execution_accelerators", "cuda")
+    block.finish(_UNSUPPORTED)

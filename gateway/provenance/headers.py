@@ -52,7 +52,7 @@ class Member:
     """First row of this request (or piece) in the batch."""
 
 
-def batch_template(model: bytes, backend: str, attempt: int, batch_id: str, *, size: int, infer_ms: float) -> bytes:
+def batch_template(model: bytes, backend: str, attempt: int, batch_id: str, size: int, infer_ms: float) -> bytes:
     """Everything the members of one batch share, as a bytes template for `finish`.
 
     Args:
@@ -76,7 +76,6 @@ def finish(template: bytes, row: int, queue_ms: float, total_ms: float, request_
 def split_headers(
     model: bytes,
     members: Sequence[Member],
-    *,
     queue_ms: float,
     infer_ms: float,
     total_ms: float,

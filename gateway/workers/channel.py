@@ -1,7 +1,7 @@
 """The gateway's end of one worker process: start it, talk to it, notice its end.
 
 One channel is one process: it is born with the process and never reconnects. Everything that was asked of it ends in
-exactly one answer: attempts in `result`, `refused` or `lost`, control questions in their future.
+exactly one answer: attempts in `settle`, control questions in their future.
 
 Rules:
 - The end is noticed through the end of the stream, at once; the process is reaped through its pidfd, without a
@@ -9,7 +9,7 @@ Rules:
 - A channel is marked lost, and its instances unavailable, before anyone is told: whoever reacts to a lost attempt
   already sees the world without this worker.
 - An attempt over its deadline means that the process hangs: it is killed. There is no timer per attempt, only one
-  `Sweep` for all channels, armed for the earliest deadline known when it was set.
+  `Sweep` for all channels.
 - An answer that fails a check is worse than none: the process is killed and its attempts are broken.
 """
 
@@ -21,26 +21,22 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final, Protocol
 
 from gateway.core.assembly import AssemblyError, write_parts
-from gateway.core.outcome import FailureKind
+from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.request import BatchInput
 from gateway.protocol import ipc
+from gateway.workers.deadlines import Sweep
 from gateway.workers.shm import AreaError, Buffer
-
-if TYPE_CHECKING:
-    from gateway.workers.hosting import Instance, Model
+from gateway.workers.spawn import out_of_memory_kills, spawn
 
 TRIM_BYTES: Final = 64 * 1024 * 1024
 """A buffer that grew beyond this is given back instead of being kept for the next batch."""
 
 _SCM: Final = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-_PACKAGE_PARENT: Final = str(Path(__file__).resolve().parents[2])
 
 
 class WorkerLost(Exception):
@@ -55,59 +51,38 @@ class NotSent(Exception):
     """The batch never left the gateway; the text says why."""
 
 
+class Hosted(Protocol):
+    """What a channel must know of an instance; `hosting.Instance` fits."""
+
+    channel: Channel | None
+    changed: Callable[[], None]
+    """Called when it became unavailable."""
+
+    @property
+    def number(self) -> int:
+        """Names it in frames."""
+
+    @property
+    def model(self) -> Any:
+        """Whom to blame; hashable."""
+
+
 class Attempt:
     """One batch on its way through one worker. Subclasses say what becomes of the outcome."""
 
     __slots__ = ("buffer", "deadline", "instance")
 
-    instance: Instance
+    instance: Hosted
     deadline: float
     buffer: Buffer
 
-    def result(self, result: ipc.Result, memory: memoryview) -> None:
-        """The answer; `memory` is the output area, valid only during this call."""
+    def result(self, result: ipc.Result, memory: memoryview) -> Success | Failure:
+        """Judge and copy the answer; `memory` is the output area, valid only during this call."""
         raise NotImplementedError
 
-    def refused(self, text: str) -> None:
-        """The model failed on this input."""
+    def settle(self, outcome: Success | Failure) -> None:
+        """The end of the attempt; called exactly once, and the channel is done with it by then."""
         raise NotImplementedError
-
-    def lost(self, kind: FailureKind, text: str) -> None:
-        """There will be no answer."""
-        raise NotImplementedError
-
-
-class Sweep:
-    """The one timer behind all attempt deadlines: asleep while nothing is in flight."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.channels: set[Channel] = set()
-        self._due = float("inf")
-        self._handle: asyncio.TimerHandle | None = None
-
-    def watch(self, deadline: float) -> None:
-        """An attempt with this deadline (loop time) was sent."""
-        if deadline < self._due:
-            self._arm(deadline)
-
-    def _arm(self, due: float) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-        self._due = due
-        self._handle = self.loop.call_at(due, self._fire)
-
-    def _fire(self) -> None:
-        self._handle = None
-        self._due = float("inf")
-        now = self.loop.time()
-        for channel in list(self.channels):
-            self.watch(channel.expire(now))
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
 
 
 class Channel:
@@ -124,15 +99,17 @@ class Channel:
         """Why it was lost, in words; set by the time `ended` is."""
         self.killed = False
         """We killed it because it hung or talked nonsense."""
-        self.suspects: list[Model] = []
+        self.suspects: list[Any] = []
         """Models that executed or loaded in the process when it was lost."""
         self.in_flight: dict[int, Attempt] = {}
-        self.instances: dict[int, Instance] = {}
+        self.instances: dict[int, Hosted] = {}
         """By the number they have in this process."""
         loop = self._loop = sweep.loop
         self.hello: asyncio.Future[ipc.Hello] = loop.create_future()
         self.ended: asyncio.Future[int] = loop.create_future()
         """Exit code (negative: signal), once the process is gone and reaped."""
+        self.out_of_memory_kills = out_of_memory_kills()
+        """The kernel's count when the process was started: more at its end may explain it."""
         self._sweep = sweep
         self._process = process
         self._socket = connection
@@ -140,7 +117,7 @@ class Channel:
         self._identity = 0
         self._buffers = 0
         self._free: list[Buffer] = []
-        self._questions: dict[int, tuple[asyncio.Future[bytes], Model | None]] = {}
+        self._questions: dict[int, tuple[asyncio.Future[bytes], Any]] = {}
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         self._drains: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._frame = memoryview(bytearray(ipc.FRAME_LIMIT))
@@ -159,7 +136,7 @@ class Channel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                process = _spawn(name, generation, theirs)
+                process = spawn(name, generation, theirs)
         except BaseException:
             ours.close()
             raise
@@ -180,8 +157,11 @@ class Channel:
             raise NotSent(f"no shared memory for a batch: {error.strerror}") from None
         try:
             frame = self._prepare(number, buffer, inputs, outputs)
-            self._socket.sendmsg([frame], () if buffer.announced else _rights(buffer.input.fd, buffer.output.fd))
-        except (OSError, ValueError, TypeError, OverflowError, AssemblyError, ipc.FrameTooLarge) as error:
+            if buffer.announced:
+                self._socket.send(frame)
+            else:
+                self._socket.sendmsg([frame], _rights(buffer.input.fd, buffer.output.fd))
+        except (OSError, ValueError, TypeError, OverflowError, AssemblyError, ipc.FrameTooLargeError) as error:
             self._free.append(buffer)
             raise NotSent(f"worker {self.name} could not be given the batch: {error}") from None
         buffer.announced = True
@@ -237,7 +217,7 @@ class Channel:
     # --- Questions ------------------------------------------------------------------------------------------------
 
     async def ask(
-        self, kind: int, payload: bytes, fds: Sequence[int] = (), model: Model | None = None, *, timeout_s: float
+        self, kind: int, payload: bytes, fds: Sequence[int] = (), model: Any = None, *, timeout_s: float
     ) -> bytes:
         """Send a control frame and wait for its answer. `model`: who is to blame if the process dies of it.
 
@@ -257,8 +237,6 @@ class Channel:
         except TimeoutError:
             self.kill(f"did not answer within {timeout_s:g} s", None if model is None else [model])
             raise WorkerLost(f"worker {self.name} {self.cause}") from None
-        finally:
-            self._questions.pop(identity, None)
 
     def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
         """Send a control frame now, or as soon as the socket takes it: unlike batches they must arrive."""
@@ -285,8 +263,7 @@ class Channel:
         def clear() -> bool:
             if number is None:
                 return not self.in_flight
-            instance = self.instances.get(number)
-            return all(attempt.instance is not instance for attempt in self.in_flight.values())
+            return all(attempt.instance.number != number for attempt in self.in_flight.values())
 
         if not clear():
             waiter: asyncio.Future[None] = self._loop.create_future()
@@ -319,7 +296,8 @@ class Channel:
             if kind == ipc.RESULT:
                 self._result(identity, ipc.decode_result(payload))
             elif kind == ipc.FAILED and identity in self.in_flight:
-                self._finish(identity).refused(str(payload, "utf-8", "replace"))
+                text = str(payload, "utf-8", "replace")
+                self._finish(identity, Failure(FailureKind.SUSPECT, text))
             else:
                 self._answered(kind, identity, payload)
         except (ipc.FrameError, AreaError) as error:
@@ -332,27 +310,22 @@ class Channel:
         area = attempt.buffer.output
         if result.output_size > area.size:
             area.follow(result.output_size)
-        del self.in_flight[identity]
-        try:
-            attempt.result(result, area.view)
-        finally:
-            self._release(attempt.buffer)
-            if self._drains:
-                self._look_at_drains()
+        self._finish(identity, attempt.result(result, area.view))
 
-    def _finish(self, identity: int) -> Attempt:
+    def _finish(self, identity: int, outcome: Success | Failure) -> None:
         attempt = self.in_flight.pop(identity)
+        # Before the attempt is settled, because settling may send the next batch, which can use the same buffer.
         self._release(attempt.buffer)
         if self._drains:
             self._look_at_drains()
-        return attempt
+        attempt.settle(outcome)
 
     def _answered(self, kind: int, identity: int, payload: memoryview) -> None:
         if kind == ipc.HELLO:
             if not self.hello.done():
                 self.hello.set_result(ipc.decode_hello(payload))
             return
-        question = self._questions.get(identity)
+        question = self._questions.pop(identity, None)
         if question is None:
             raise ipc.FrameError("answer to a question that was not asked")
         answer, _ = question
@@ -365,7 +338,7 @@ class Channel:
 
     # --- The end --------------------------------------------------------------------------------------------------
 
-    def kill(self, cause: str, suspects: list[Model] | None, expired: set[int] | None = None) -> None:
+    def kill(self, cause: str, suspects: list[Any] | None, expired: set[int] | None = None) -> None:
         """End a process that misbehaves. `suspects`: the models to blame, None for all that were running."""
         if not self.lost:
             self.killed = True
@@ -387,7 +360,7 @@ class Channel:
         """Whether the end was our wish."""
         return self._closing
 
-    def _lose(self, cause: str, suspects: list[Model] | None, expired: set[int] | frozenset[int] = frozenset()) -> None:
+    def _lose(self, cause: str, suspects: list[Any] | None, expired: set[int] | frozenset[int] = frozenset()) -> None:
         self.lost = True
         self.cause = cause
         running = [attempt.instance.model for attempt in self.in_flight.values()]
@@ -406,7 +379,7 @@ class Channel:
         self.instances.clear()
         self._fail_all(expired)
         for instance in gone:
-            instance.changed()
+            self._loop.call_soon(instance.changed)
 
     def _fail_all(self, expired: set[int] | frozenset[int]) -> None:
         text = f"worker {self.name} {self.cause}"
@@ -415,15 +388,17 @@ class Channel:
         for buffer in [*self._free, *[attempt.buffer for _, attempt in attempts]]:
             buffer.close()
         self._free.clear()
-        for answer, _ in list(self._questions.values()):
+        for answer, _ in self._questions.values():
             if not answer.done():
                 answer.set_exception(WorkerLost(text))
+        self._questions.clear()
         if not self.hello.done():
             self.hello.set_exception(WorkerLost(text))
             self.hello.exception()  # whoever waited has heard it; nobody need have waited
         self._look_at_drains()
         for identity, attempt in attempts:
-            attempt.lost(FailureKind.TIMEOUT if identity in expired else FailureKind.BROKEN, text)
+            kind = FailureKind.TIMEOUT if identity in expired else FailureKind.BROKEN
+            self._loop.call_soon(attempt.settle, Failure(kind, text))
 
     def _exited(self) -> None:
         """The pidfd is readable: the process is gone, and can be reaped without waiting."""
@@ -437,25 +412,3 @@ class Channel:
 
 def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:
     return [(*_SCM, array.array("i", fds))]
-
-
-def _spawn(name: str, generation: int, theirs: socket.socket) -> subprocess.Popen[bytes]:
-    arguments = [name, str(theirs.fileno()), str(generation), str(os.getpid())]
-    # numpy's linear algebra is not used there; its threads would only slow the start down.
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
-    return subprocess.Popen(
-        # -P: a module lying in the working directory must not shadow one of ours.
-        [sys.executable, "-P", "-m", "gateway.workers.process", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        pass_fds=(theirs.fileno(),),
-        start_new_session=True,
-        env=environment,
-    )
-
-
-def _python_path() -> str:
-    inherited = os.environ.get("PYTHONPATH")
-    return f"{_PACKAGE_PARENT}{os.pathsep}{inherited}" if inherited else _PACKAGE_PARENT
-
-

@@ -1,0 +1,262 @@
+"""The command `gateway`: arguments → Config → what the verb does → exit code.
+
+Exit codes: 0 done, or stopped cleanly · 1 the server refused or could not be reached · 2 bad usage or
+configuration · 3 a port cannot be bound · 4 a required model could not be loaded · 130 interrupted.
+Rules: never a bare traceback; `GATEWAY_DEBUG=1` shows it. Errors go to standard error. Heavy imports happen in the
+verb that needs them, so that `--help` and `check` are instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+import gateway
+from gateway.config import Config, json_schema, load
+from gateway.errors import ConfigError, Fault, GatewayError
+
+EXIT_OK: Final = 0
+EXIT_REFUSED: Final = 1
+EXIT_CONFIG: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    name="gateway",
+    help="A high-throughput batching inference gateway for the Open Inference Protocol.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SourceArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SOURCE", help="A model repository, one model's directory, or an .onnx file."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The configuration file (YAML)."),
+]
+# The variables are read by gateway.config, which knows their precedence; the help names them.
+Host = Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1; GATEWAY_HOST).")]
+HttpPort = Annotated[int | None, typer.Option(help="Port of OIP over HTTP (8000; GATEWAY_HTTP_PORT).")]
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Port of /metrics and /api (8002; GATEWAY_METRICS_PORT).")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="ONNX worker processes (one a core, at least 2; GATEWAY_WORKERS).")
+]
+Instances = Annotated[int | None, typer.Option(help="Copies of each model (2; GATEWAY_INSTANCES).")]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(metavar="debug|info|warning|error", help="Least severe level (info; GATEWAY_LOG_LEVEL)."),
+]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="console|json", help="Form of the log (console; GATEWAY_LOG_FORMAT).")
+]
+Insecure = Annotated[
+    bool | None,
+    typer.Option("--insecure", help="Allow a --host that other machines reach (GATEWAY_INSECURE)."),
+]
+# Options of later versions: known, so that they are answered with a reason instead of "no such option".
+Later = Annotated[str | None, typer.Option(hidden=True)]
+Url = Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of the data port.")]
+OpsUrl = Annotated[
+    str, typer.Option("--ops-url", envvar="GATEWAY_OPS_URL", help="Address of the operations port.")
+]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds to wait for an answer.")]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(_console(), f"gateway {gateway.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What holds for every verb."""
+
+
+@app.command()
+def serve(
+    sources: SourceArguments = None,
+    config: ConfigOption = None,
+    host: Host = None,
+    http_port: HttpPort = None,
+    metrics_port: MetricsPort = None,
+    workers: Workers = None,
+    instances: Instances = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    insecure: Insecure = None,
+    grpc_port: Later = None,
+    processes: Later = None,
+    model_control: Later = None,
+) -> None:
+    """Serve models over the Open Inference Protocol until told to stop."""
+    options = {key: value for key, value in locals().items() if key not in ("sources", "config")}
+    settings = load(config, options, os.environ).with_sources(sources or [])
+    if not settings.models:
+        where = "command line" if config is None else str(config)
+        hint = (
+            "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
+        )
+        raise ConfigError([Fault(where, 0, "", hint)])
+    _run(settings)
+
+
+@app.command()
+def demo(
+    host: Host = None,
+    http_port: HttpPort = None,
+    metrics_port: MetricsPort = None,
+    workers: Workers = None,
+    instances: Instances = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    insecure: Insecure = None,
+) -> None:
+    """Serve the bundled models, send each a real request, show the answers, keep serving."""
+    options = dict(locals())
+    if "GATEWAY_LOG_LEVEL" not in os.environ:
+        options["log_level"] = log_level or "warning"
+    models = Path(gateway.__file__).parent / "demo" / "models"
+    _run(load(None, options, os.environ).with_sources([str(models)]), demo=True)
+
+
+def _run(config: Config, *, demo: bool = False) -> None:
+    from gateway.app import run  # noqa: PLC0415  # see the header
+
+    code = run(config, demo=demo)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def check(
+    config: Annotated[
+        Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")
+    ],
+) -> None:
+    """Check a configuration file and the models it names; print every fault at once."""
+    from gateway.config_models import find_models  # noqa: PLC0415  # see the header
+
+    settings = load(config, {}, os.environ)
+    found = find_models(settings)
+    count = sum(len(model.versions) for _, model in found)
+    ignored = [
+        f"note: {model.source}/config.pbtxt: {key} has no effect here"
+        for _, model in found
+        if model.config is not None
+        for key in model.config.ignored
+    ]
+    for note in ignored:
+        _say(_console(stderr=True), note)
+    _say(_console(), f"{config}: no faults; {len(found)} models, {count} versions to serve")
+
+
+@app.command()
+def schema() -> None:
+    """Print the configuration's JSON Schema, for editors."""
+    import json
+
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help='JSON rows, {"input": rows}, an OIP request, @file.json, @file.npy, or - (stdin).'
+        ),
+    ],
+    url: Url = "http://127.0.0.1:8000",
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Add provenance and timings.")] = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Send one request and show the answer."""
+    from gateway import cli_infer  # noqa: PLC0415  # see the header
+
+    cli_infer.infer(_console(), _console(stderr=True), model, data, url, verbose=verbose, timeout_s=timeout)
+
+
+@app.command()
+def models(
+    action: Annotated[
+        str, typer.Argument(metavar="list|status", help="`status` adds batching and load.")
+    ] = "list",
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    ops_url: OpsUrl = "http://127.0.0.1:8002",
+    timeout: Timeout = 10.0,
+) -> None:
+    """List the models of a running gateway: version, state, digest, backends."""
+    from gateway import cli_infer  # noqa: PLC0415  # see the header
+
+    if action in ("load", "unload"):
+        raise ConfigError(
+            f"'models {action}' needs --model-control, which this version does not have; restart instead"
+        )
+    if action not in ("list", "status"):
+        raise ConfigError(f"'models {action}' does not exist; write list or status")
+    cli_infer.models(_console(), ops_url, detailed=action == "status", only=model, timeout_s=timeout)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="gateway")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`gateway models | head`); nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_REFUSED
+    except Exception as error:
+        if os.environ.get("GATEWAY_DEBUG") == "1":
+            raise
+        return _explain(error)
+    return EXIT_OK
+
+
+def _explain(error: Exception) -> int:
+    console = _console(stderr=True)
+    if isinstance(error, ConfigError):
+        for fault in error.faults:
+            _say(console, f"error: {str(fault).removeprefix(': ')}")
+        return EXIT_CONFIG
+    if isinstance(error, GatewayError):
+        _say(console, f"error: {error}")
+        return EXIT_REFUSED
+    what = " ".join(str(error).split())[:300] or "no further text"
+    _say(
+        console,
+        f"error: {type(error).__name__}: {what}; this is a fault of the gateway, GATEWAY_DEBUG=1 shows where",
+    )
+    return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

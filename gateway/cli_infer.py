@@ -1,0 +1,168 @@
+"""`gateway infer` and `gateway models`: ask a running gateway, show the answer.
+
+Rules: a table where a person watches, one line of JSON (infer) or tab-separated lines (models) where a program
+reads. `-v` goes to standard error, so that the answer can still be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import orjson
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gateway.client import Answer, ClientError, ServerError, fetch
+from gateway.client_tensors import Output, build_request, read_data, read_outputs
+from gateway.provenance.headers import HeaderError, Provenance, parse
+
+MAX_ROWS_SHOWN: Final = 50
+MAX_VALUES_SHOWN: Final = 10
+
+
+def infer(
+    out: Console, err: Console, model: str, data: str, url: str, *, verbose: bool, timeout_s: float
+) -> None:
+    """Send one request and print its outputs.
+
+    Raises:
+        ClientError: bad data, no server, or the server's refusal.
+    """
+    path = f"/v2/models/{quote(model, safe='')}"
+    metadata = fetch(url, path, timeout_s=timeout_s).json()
+    if not isinstance(metadata, dict):
+        raise ClientError(f"{url} does not answer as an Open Inference Protocol server")
+    request = build_request(metadata, read_data(_content(data)))
+    answer = fetch(url, f"{path}/infer", request.body, request.headers, timeout_s)
+    outputs = read_outputs(answer)
+    if out.is_terminal:
+        _print_table(out, outputs)
+    else:
+        rows = {output.name: _nested(output.values, output.shape) for output in outputs}
+        out.print(orjson.dumps(rows).decode(), markup=False, highlight=False, soft_wrap=True)
+    if verbose:
+        _print_provenance(err, answer)
+
+
+def _content(data: str) -> bytes:
+    if data == "-":
+        return sys.stdin.buffer.read()
+    if not data.startswith("@"):
+        return data.encode(errors="surrogateescape")
+    try:
+        return Path(data[1:]).read_bytes()
+    except OSError as error:
+        raise ClientError(f"cannot read {data[1:]}: {error.strerror}") from None
+
+
+def _nested(values: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Flat values as nested lists of `shape`."""
+    if not shape:
+        return values[0] if values else None
+    nested = list(values)
+    for size in reversed(shape[1:]):
+        count = len(nested) // size if size else 0
+        nested = [nested[at * size : (at + 1) * size] for at in range(count)]
+    return nested
+
+
+def _print_table(out: Console, outputs: Sequence[Output]) -> None:
+    table = Table(show_edge=False)
+    table.add_column("row", justify="right")
+    for output in outputs:
+        table.add_column(escape(f"{output.name}\n{output.datatype} {list(output.shape)}"), overflow="fold")
+    rows = min((output.shape[0] if output.shape else 1 for output in outputs), default=0)
+    for row in range(min(rows, MAX_ROWS_SHOWN)):
+        table.add_row(str(row), *(escape(_cell(output, row)) for output in outputs))
+    out.print(table)
+    if rows > MAX_ROWS_SHOWN:
+        out.print(f"… and {rows - MAX_ROWS_SHOWN} more rows; pipe the output to get them all as JSON")
+
+
+def _cell(output: Output, row: int) -> str:
+    """The values of one row; a scalar output shows its value in every row."""
+    per_row = len(output.values) // output.shape[0] if output.shape else len(output.values)
+    values = output.values[row * per_row : (row + 1) * per_row] if output.shape else output.values
+    shown = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in values[:MAX_VALUES_SHOWN]]
+    return ", ".join(shown) + (f", … ({per_row} values)" if per_row > MAX_VALUES_SHOWN else "")
+
+
+def _print_provenance(err: Console, answer: Answer) -> None:
+    try:
+        provenance = parse(answer.headers)
+    except HeaderError as error:
+        raise ClientError(f"the answer's provenance headers cannot be read: {error}") from None
+    for line in _provenance_lines(provenance, answer.elapsed_s):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
+    lines = [f"request   {provenance.request_id or 'not stated by the server'}"]
+    if provenance.model is not None:
+        model = provenance.model
+        lines.append(f"model     {model.name} version {model.version}, digest {model.digest}")
+    for member in provenance.members:
+        lines.append(f"backend   {member.backend} executed it, attempt {member.attempt}")
+        last = (
+            f"batch {member.batch_id}: {member.size} rows together, this request's first row is {member.row}"
+        )
+        lines.append(f"batch     {last.removeprefix('batch ')}")
+    words = {
+        "queue": "waiting in the queue",
+        "infer": "executing the model",
+        "total": "in the gateway altogether",
+    }
+    for name, milliseconds in provenance.timings_ms.items():
+        lines.append(f"time      {milliseconds:.2f} ms {words.get(name, name)}")
+    lines.append(f"time      {elapsed_s * 1e3:.2f} ms seen from here, connection included")
+    return lines
+
+
+def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_s: float) -> None:
+    """One line a model, from the operations port; `detailed` adds how it is batched and what its backends do.
+
+    Raises:
+        ClientError: no server, an unexpected answer, or no model named `only`.
+    """
+    try:
+        listed = fetch(url, "/api/models", timeout_s=timeout_s).json()
+    except ServerError as error:
+        raise ClientError(f"{error}; is {url} the operations port (8002 by default)?") from None
+    if not isinstance(listed, list) or not all(isinstance(model, dict) for model in listed):
+        raise ClientError(f"{url} does not answer as the gateway's operations port (8002 by default)")
+    chosen = [model for model in listed if only in (None, model.get("name"))]
+    if only is not None and not chosen:
+        raise ClientError(
+            f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}"
+        )
+    headings = ["name", "version", "state", "digest", "backends"]
+    headings += ["max_batch_size", "batching", "reason"] if detailed else []
+    rows = [_model_row(model, detailed=detailed) for model in chosen]
+    if not out.is_terminal:
+        for row in rows:
+            out.print("\t".join(row), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(*headings, show_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+def _model_row(model: Mapping[str, Any], *, detailed: bool) -> list[str]:
+    backends = model.get("backends") or []
+    names = ", ".join(_backend(backend, detailed=detailed) for backend in backends)
+    row = [str(model.get(key) or "-") for key in ("name", "version", "state", "digest")] + [names or "-"]
+    if detailed:
+        row += [str(model.get(key) or "-") for key in ("max_batch_size", "batching", "reason")]
+    return row
+
+
+def _backend(backend: Mapping[str, Any], *, detailed: bool) -> str:
+    mark = "" if backend.get("available") else " (unavailable)"
+    load = f" ({backend.get('in_flight', 0)} in flight)" if detailed and not mark else ""
+    return f"{backend.get('name')}{mark}{load}"

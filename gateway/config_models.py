@@ -1,0 +1,58 @@
+"""From `models` of a configuration to the models on disk: what `serve` will load, and `check` checks.
+
+Rules: every fault of every entry at once; a name is served from one entry only. Reads config.pbtxt files, no models.
+"""
+
+from __future__ import annotations
+
+from gateway.config import Config, ModelEntry
+from gateway.errors import ConfigError, Fault
+from gateway.registry.directory import FoundModel, scan
+from gateway.registry.reference import DirectorySource, ModelFileSource, unservable
+
+
+def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
+    """The models of all entries, in the order of the file.
+
+    Raises:
+        ConfigError: broken models, names that two entries claim, batch sizes that contradict each other.
+    """
+    found: list[tuple[ModelEntry, FoundModel]] = []
+    faults: list[Fault] = []
+    owners: dict[str, int] = {}
+    for index, entry in enumerate(config.models):
+        source = config.source(entry)
+        if not isinstance(source, DirectorySource | ModelFileSource):
+            faults.append(_fault(config, index, ".source", unservable(source) or "cannot be served"))
+            continue
+        scanned = scan(source.path, entry.name)
+        faults += scanned.faults
+        for model in scanned.models:
+            owner = owners.setdefault(model.name, index)
+            if owner != index:
+                other = config.models[owner].source
+                message = (
+                    f"model '{model.name}' is already served from {other}; give one of them another name"
+                )
+                faults.append(_fault(config, index, "", message))
+            elif (wrong := _batch_fault(config, entry, model)) is not None:
+                faults.append(_fault(config, index, ".preferred_batch_sizes", wrong))
+            else:
+                found.append((entry, model))
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _fault(config: Config, index: int, key: str, message: str) -> Fault:
+    line = config.model_lines[index] if index < len(config.model_lines) else 0
+    return Fault(config.file if line else "command line", line, f"models[{index}]{key}", message)
+
+
+def _batch_fault(config: Config, entry: ModelEntry, model: FoundModel) -> str | None:
+    settings = config.settings(entry, model.config)
+    limit = settings.max_batch_size
+    largest = max(settings.preferred_batch_sizes, default=0)
+    if limit is None or largest <= limit:
+        return None
+    return f"{largest} is more than max_batch_size of model '{model.name}', which is {limit}; write at most {limit}"

@@ -1,0 +1,94 @@
+"""Listening sockets of the data port.
+
+Rules: SO_REUSEADDR always, so that a restart does not wait for old connections to time out; SO_REUSEPORT only when
+asked, because it would let a second gateway start silently on the same port. All addresses a host name stands for
+are listened on, with one port; either all of them, or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import Final
+
+from gateway.errors import BindError
+from gateway.ingress.http_server import HttpServer
+
+_BACKLOG: Final = 1024
+
+
+class Listener:
+    """Accepts connections for one server until it is closed; connections already accepted live on."""
+
+    def __init__(self, host: str, port: int, servers: list[asyncio.Server]) -> None:
+        self.host = host
+        self.port = port
+        """The port really listened on, also where 0 was asked for."""
+        self._servers = servers
+
+    def __repr__(self) -> str:
+        return f"<Listener {self.host}:{self.port}>"
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+
+
+async def listen(host: str, port: int, server: HttpServer, *, reuse_port: bool = False) -> Listener:
+    """Start to accept connections for `server`. `port` 0 takes a free one.
+
+    Raises:
+        BindError: the address cannot be listened on; the text says why and what to change.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise BindError(host, port, "the host name cannot be resolved; use an address of this machine") from None
+    sockets: list[socket.socket] = []
+    bound_port = port
+    try:
+        for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
+            sockets.append(_bind(family, (address[0], bound_port, *address[2:]), reuse_port))
+            bound_port = sockets[0].getsockname()[1]
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise BindError(host, port, _cause(error)) from None
+    servers = [await loop.create_server(server.protocol, sock=sock, backlog=_BACKLOG) for sock in sockets]
+    listener = Listener(host, bound_port, servers)
+    server.attach(listener)
+    return listener
+
+
+def _bind(family: int, address: tuple[object, ...], reuse_port: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Accepted sockets inherit it; answers are written whole, so Nagle's delay could only hurt.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        sock.bind(address)
+        # Two sockets with SO_REUSEADDR may both bind; only listening finds out that the port is taken.
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _cause(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "the port is in use by another process; stop that process or choose another port"
+        case errno.EADDRNOTAVAIL:
+            return "the address does not belong to this machine; use one that does, such as 127.0.0.1"
+        case errno.EACCES:
+            return "not permitted; ports below 1024 need privileges, choose another port"
+        case _:
+            return error.strerror or str(error)

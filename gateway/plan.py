@@ -1,0 +1,122 @@
+"""From a configuration to the model versions to serve: sources scanned, settings settled, readers and loaders bound.
+
+Every fault of every source is found before anything is loaded; a plan with faults is refused whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gateway.catalog import LoadedModel, ServedVersion, WantedVersion
+from gateway.config import Config, ModelEntry, ModelSettings
+from gateway.core.model import Artifact
+from gateway.errors import ConfigError, Fault, NotReady
+from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
+from gateway.registry.digest import read_artifact
+from gateway.registry.directory import FoundModel, scan
+from gateway.registry.reference import DirectorySource, ModelFileSource
+
+log = logging.getLogger("gateway.plan")
+
+Load = Callable[[Artifact, ModelSettings], Awaitable[LoadedModel]]
+
+
+def versions(config: Config, load: Load) -> list[WantedVersion]:
+    """Everything the configuration wants served. Reads config.pbtxt files, not models.
+
+    Raises:
+        ConfigError: with every fault of every source.
+    """
+    faults: list[Fault] = []
+    wanted: list[WantedVersion] = []
+    owners: dict[str, str] = {}
+    if not config.models:
+        faults.append(Fault(config.file or "command line", 0, "", "no model to serve: name a SOURCE, such as ./models"))
+    for index, entry in enumerate(config.models):
+        for model in _find(config, entry, index, faults):
+            owner = owners.setdefault(model.name, entry.source)
+            if owner is not entry.source:
+                faults.append(
+                    Fault(
+                        config.file or "command line",
+                        0,
+                        f"models[{index}]",
+                        f"model '{model.name}' is already served from {owner}; give one of them another `name`",
+                    )
+                )
+                continue
+            wanted += _versions_of(config, entry, model, load)
+    if faults:
+        raise ConfigError(faults)
+    return wanted
+
+
+def _find(config: Config, entry: ModelEntry, index: int, faults: list[Fault]) -> tuple[FoundModel, ...]:
+    source = config.source(entry)
+    if not isinstance(source, DirectorySource | ModelFileSource):  # refused by `gateway check` with its line
+        faults.append(Fault(config.file, 0, f"models[{index}].source", f"'{entry.source}' cannot be served"))
+        return ()
+    found = scan(source.path, entry.name)
+    faults += found.faults
+    return found.models
+
+
+def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Load) -> Iterator[WantedVersion]:
+    stated = model.config
+    settings = config.settings(entry, stated)
+    if stated is not None and stated.ignored:
+        log.info("model %s: config.pbtxt keys without effect here: %s", model.name, ", ".join(stated.ignored))
+    for version, path in model.versions.items():
+        yield WantedVersion(
+            name=model.name,
+            version=version,
+            read=partial(_read, path, model, version),
+            load=partial(_load, load, settings),
+            digest_pin=entry.digest,
+            batching=settings.batching,
+            max_batch_size=settings.max_batch_size,
+            size_is_stated=settings.max_batch_size is not None,
+            max_queue_delay_s=settings.max_queue_delay_s,
+            preferred_batch_sizes=settings.preferred_batch_sizes,
+            oversize=settings.oversize,
+            max_queue_rows=settings.max_queue_rows,
+            max_queue_bytes=settings.max_queue_bytes,
+            deadline_s=settings.deadline_s,
+            stated_inputs=stated.inputs if stated is not None else (),
+            stated_outputs=stated.outputs if stated is not None else (),
+        )
+
+
+def _read(path: Path, model: FoundModel, version: str) -> tuple[Artifact, bytes | None]:
+    artifact = read_artifact(path, model.name, version, model.model_file, str(path))
+    return artifact, _read_sidecar(path)
+
+
+async def _load(load: Load, settings: ModelSettings, artifact: Artifact) -> LoadedModel:
+    return await load(artifact, settings)
+
+
+def manifest_of(version: ServedVersion) -> dict[str, Any]:
+    """The manifest behind a version's digest, with the lineage its `provenance.json` gives.
+
+    Raises:
+        NotReady: the version was never read.
+    """
+    if version.artifact is None:
+        raise NotReady(f"model '{version.name}' version {version.version} is not at ready state: {version.reason}")
+    runtime = {"onnxruntime": metadata.version("onnxruntime"), "execution_provider": "CPUExecutionProvider"}
+    return manifest(version.artifact, runtime, version.sidecar)
+
+
+def _read_sidecar(path: Path) -> bytes | None:
+    """`provenance.json` of a version directory, if it has one; bounded, the manifest checks it against its hash."""
+    try:
+        with (path / SIDECAR).open("rb") as stream:
+            return stream.read(MAX_SIDECAR_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,190 @@
+"""Finding models on disk: a repository in Triton's layout, one model's directory, or one `.onnx` file.
+
+    <repository>/<model>/config.pbtxt          optional
+    <repository>/<model>/<version>/model.onnx  version: 1, 2, … (no leading zero)
+
+Rules: a directory is one model if it holds a config.pbtxt or version directories, else a repository of models.
+Hidden entries, files beside the models and directories that are not versions are left out, as in Triton. A broken
+model is reported and never hides the others. Which versions are served follows `version_policy` (default: the
+highest). Nothing is read but config.pbtxt; model files are read by digest.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gateway.errors import ConfigError, Fault
+from gateway.protocol.model_config import ModelConfig, VersionPolicy, parse
+from gateway.protocol.text_format import MAX_CHARACTERS
+from gateway.registry.digest import MODEL_FILE
+from gateway.registry.reference import name_fault
+
+CONFIG_FILE: Final = "config.pbtxt"
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,18}")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """One model. `versions` are those to serve, lowest first: version → what `read_artifact` takes as path."""
+
+    name: str
+    versions: dict[str, Path]
+    config: ModelConfig | None
+    source: str
+    """Where it was found, for people."""
+    model_file: str = MODEL_FILE
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The usable models of one source, by name, and what is wrong with the others."""
+
+    models: tuple[FoundModel, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+def scan(path: Path, name: str | None = None) -> Scan:
+    """Find the models at `path`.
+
+    Args:
+        path: a repository, a model's directory or an `.onnx` file.
+        name: renames the model if `path` holds one; picks one model of a repository.
+    """
+    try:
+        if path.is_file():
+            return _scan_file(path, name)
+        if not path.is_dir():
+            return Scan(faults=(_fault(path, "there is no such file or directory"),))
+        if _is_model(path):
+            return _collect([(path, name or path.resolve().name)])
+        return _scan_repository(path, name)
+    except OSError as error:
+        return Scan(faults=(_fault(path, f"cannot be read: {error.strerror}; check its permissions"),))
+
+
+def select_versions(versions: Iterable[int], policy: VersionPolicy) -> tuple[int, ...]:
+    """The versions that `policy` serves, lowest first; a specific version that does not exist is left out."""
+    existing = sorted(set(versions))
+    if policy.kind == "latest":
+        return tuple(existing[-policy.count :])
+    if policy.kind == "specific":
+        return tuple(version for version in existing if version in policy.versions)
+    return tuple(existing)
+
+
+def _fault(path: Path, message: str) -> Fault:
+    return Fault(str(path), 0, "", message)
+
+
+def _scan_file(path: Path, name: str | None) -> Scan:
+    if path.suffix != ".onnx":
+        return Scan(faults=(_fault(path, "is not an .onnx file; only ONNX models are served"),))
+    chosen = name or path.stem
+    if (wrong := name_fault(chosen)) is not None:
+        return Scan(faults=(_fault(path, f"{wrong}; set `name` in the configuration or rename the file"),))
+    return Scan((FoundModel(chosen, {"1": path}, None, str(path)),))
+
+
+def _scan_repository(path: Path, name: str | None) -> Scan:
+    children = sorted(child for child in path.iterdir() if not child.name.startswith(".") and child.is_dir())
+    if name is not None:
+        children = [child for child in children if child.name == name]
+        if not children:
+            return Scan(
+                faults=(_fault(path, f"holds no model '{name}'; write the name of a directory in it"),)
+            )
+    if not children:
+        loose = next((child.name for child in sorted(path.glob("*.onnx"))), None)
+        hint = f"; to serve {loose}, give that file, or move it to <model>/1/{MODEL_FILE}" if loose else ""
+        return Scan(faults=(_fault(path, f"holds no model directories (<model>/1/{MODEL_FILE}){hint}"),))
+    return _collect([(child, child.name) for child in children])
+
+
+def _collect(candidates: Iterable[tuple[Path, str]]) -> Scan:
+    models: list[FoundModel] = []
+    faults: list[Fault] = []
+    for path, name in candidates:
+        try:
+            models.append(_read_model(path, name))
+        except ConfigError as error:
+            faults += error.faults
+        except OSError as error:
+            faults.append(_fault(path, f"cannot be read: {error.strerror}; check its permissions"))
+    return Scan(tuple(models), tuple(faults))
+
+
+def _version_directories(path: Path) -> dict[int, Path]:
+    found = {
+        int(child.name): child
+        for child in path.iterdir()
+        if _VERSION.fullmatch(child.name) and child.is_dir()
+    }
+    return dict(sorted(found.items()))
+
+
+def _is_model(path: Path) -> bool:
+    """A repository may hold a model named `5`; its sub-directory then has versions of its own."""
+    if (path / CONFIG_FILE).is_file():
+        return True
+    return any(not _version_directories(child) for child in _version_directories(path).values())
+
+
+def _read_model(path: Path, name: str) -> FoundModel:
+    """Raises ConfigError with what is wrong with the model at `path`."""
+    if (wrong := name_fault(name)) is not None:
+        raise ConfigError([_fault(path, f"{wrong}; rename the directory")])
+    config = _read_config(path / CONFIG_FILE)
+    policy = config.version_policy if config is not None else VersionPolicy()
+    model_file = (config.default_model_filename if config is not None else None) or MODEL_FILE
+    if config is not None and config.name and config.name != path.resolve().name:
+        hint = f"is '{config.name}' but its directory is '{path.resolve().name}'; make them equal or leave it out"
+        raise ConfigError([Fault(str(path / CONFIG_FILE), 0, "name", hint)])
+    existing = _version_directories(path)
+    if not existing:
+        raise ConfigError(
+            [_fault(path, f"has no version directory; move the model to {path.name}/1/{model_file}")]
+        )
+    selected = select_versions(existing, policy)
+    if missing := sorted(set(policy.versions) - set(selected)):
+        hint = f"version {missing[0]} does not exist; there are {', '.join(map(str, existing))}"
+        raise ConfigError([Fault(str(path / CONFIG_FILE), 0, "version_policy", hint)])
+    _check_files([existing[version] for version in selected], model_file)
+    versions = {str(version): existing[version] for version in selected}
+    return FoundModel(name, versions, config, str(path), model_file)
+
+
+def _read_config(path: Path) -> ModelConfig | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as stream:
+        data = stream.read(4 * MAX_CHARACTERS + 1)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            [Fault(str(path), line, "", "this line is not UTF-8; save the file as UTF-8")]
+        ) from None
+    return parse(text, str(path))
+
+
+def _check_files(directories: Iterable[Path], model_file: str) -> None:
+    faults = []
+    for directory in directories:
+        path = directory / model_file
+        if path.is_dir():
+            faults.append(_fault(path, "is a directory; models with external data files are not supported"))
+        elif not path.is_file():
+            other = next((child.name for child in sorted(directory.glob("*.onnx"))), None)
+            hint = (
+                f"rename {other}, or name it in default_model_filename"
+                if other
+                else "put the ONNX file there"
+            )
+            faults.append(_fault(path, f"this file is missing; {hint}"))
+    if faults:
+        raise ConfigError(faults)

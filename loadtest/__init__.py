@@ -1,0 +1,1 @@
+"""Load against a running gateway, every answer checked. See README.md."""

@@ -1,0 +1,122 @@
+"""Small real ONNX models for tests, written with onnx.helper, and Triton-layout repositories of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+ONNX_TYPE = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BYTES": TensorProto.STRING,
+    "BF16": TensorProto.BFLOAT16,
+}
+
+
+def value(name: str, datatype: str, shape: list[int | str | None]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ONNX_TYPE[datatype], shape)
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    weights: dict[str, np.ndarray[Any, Any]] | None = None,
+) -> bytes:
+    initializers = [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(proto)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def identity(datatype: str, trailing: str | int = "n") -> bytes:
+    """`x` → `y`, shape [batch, trailing]."""
+    shape = ["batch", trailing]
+    return model(
+        [helper.make_node("Identity", ["x"], ["y"])], [value("x", datatype, shape)], [value("y", datatype, shape)]
+    )
+
+
+def linear(seed: int = 7, width: int = 16, out: int = 4) -> bytes:
+    """`x` FP32 [batch, width] → `y` = tanh(x·w + b) FP32 [batch, out]."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "w": rng.standard_normal((width, out)).astype(np.float32),
+        "b": rng.standard_normal(out).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Add", ["h", "b"], ["z"]),
+        helper.make_node("Tanh", ["z"], ["y"]),
+    ]
+    return model(nodes, [value("x", "FP32", ["batch", width])], [value("y", "FP32", ["batch", out])], weights)
+
+
+def two_inputs() -> bytes:
+    """`a`, `b` INT32 [batch, n] → `sum`, `product` INT32 [batch, n]."""
+    shape: list[int | str | None] = ["batch", "n"]
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Mul", ["a", "b"], ["product"])]
+    return model(
+        nodes,
+        [value("a", "INT32", shape), value("b", "INT32", shape)],
+        [value("sum", "INT32", shape), value("product", "INT32", shape)],
+    )
+
+
+def mixes_rows() -> bytes:
+    """`x` FP32 [batch, 4] minus the mean over the batch: a model that must never be batched across callers."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    return model(nodes, [value("x", "FP32", ["batch", 4])], [value("y", "FP32", ["batch", 4])])
+
+
+def lookup(size: int = 8) -> bytes:
+    """`index` INT64 [batch] → `row` FP32 [batch, 3]; an index out of range fails inside the model."""
+    table = np.arange(size * 3, dtype=np.float32).reshape(size, 3)
+    return model(
+        [helper.make_node("Gather", ["table", "index"], ["row"], axis=0)],
+        [value("index", "INT64", ["batch"])],
+        [value("row", "FP32", ["batch", 3])],
+        {"table": table},
+    )
+
+
+def slow(width: int = 768, layers: int = 24) -> bytes:
+    """`x` FP32 [batch, width] through `layers` square matrices: milliseconds a run."""
+    rng = np.random.default_rng(3)
+    nodes, weights, last = [], {}, "x"
+    for layer in range(layers):
+        weights[f"w{layer}"] = (rng.standard_normal((width, width)) / np.sqrt(width)).astype(np.float32)
+        nodes.append(helper.make_node("MatMul", [last, f"w{layer}"], [f"h{layer}"]))
+        last = f"h{layer}"
+    nodes.append(helper.make_node("Identity", [last], ["y"]))
+    return model(nodes, [value("x", "FP32", ["batch", width])], [value("y", "FP32", ["batch", width])], weights)
+
+
+def repository(root: Path, models: dict[str, bytes], configs: dict[str, str] | None = None) -> Path:
+    """Write `<root>/<name>/1/model.onnx` [+ config.pbtxt] for each model; returns `root`."""
+    for name, data in models.items():
+        version = root / name / "1"
+        version.mkdir(parents=True, exist_ok=True)
+        (version / "model.onnx").write_bytes(data)
+    for name, text in (configs or {}).items():
+        (root / name / "config.pbtxt").write_text(text)
+    return root
