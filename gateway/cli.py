@@ -8,6 +8,7 @@ verb that needs them, so that `--help` and `check` are instant.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -177,8 +178,6 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the configuration's JSON Schema, for editors."""
-    import json
-
     sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
 
 

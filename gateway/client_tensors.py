@@ -120,14 +120,13 @@ def _input(tensor: Mapping[str, Any], data: Any) -> tuple[dict[str, Any], bytes 
     """One entry of `inputs`, and its bytes if they travel behind the JSON part."""
     name, datatype, dims = tensor["name"], _datatype(tensor), [int(dim) for dim in tensor["shape"]]
     if isinstance(data, np.ndarray):
-        shape = _fit(name, data.shape, dims)
-        blob: bytes | None = _to_bytes(name, data, datatype)
+        shape, blob = _fit(name, data.shape, dims), _to_bytes(name, data, datatype)
     else:
         found, flat = _flatten(name, data)
         shape = _fit(name, found, dims)
-        blob = _to_bytes(name, _as_numbers(name, flat), datatype) if datatype.kind == "half" else None
-        if blob is None:
+        if datatype.kind != "half":
             return {"name": name, "shape": shape, "datatype": datatype.name, "data": flat}, None
+        blob = _to_bytes(name, _as_numbers(name, flat), datatype)
     parameters = {"binary_data_size": len(blob)}
     return {"name": name, "shape": shape, "datatype": datatype.name, "parameters": parameters}, blob
 

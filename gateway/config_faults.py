@@ -113,6 +113,8 @@ class Loader:
     # Places and values
 
     def _fault(self, path: tuple[str | int, ...], message: str) -> None:
+        if path in self._tree.faulty:
+            return
         place = self._tree.place(path)
         self._faults.append(Fault(place.file, place.line, place.key or _dotted(path), message))
 
@@ -175,7 +177,8 @@ class Loader:
             return kind.model_validate(usable)
         except ValidationError as error:
             for details in error.errors(include_url=False, include_context=True):
-                self._fault((*path, *details["loc"]), _explain(kind, details))
+                if details["type"] != "missing" or "backends" not in keys:
+                    self._fault((*path, *details["loc"]), _explain(kind, details))
             return None
 
     def _models(self, value: object) -> tuple[ModelEntry, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.core.model import Oversize
 
@@ -18,6 +18,16 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 Isolation = Literal["shared", "dedicated"]
 Batching = Literal["auto", "on", "off"]
+
+
+def _bare_switch(value: object) -> object:
+    """YAML 1.1 reads a bare `on` or `off` as true or false; quoted or not, they mean the same here."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
+_Batching = Annotated[Batching, BeforeValidator(_bare_switch)]
 
 MIB: Final = 1024 * 1024
 _Port = Annotated[int, Field(ge=0, le=65_535)]
@@ -86,7 +96,7 @@ class ModelKeys(Section):
     """Loaded copies, each on another worker while there are enough: redundancy and parallelism. Default 2."""
     isolation: Isolation | None = Field(default=None, examples=["dedicated"])
     """`shared` (default): workers host many models; `dedicated`: worker processes for this model alone."""
-    batching: Batching | None = Field(default=None, examples=["on"])
+    batching: _Batching | None = Field(default=None, examples=["on"])
     """`auto` (default): batch a model only if its rows are proven independent at load; `on`, `off`: no proof."""
     max_batch_size: int | None = Field(default=None, ge=0, le=65_536, examples=[64])
     """Most rows of one batch; 0 serves the model unbatched. By default the gateway chooses."""
@@ -129,7 +139,7 @@ class ConfigFile(Section):
     """Configuration of the gateway. Every key is optional."""
 
     server: Server = Field(default_factory=Server, examples=[{"http_port": 8000}])
-    """The process: ports, worker processes, log, limits."""
+    """Where it listens, its worker processes, its log and its limits."""
     defaults: ModelKeys = Field(default_factory=ModelKeys, examples=[{"instances": 2}])
     """Keys for every model that does not set them itself."""
     models: tuple[ModelEntry, ...] = Field(default=(), strict=False, examples=[[{"source": "./models"}]])

@@ -42,6 +42,8 @@ class Tree:
     value: Any = None
     places: dict[tuple[str | int, ...], Place] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    faulty: set[tuple[str | int, ...]] = field(default_factory=set)
+    """Paths whose value is already reported and not usable."""
 
     def place(self, path: tuple[str | int, ...]) -> Place:
         """The place of `path`, or of the nearest enclosing value that is written."""
@@ -139,6 +141,7 @@ class _Walk:
             return _scalar(node)
         except ValueError as error:
             self.fault(node, path, str(error))
+            self.tree.faulty.add(path)
             return None
 
     def mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gateway.core.batching import Reason
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.request import SETTLED, InferRequest
-from gateway.core.retry import FailedBatch, Verdict, after_failure
+from gateway.core.retry import FailedBatch, Verdict, after_failure, counts
 from gateway.core.routing import route
 from gateway.errors import BackendError, GatewayError, ModelError
 from gateway.observe.record import ModelStatistics
@@ -44,13 +44,16 @@ class Owner(Protocol):
 
     def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None: ...
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None: ...
-    def batch_returned(self, members: list[InferRequest]) -> None: ...
+    def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
+        """`members` wait again, and so may others in the isolated lane; `taken`: the replica did take the batch."""
 
 
 class RunningBatch:
     """A batch on its way; fits `backends.interface.Batch`."""
 
-    __slots__ = ("attempt", "dispatched", "dispatcher", "inputs", "members", "outputs", "reason", "replica", "rows")
+    __slots__ = (
+        "attempt", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs", "reason", "replica", "rows",
+    )  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, members: list[InferRequest], rows: int, reason: Reason, replica: Replica
@@ -64,6 +67,8 @@ class RunningBatch:
         self.inputs = assembly.concat(members, rows, dispatcher.spec.batched)
         self.dispatched = 0.0
         self.attempt = 0
+        self.isolated = False
+        """Its members run by themselves: not even a rerun mixes them with others."""
 
     def done(self, outcome: Success | Failure, /) -> None:
         self.dispatcher.batch_done(self, outcome)
@@ -99,6 +104,10 @@ class Dispatcher:
         """Groups of members waiting to run by themselves."""
         return len(self._isolated)
 
+    def isolated_members(self) -> list[InferRequest]:
+        """Everyone who waits to run by itself."""
+        return [member for members in self._isolated for member in members if member.state != SETTLED]
+
     def next_isolated(self) -> list[InferRequest] | None:
         """The next members to run by themselves, without those who left meanwhile."""
         while self._isolated:
@@ -107,7 +116,9 @@ class Dispatcher:
                 return members
         return None
 
-    def dispatch(self, members: list[InferRequest], reason: Reason, replica: Replica) -> None:
+    def dispatch(
+        self, members: list[InferRequest], reason: Reason, replica: Replica, isolated: bool = False
+    ) -> None:
         """Execute `members` (equal keys, not settled) on `replica`, which has a free slot."""
         now = self._now()
         rows = 0
@@ -120,6 +131,7 @@ class Dispatcher:
         batch = RunningBatch(self, members, rows, reason, replica)
         batch.dispatched = now
         batch.attempt = attempt
+        batch.isolated = isolated
         self._turn += 1
         self.running += 1
         replica.execute(batch, max(ATTEMPT_TIMEOUT_FLOOR_S, ATTEMPT_TIMEOUT_FACTOR * self.execute_s))
@@ -157,21 +169,27 @@ class Dispatcher:
         self.statistics.attempt(batch.replica.name, failure.kind.value)
         members = [member for member in batch.members if member.state != SETTLED]
         if not members:
-            self._owner.batch_returned([])
+            self._owner.batch_returned([], True)
             return
-        if failure.kind in (FailureKind.NOT_SENT, FailureKind.OVERLOAD):
+        taken = failure.kind not in (FailureKind.NOT_SENT, FailureKind.OVERLOAD)
+        if not taken:
             for member in members:
                 member.attempt -= 1  # nothing was executed
+        broken = int(counts(failure.kind))
         for member in members:
             member.avoid = batch.replica.name
-        verdict = after_failure(FailedBatch(len(members), batch.attempt, failure.kind))
+            member.broken += broken
+        most = max([member.broken for member in members])
+        verdict = after_failure(FailedBatch(len(members), most, failure.kind))
         log.info(
             "model %s: batch of %d requests on %s failed (%s: %s): %s",
             self.spec.name, len(members), batch.replica.name, failure.kind.value, failure.message, verdict.value,
         )  # fmt: skip
-        self._carry_out(verdict, members, failure)
+        self._carry_out(verdict, members, batch.isolated, failure, taken)
 
-    def _carry_out(self, verdict: Verdict, members: list[InferRequest], failure: Failure) -> None:
+    def _carry_out(
+        self, verdict: Verdict, members: list[InferRequest], isolated: bool, failure: Failure, taken: bool
+    ) -> None:
         if verdict is Verdict.FAIL_MODEL:
             self._owner.batch_failed(members, ModelError(f"model '{self.spec.name}' failed: {failure.message}"))
             return
@@ -186,4 +204,6 @@ class Dispatcher:
             self._isolated += [members[:middle], members[middle:]]
         elif verdict is Verdict.SINGLES:
             self._isolated += [[member] for member in members]
-        self._owner.batch_returned(members if verdict is Verdict.REQUEUE else [])
+        elif isolated:
+            self._isolated.appendleft(members)
+        self._owner.batch_returned(members if verdict is Verdict.REQUEUE and not isolated else [], taken)

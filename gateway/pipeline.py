@@ -19,7 +19,7 @@ from gateway.catalog import Catalog, ServedVersion
 from gateway.core import assembly
 from gateway.core.batch import FinishedBatch
 from gateway.core.request import SETTLED, InferRequest
-from gateway.errors import BackendError, Draining, GatewayError, NotReady
+from gateway.errors import BackendError, Cancelled, Draining, GatewayError, NotReady
 
 
 class Pipeline:
@@ -66,7 +66,6 @@ class SplitRequest:
         self._error: GatewayError | None = None
         self._parts = assembly.split_request(original, max_rows)
         self._open = len(self._parts)
-        original.batch = self
         for part in self._parts:
             part.settle = self._part_settled
 
@@ -75,20 +74,11 @@ class SplitRequest:
         scheduler = self._version.scheduler
         if scheduler is None:
             raise Draining(f"model '{self._version.spec.name}' is unloading")
-        submitted: list[InferRequest] = []
-        try:
-            for part in self._parts:
-                scheduler.submit(part)
-                submitted.append(part)
-        except GatewayError:
-            self._parts = []  # what is settled below must not settle the original
-            for part in submitted:
-                scheduler.abort(part)
-            self._original.batch = None
-            raise
+        scheduler.submit_parts(self._original, self._parts)
+        self._original.batch = self
 
     def abort(self) -> None:
-        self._original.state = SETTLED
+        self._settle(error=Cancelled("the caller left"))
         self._give_up()
 
     def _give_up(self) -> None:
@@ -98,7 +88,7 @@ class SplitRequest:
                 scheduler.abort(part)
 
     def _part_settled(self, part: InferRequest) -> None:
-        if not self._parts or self._original.state == SETTLED:
+        if self._original.state == SETTLED:
             return
         self._open -= 1
         if part.error is not None:

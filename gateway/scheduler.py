@@ -37,6 +37,11 @@ TIMER_SLACK_S: Final = 0.0005
 """uvloop rounds timers to milliseconds; without this one could fire just before its instant, and again."""
 
 
+RETRY_PAUSE_S: Final = 0.01
+"""A batch that a replica did not take is offered again after this, or when anything else happens: a replica that takes
+nothing must not keep the loop busy."""
+
+
 class Scheduler:
     """Queue, dispatcher and timer of one model version."""
 
@@ -58,8 +63,10 @@ class Scheduler:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_instant = 0.0
         self._closed: GatewayError | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
         self._no_backend_since: float | None = None
+        self._hopeless: GatewayError | None = None
+        """What those who wait were told when no replica was left to wait for."""
         for replica in replicas:
             replica.set_listener(self._replica_changed)
 
@@ -72,15 +79,26 @@ class Scheduler:
             Overloaded: a bound of the queue is reached.
             NotReady, NoBackend, Draining: the model cannot take requests now.
         """
-        if self._closed is not None:
-            raise type(self._closed)(str(self._closed))
-        if self._no_backend_since is not None and request.received - self._no_backend_since > NO_BACKEND_S:
-            self.statistics.reject("no_backend")
-            raise NoBackend(f"model '{self.spec.name}': no worker is available; retry later")
+        self._check(request)
+        self._accept(request)
+
+    def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
+        """Queue the parts of one request, all of them or none; otherwise as `submit`."""
+        self._check(whole)
+        for part in parts:
+            self._accept(part)
+
+    def _check(self, request: InferRequest) -> None:
+        refusal = self._closed or self._hopeless
+        if refusal is not None:
+            self.statistics.reject(refusal.reason)
+            raise type(refusal)(str(refusal))
         rejected = admit(self._queue, self.spec.policy, request)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
             raise Overloaded(rejected.message)
+
+    def _accept(self, request: InferRequest) -> None:
         request.deadline = deadline_of(self.spec.policy, request)
         self._queue.push(request)
         if not self._pumping:
@@ -98,19 +116,23 @@ class Scheduler:
         self._closed = error
 
     def fail_waiting(self, error: GatewayError) -> None:
-        """Settle everyone who waits with `error` (the model failed for good)."""
-        for request in self._queue.waiting():
-            self._settle(request, error)
+        """Settle everyone who waits with `error`, and who comes back from a failed batch later, until a replica is
+        available again (no backend came back, or the model failed for good)."""
+        self._hopeless = error
+        for request in [*self._queue.waiting(), *self._dispatcher.isolated_members()]:
+            if request.state != SETTLED:  # the answer to one may have made another leave
+                self.statistics.reject(error.reason)
+                self._settle(request, error)
 
     def reopen(self) -> None:
-        self._closed = None
+        self._closed = self._hopeless = None
         self._replica_changed()
 
     async def drained(self) -> None:
         """Returns when no accepted request is unsettled and no batch is running."""
         while self._queue.unsettled or self._dispatcher.running:
-            self._drained = self._loop.create_future()
-            await self._drained
+            self._idle.clear()
+            await self._idle.wait()
 
     def stop(self) -> None:
         """Disarm the timer; the queue must be empty."""
@@ -136,13 +158,14 @@ class Scheduler:
         self._pumping = False
         queue, dispatcher = self._queue, self._dispatcher
         now = self._now()
+        self._expire(now)  # first: rows of a caller whose time is up never reach a replica
         wake: float | None = None
         while queue.count or dispatcher.isolated:
             replica = dispatcher.free_replica()
             if replica is None:
                 break
             members = dispatcher.next_isolated() if dispatcher.isolated else None
-            reason = Reason.WORKER_FREE
+            isolated, reason = members is not None, Reason.WORKER_FREE
             if members is None:
                 decision = decide(queue, self.spec.policy, now, dispatcher.execute_s)
                 if isinstance(decision, WaitUntil):
@@ -155,7 +178,7 @@ class Scheduler:
                     continue
             if replica.name == members[0].avoid:
                 replica = dispatcher.free_replica(members[0].avoid) or replica
-            dispatcher.dispatch(members, reason, replica)
+            dispatcher.dispatch(members, reason, replica, isolated)
         self._arm(wake)
 
     def _arm(self, wake: float | None) -> None:
@@ -173,8 +196,15 @@ class Scheduler:
 
     def _timer_fired(self) -> None:
         self._timer = None
-        now = self._now()
+        self._pump()
+
+    def _expire(self, now: float) -> None:
+        deadline = self._queue.next_deadline()
+        if deadline is None or deadline > now:
+            return
         for request in self._queue.expired(now):
+            if request.state == SETTLED:  # parts of one request: the first to expire took the others along
+                continue
             if request.state == RUNNING:
                 where = "while the model ran"
                 self.statistics.fail("OTHER")
@@ -184,7 +214,6 @@ class Scheduler:
             self._settle(
                 request, DeadlineExceeded(f"Request timeout expired {where} after {now - request.received:.3f} s")
             )
-        self._pump()
 
     def _pump_soon(self) -> None:
         if not self._pumping:
@@ -219,18 +248,24 @@ class Scheduler:
         self._after_batch()
 
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
-        self.statistics.fail("BACKEND", len(members))
         for request in members:
-            self._settle(request, error)
+            if request.state != SETTLED:
+                self.statistics.fail("BACKEND")
+                self._settle(request, error)
         self._after_batch()
 
-    def batch_returned(self, members: list[InferRequest]) -> None:
+    def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
         self._queue.push_front(members)
-        self._after_batch()
+        if self._hopeless is not None:
+            self.fail_waiting(self._hopeless)
+        self._after_batch(0.0 if taken else RETRY_PAUSE_S)
 
-    def _after_batch(self) -> None:
+    def _after_batch(self, pause_s: float = 0.0) -> None:
         if self._queue.count or self._dispatcher.isolated:
-            self._pump_soon()
+            if pause_s:
+                self._loop.call_later(pause_s, self._pump_soon)
+            else:
+                self._pump_soon()
         self._check_drained()
 
     def _settle(self, request: InferRequest, error: GatewayError) -> None:
@@ -245,15 +280,14 @@ class Scheduler:
         self._check_drained()
 
     def _check_drained(self) -> None:
-        waiter = self._drained
-        if waiter is not None and not waiter.done() and not (self._queue.unsettled or self._dispatcher.running):
-            waiter.set_result(None)
+        if not (self._queue.unsettled or self._dispatcher.running):
+            self._idle.set()
 
     # -- replicas come and go --------------------------------------------------------------------------------------
 
     def _replica_changed(self) -> None:
         if any(replica.available for replica in self._dispatcher.replicas):
-            self._no_backend_since = None
+            self._no_backend_since = self._hopeless = None
             self._pump_soon()
         elif self._no_backend_since is None:
             self._no_backend_since = self._now()
@@ -261,4 +295,4 @@ class Scheduler:
 
     def _give_up(self, since: float) -> None:
         if self._no_backend_since == since:
-            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no worker came back in time; retry later"))
+            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no worker is available; retry later"))

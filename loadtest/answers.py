@@ -21,6 +21,8 @@ import gateway.demo
 SAMPLES: Final = Path(gateway.demo.__file__).parent / "samples"
 MODELS: Final = ("digits", "digits_cnn")
 TOLERANCE: Final = 1e-4
+CASE_NAMES: Final = {f"{m} {e} x{n}" for m in MODELS for e in ("json", "binary") for n in (1, 8)}
+"""The names under which requests are listed: model, encoding, rows."""
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 
 Encoding = Literal["json", "binary"]

@@ -34,7 +34,9 @@ class Client(FastHttpUser):
         body: Any = case.body  # locust's annotation leaves bytes out; geventhttpclient sends them as they are
         headers = dict(case.headers)
         with self.client.post(case.path, body, headers=headers, name=case.id, catch_response=True) as response:
-            problem = fault(case, response.status_code, dict(response.headers or {}), response.content or b"")
+            # dict(headers) would not do: geventhttpclient's mapping gives tuples for it
+            got = dict(response.headers.items()) if response.headers else {}
+            problem = fault(case, response.status_code, got, response.content or b"")
             if problem:
                 response.failure(problem)
             else:

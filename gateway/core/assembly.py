@@ -11,7 +11,7 @@ import numpy as np
 
 from gateway.core.model import ModelSpec
 from gateway.core.request import BatchInput, InferRequest, InputTensor, OutputTensor
-from gateway.core.tensor import Datatype, pack_bytes, unpack_bytes
+from gateway.core.tensor import Datatype, unpack_bytes
 
 
 class AssemblyError(Exception):
@@ -88,10 +88,11 @@ def check_outputs(spec: ModelSpec, wanted: tuple[int, ...], rows: int, outputs: 
 
 def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
     """A request of more than `max_rows` rows → requests of at most that many, in row order."""
+    cuts = [(start, min(start + max_rows, request.rows)) for start in range(0, request.rows, max_rows)]
+    pieces = [[None] * len(cuts) if tensor is None else _cut(tensor, cuts) for tensor in request.inputs]
     parts = []
-    for start in range(0, request.rows, max_rows):
-        stop = min(start + max_rows, request.rows)
-        inputs = tuple([None if tensor is None else _rows_of(tensor, start, stop) for tensor in request.inputs])
+    for place, (start, stop) in enumerate(cuts):
+        inputs = tuple([of_input[place] for of_input in pieces])
         nbytes = sum(part_nbytes(tensor) for tensor in inputs if tensor is not None)
         part = InferRequest(
             inputs, stop - start, nbytes, request.key, request.outputs, request.request_id, request.form,
@@ -102,19 +103,23 @@ def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
     return parts
 
 
-def _rows_of(tensor: InputTensor, start: int, stop: int) -> InputTensor:
-    rows = tensor.shape[0]
-    shape = (stop - start, *tensor.shape[1:])
+def _cut(tensor: InputTensor, cuts: list[tuple[int, int]]) -> list[InputTensor | None]:
+    """Rows `start` to `stop` for each of `cuts`. BYTES are walked through once, however many cuts there are."""
+    datatype, rows, trailing = tensor.datatype, tensor.shape[0], tensor.shape[1:]
+    shapes = [(stop - start, *trailing) for start, stop in cuts]
     if tensor.values is not None:
-        per_row = len(tensor.values) // rows
-        return InputTensor(tensor.datatype, shape, tensor.values[start * per_row : stop * per_row], None)
+        values = tensor.values
+        per_row = len(values) // rows
+        of_cuts = [values[start * per_row : stop * per_row] for start, stop in cuts]
+        return [InputTensor(datatype, shape, part, None) for shape, part in zip(shapes, of_cuts, strict=True)]
     buffer = memoryview(_buffer(tensor))
-    if tensor.datatype.kind == "bytes":
-        elements = unpack_bytes(buffer)
-        per_row = len(elements) // rows
-        return InputTensor(tensor.datatype, shape, None, pack_bytes(elements[start * per_row : stop * per_row]))
-    per_row = len(buffer) // rows
-    return InputTensor(tensor.datatype, shape, None, buffer[start * per_row : stop * per_row])
+    if datatype.kind == "bytes":
+        offsets = _row_offsets(buffer, rows)
+        views = [buffer[offsets[start] : offsets[stop]] for start, stop in cuts]
+    else:
+        per_row = len(buffer) // rows
+        views = [buffer[start * per_row : stop * per_row] for start, stop in cuts]
+    return [InputTensor(datatype, shape, None, view) for shape, view in zip(shapes, views, strict=True)]
 
 
 def join_outputs(parts: list[tuple[dict[int, OutputTensor], int, int]]) -> dict[int, OutputTensor]:
@@ -150,8 +155,11 @@ def slice_rows(output: OutputTensor, row: int, rows: int) -> OutputTensor:
 
 def row_offsets(output: OutputTensor) -> list[int]:
     """Byte offset at which each row of a BYTES output starts, and the end: `rows + 1` numbers."""
-    rows = output.shape[0]
-    sizes = [4 + len(element) for element in unpack_bytes(output.data)]
+    return _row_offsets(output.data, output.shape[0])
+
+
+def _row_offsets(packed: bytes | memoryview, rows: int) -> list[int]:
+    sizes = [4 + len(element) for element in unpack_bytes(packed)]
     per_row = len(sizes) // rows if rows else 0
     offsets = [0]
     for row in range(rows):

@@ -6,7 +6,7 @@ failed attempt stands at the front again.
 
 Invariants: `rows`, `nbytes` and `count` cover exactly the requests in state QUEUED; a request that was removed
 (caller left, deadline passed) is never handed out; every entry of the deadline heap that no longer matters is dropped
-before the heap is twice as long as what matters.
+before the heap is twice as long as what matters, and so are the ghosts of removed requests in a group's line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 from gateway.core.request import QUEUED, RUNNING, SETTLED, InferRequest
 
 _SLACK: Final = 64
-"""Dead heap entries tolerated whatever the queue's length, so that short queues are not rebuilt all the time."""
+"""Dead entries tolerated whatever the queue's length, so that short queues are not rebuilt all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,14 @@ class QueueStatistics:
 
 
 class Group:
-    """Queued requests with equal keys. `rows` counts QUEUED ones only."""
+    """Queued requests with equal keys. `count` and `rows` cover QUEUED ones only."""
 
-    __slots__ = ("key", "requests", "rows")
+    __slots__ = ("count", "key", "requests", "rows")
 
     def __init__(self, key: object) -> None:
         self.key = key
         self.requests: deque[InferRequest] = deque()
+        self.count = 0
         self.rows = 0
 
     def head(self) -> InferRequest | None:
@@ -108,24 +109,23 @@ class BatchQueue:
             else:
                 requests.popleft()
         rows = max_rows - room
+        group.count -= len(taken)
         group.rows -= rows
         self.rows -= rows
         self.nbytes -= nbytes
         self.count -= len(taken)
-        if not group.rows:  # whatever is left in it are ghosts
+        if not group.count:  # whatever is left in it are ghosts
             self.groups.pop(group.key, None)
         return taken
 
     def settled(self, request: InferRequest) -> None:
         """`request` has its answer or needs none: mark it, and take it out of the room if it still waits."""
-        if request.state == QUEUED:
-            group = self.groups.get(request.key)
-            if group is not None:
-                self._count(request, -1)
-                if group.rows == 0:
-                    del self.groups[request.key]
+        waited = request.state == QUEUED
         request.state = SETTLED
         self._unsettled -= 1
+        if waited:
+            self._count(request, -1)
+            self._bury(self.groups[request.key])
 
     def expired(self, now: float) -> list[InferRequest]:
         """Unsettled requests, waiting or running, whose deadline is not after `now`. They stay unsettled."""
@@ -166,8 +166,17 @@ class BatchQueue:
             group = self.groups[request.key] = Group(request.key)
         return group
 
+    def _bury(self, group: Group) -> None:
+        """Drop ghosts before they outnumber the living: they hold their callers' bytes."""
+        if not group.count:
+            del self.groups[group.key]
+        elif len(group.requests) > 2 * group.count + _SLACK:
+            group.requests = deque([request for request in group.requests if request.state == QUEUED])
+
     def _count(self, request: InferRequest, sign: int) -> None:
-        self.groups[request.key].rows += sign * request.rows
+        group = self.groups[request.key]
+        group.count += sign
+        group.rows += sign * request.rows
         self.rows += sign * request.rows
         self.nbytes += sign * request.nbytes
         self.count += sign

@@ -1,13 +1,18 @@
 """When a batch is closed, of whom, and why: one pure decision.
 
-Rule, in order (wire notes §5.1; Triton's semantics, with one deliberate difference: groups of other shapes never
-wait behind the head):
-  1. a group whose rows fill `max_batch_size`, or the largest preferred size, goes at once          → FULL
-  2. without a queue delay a free replica takes what waits, the group with the oldest head first    → WORKER_FREE
-  3. with a queue delay, a group goes when its head has waited that long: everything pending goes   → DELAY
-  4. ... or earlier, when waiting on would cost the head its deadline                               → DEADLINE
-  5. ... or earlier still, in the largest preferred size that its oldest requests make up exactly   → FULL
-  6. otherwise wait until the earliest instant at which 3 or 4 can become true.
+Rule (wire notes §5.1; Triton's semantics, with one deliberate difference: groups of other shapes never wait behind
+the head). "Pending" are a group's oldest requests, as many as `max_batch_size` holds.
+
+Without a queue delay a free replica takes what is pending, of the group with the oldest head         → WORKER_FREE
+With one, groups are looked at in the order of their heads, and of each, in this order:
+  1. before its time is up, a preferred size that its oldest requests make up exactly goes at once,
+     the largest such size; the rest stays                                                            → FULL
+  2. what fills `max_batch_size`, or reaches the largest preferred size, goes at once                 → FULL
+  3. ... and so does what the next request in line does not fit into                                  → SHAPE
+  4. everything pending goes when the head has waited as long as the delay says                       → DELAY
+  5. ... or when waiting on would cost the head its deadline                                          → DEADLINE
+  6. otherwise wait until the earliest instant at which 4 or 5 can become true.
+Time is up once 4 or 5 holds.
 Batches of a model that does not batch, or whose rows are not proven independent, hold one request each.
 """
 
@@ -89,17 +94,18 @@ def _decide_delayed(queue: BatchQueue, policy: BatchPolicy, now: float, execute_
         head = group.head()
         if head is None:
             continue
-        largest, closed = _prefix(group, preferred, limit)
-        if largest == max(preferred) or (closed and largest):
-            return Dispatch(group, largest, Reason.FULL)
-        if closed:
-            return Dispatch(group, limit, Reason.FULL if group.rows >= limit else Reason.SHAPE)
+        pending, largest, closed = _prefix(group, preferred, limit)
         ripe = head.received + policy.max_queue_delay_s
         urgent = _urgent(head, execute_s)
-        if now >= min(ripe, urgent):
-            return Dispatch(group, limit, Reason.DELAY if now >= ripe else Reason.DEADLINE)
-        if largest:
+        time_is_up = now >= min(ripe, urgent)
+        if largest and not time_is_up:
             return Dispatch(group, largest, Reason.FULL)
+        if pending >= limit or pending >= max(preferred):
+            return Dispatch(group, limit, Reason.FULL)
+        if closed:
+            return Dispatch(group, limit, Reason.SHAPE)
+        if time_is_up:
+            return Dispatch(group, limit, Reason.DELAY if now >= ripe else Reason.DEADLINE)
         wake = min(wake, ripe, urgent)
     return WaitUntil(wake)
 
@@ -109,15 +115,15 @@ def _urgent(head: InferRequest, execute_s: float) -> float:
     return head.deadline - 2.0 * execute_s
 
 
-def _prefix(group: Group, preferred: tuple[int, ...], limit: int) -> tuple[int, bool]:
-    """(largest preferred size that the oldest requests make up exactly, 0 if none; whether no further one fits)."""
+def _prefix(group: Group, preferred: tuple[int, ...], limit: int) -> tuple[int, int, bool]:
+    """(rows pending, largest preferred size that the oldest make up exactly or 0, whether the next does not fit)."""
     total, largest = 0, 0
     for request in group.requests:
         if request.state != QUEUED:
             continue
         if total + request.rows > limit:
-            return largest, True
+            return total, largest, True
         total += request.rows
         if total in preferred:
             largest = total
-    return largest, total >= limit
+    return total, largest, False

@@ -82,6 +82,7 @@ class InferRequest:
         "attempt",
         "avoid",
         "batch",
+        "broken",
         "context",
         "deadline",
         "error",
@@ -130,6 +131,8 @@ class InferRequest:
         self.state = QUEUED
         self.attempt = 0
         """Attempts begun so far."""
+        self.broken = 0
+        """Of these, the ones that ended in a broken or hung backend (see core/retry.py)."""
         self.avoid: str | None = None
         """Replica on which the last attempt failed."""
         self.batch: Any = None

@@ -5,7 +5,9 @@ Rules (resilience notes §1.3, §1.4; the unit is the request, not the batch):
     front of the queue, for another replica;
   * input that the model refuses (SUSPECT) is halved until the offender stands alone: every innocent batch-mate
     succeeds, at a cost of at most 2·log2(n) + 1 extra runs;
-  * a batch that broke two workers is run member by member: a crash costs a restart, a single run milliseconds;
+  * a batch that broke two workers is run member by member: a crash costs a restart, a single run milliseconds; whoever
+    breaks another one alone stays alone, so that it cannot take a third party along;
+  * attempts that ended with SUSPECT do not count as broken: innocents of a halved batch keep all their reruns;
   * whoever fails alone is told so.
 """
 
@@ -39,9 +41,14 @@ class Verdict(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class FailedBatch:
     members: int
-    attempt: int
-    """The highest attempt among its members, this one included; 1 is the first."""
+    broken: int
+    """Broken attempts of the member that has seen most of them, this attempt included if it counts (`counts`)."""
     kind: FailureKind
+
+
+def counts(kind: FailureKind) -> bool:
+    """Whether an attempt that ended so used up one of the `MAX_ATTEMPTS`."""
+    return kind not in (FailureKind.SUSPECT, FailureKind.NOT_SENT, FailureKind.OVERLOAD)
 
 
 def after_failure(batch: FailedBatch) -> Verdict:
@@ -49,6 +56,6 @@ def after_failure(batch: FailedBatch) -> Verdict:
         return Verdict.HALVE if batch.members > 1 else Verdict.FAIL_MODEL
     if batch.kind in (FailureKind.NOT_SENT, FailureKind.OVERLOAD):
         return Verdict.REQUEUE  # nothing ran: bounded by the deadline alone
-    if batch.attempt >= SINGLES_FROM and batch.members > 1:
-        return Verdict.SINGLES
-    return Verdict.REQUEUE if batch.attempt < MAX_ATTEMPTS else Verdict.FAIL_BACKEND
+    if batch.broken >= MAX_ATTEMPTS and batch.members == 1:
+        return Verdict.FAIL_BACKEND
+    return Verdict.SINGLES if batch.broken >= SINGLES_FROM else Verdict.REQUEUE

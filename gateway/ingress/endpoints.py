@@ -7,6 +7,7 @@ A path is matched whole; the query string is ignored; segments are percent-decod
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -115,7 +116,7 @@ class OipApplication:
         codec: HttpCodec = version.codec or self._codec(version)
         try:
             request = codec.decode(head, body, exchange)
-            exchange.on_abort = lambda: self._pipeline.abort(version, request)
+            exchange.on_abort = partial(self._pipeline.abort, version, request)
             self._pipeline.infer(version, request)
         except GatewayError as error:
             exchange.on_abort = None

@@ -19,42 +19,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol, cast
+from typing import Final, cast
 
 from gateway.errors import GatewayError, Overloaded
+from gateway.ingress.http_exchange import UNREAD_HEAD, AdaptedExchange, Application, Exchange
 from gateway.protocol.http1 import (
     CONTINUE,
     Event,
-    Head,
     Heads,
     Held,
     HttpLimits,
     Receiver,
     Reject,
     Request,
-    adapt,
     error_response,
 )
 
 _log = logging.getLogger("gateway.http")
 
-_SENT: Final = b"sent"
-_UNREAD_HEAD: Final = Head(b"", b"")
-"""Stands for the head of a request that was refused before it had one."""
 _MAX_REFUSED: Final = 128
 """Connections over the limit that are told so, at one time; further ones are cut off without a word."""
-
-
-class Application(Protocol):
-    """What answers the requests."""
-
-    def resolve(self, head: Head, /) -> Any:
-        """Called once for each unseen head; the result is kept in `head.route`. Must not raise."""
-
-    def handle(self, head: Head, body: bytes, exchange: Exchange, /) -> None:
-        """Answer now, or later through `exchange`. An exception becomes a 500, unless the answer is out."""
+_PROBE_DELAY_S: Final = 0.05
+_TCP_CLOSE: Final = 7
+"""State of a connection that was reset (`tcp_states.h`); the first byte of `struct tcp_info`."""
 
 
 class Shared:
@@ -82,118 +72,6 @@ class Shared:
         self.rejected[error.reason] = self.rejected.get(error.reason, 0) + 1
 
 
-class Exchange:
-    """One request's way back to its client. Answer it once, with one of the `send` methods."""
-
-    __slots__ = ("_answer", "_connection", "_held_bytes", "head", "keep_alive", "on_abort", "received")
-
-    def __init__(self, connection: Connection, head: Head, received: float, held_bytes: int) -> None:
-        self.received = received
-        """When the request was complete: monotonic seconds of the server's clock."""
-        self.head = head
-        self.keep_alive = head.keep_alive
-        """Whether the connection stays open after the answer. The answer's `Connection` header has to agree, so
-        read it when the head is written; set it to False to end the connection."""
-        self.on_abort: Callable[[], None] | None = None
-        """Called once if the client leaves before the answer is given."""
-        self._connection: Connection | None = connection
-        self._answer: bytes | list[bytes | memoryview] | None = None
-        self._held_bytes = held_bytes
-
-    def __repr__(self) -> str:
-        state = "open" if self._answer is None and self._connection is not None else "over"
-        return f"<Exchange {self.head!r} {state}>"
-
-    def send(self, data: bytes) -> None:
-        """Answer with the bytes of a complete response. Does nothing if the client is gone.
-
-        Raises:
-            RuntimeError: the request was answered before.
-        """
-        connection = self._connection
-        if connection is not None and connection.writable and connection.pending[0] is self:
-            self._answer = _SENT
-            self._connection = None
-            pending = connection.pending
-            pending.popleft()
-            connection.shared.held.used_bytes -= self._held_bytes
-            connection.write(data)
-            if connection.attention or pending or not self.keep_alive:
-                connection.written(self)
-        else:
-            self._keep(data)
-
-    def send_parts(self, parts: list[bytes | memoryview]) -> None:
-        """As `send`, for a response in several parts; large ones are not copied, so they must not change later."""
-        connection = self._connection
-        if connection is not None and connection.writable and connection.pending[0] is self:
-            connection.pending.popleft()
-            self.write_to(connection, parts)
-            connection.written(self)
-        else:
-            self._keep(parts)
-
-    def send_error(self, error: GatewayError, extra: bytes = b"") -> None:
-        """Answer with an error. `extra`: further headers, each with its CRLF."""
-        self.send(error_response(error, extra, self.keep_alive))
-
-    def _keep(self, answer: bytes | list[bytes | memoryview]) -> None:
-        if self._answer is not None:
-            raise RuntimeError("a request was answered twice")
-        if self._connection is not None:
-            self._answer = answer
-
-    @property
-    def answered(self) -> bool:
-        return self._answer is not None
-
-    def flush(self, connection: Connection) -> bool:
-        """Write the answer if it was given already; for the connection, when its turn has come."""
-        answer = self._answer
-        if answer is None:
-            return False
-        connection.pending.popleft()
-        self.write_to(connection, answer)
-        return True
-
-    def write_to(self, connection: Connection, answer: bytes | list[bytes | memoryview]) -> None:
-        self._answer = _SENT
-        self._connection = None
-        connection.shared.held.used_bytes -= self._held_bytes
-        if isinstance(answer, list):
-            connection.transport.writelines(answer)
-        else:
-            connection.write(answer)
-
-    def abort(self, connection: Connection) -> None:
-        """The client is gone, or will never read this answer."""
-        self._connection = None
-        connection.shared.held.used_bytes -= self._held_bytes
-        if self._answer is not None:
-            return
-        connection.shared.aborted += 1
-        on_abort, self.on_abort = self.on_abort, None
-        if on_abort is None:
-            return
-        try:
-            on_abort()
-        except Exception:
-            _log.exception("giving up a request whose client left failed")
-
-
-class AdaptedExchange(Exchange):
-    """For HEAD, whose answers have no body, and HTTP/1.0, where staying open has to be said."""
-
-    __slots__ = ()
-
-    def send(self, data: bytes) -> None:
-        head = self.head
-        super().send(adapt(data, head.method == b"HEAD", head.http10 and self.keep_alive))
-
-    def send_parts(self, parts: list[bytes | memoryview]) -> None:
-        self.send(b"".join(parts))
-
-
 class Connection(asyncio.Protocol):
     """See the module's text."""
 
@@ -205,6 +83,7 @@ class Connection(asyncio.Protocol):
         "_give_up_at",
         "_linger",
         "_paused",
+        "_probed",
         "_quiet_since",
         "_read_at",
         "_receive",
@@ -234,6 +113,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._scheduled = False
         self._eof = False
+        self._probed = False
         self._continue_owed = False
         self._linger = False
         self._closing = False
@@ -251,7 +131,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         shared = self.shared
         now = shared.clock()
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's fits, without being a subclass
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's fits, without being a subclass
         self.write = self.transport.write
         self.receiver = Receiver(shared.heads, shared.held, now)
         self._receive = self.receiver.receive
@@ -364,7 +244,7 @@ class Connection(asyncio.Protocol):
             self.write(CONTINUE)
 
     def _refuse(self, error: GatewayError, close: bool, now: float) -> None:
-        exchange = Exchange(self, _UNREAD_HEAD, now, 0)
+        exchange = Exchange(self, UNREAD_HEAD, now, 0)
         exchange.keep_alive = not close
         self._linger = close
         self.pending.append(exchange)
@@ -376,11 +256,35 @@ class Connection(asyncio.Protocol):
             exchange.send_error(GatewayError("the gateway failed on this request; its log says why"))
 
     def eof_received(self) -> bool:
-        """The client sends no more. What it asked for is answered first; it may have closed its half only."""
+        """The client sends no more. It may have closed its half only, so what it asked for is answered first."""
         self._eof = self.attention = True
         if not self.receiver.more:
             self.receiver.close()
-        return not self._closing and (bool(self.pending) or self.receiver.more)
+        if self._closing or not (self.pending or self.receiver.more):
+            return False
+        asyncio.get_running_loop().call_later(_PROBE_DELAY_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Find out whether a client that sends no more still listens.
+
+        A half-closed and a fully closed peer look the same until something is sent: the latter answers with a reset.
+        An interim 100 may be sent at any time and is discarded (RFC 9110 §15.2.1), but not to HTTP/1.0.
+        """
+        if self._closing or not self.pending:
+            return
+        if self._reset():
+            self.transport.abort()
+        elif not self._probed and self.writable and not self.pending[0].head.http10:
+            self._probed = True
+            self.write(CONTINUE)
+            asyncio.get_running_loop().call_later(_PROBE_DELAY_S, self._probe)
+
+    def _reset(self) -> bool:
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        if sock is None:
+            return False
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
     # -- flow ------------------------------------------------------------------------------------------------
 
@@ -463,6 +367,8 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
         elif not self.writable:
             self._sweep_unread(now)
+        elif self._eof:
+            self._probe()
         elif not self._paused:
             self._sweep_input(now)
 

@@ -9,12 +9,14 @@ Invariant: after `drain` returns there is no connection left, and no exchange th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from gateway.ingress.http_connection import Application, Connection, Exchange, Shared
+from gateway.ingress.http_connection import Connection, Shared
+from gateway.ingress.http_exchange import Application, Exchange
 from gateway.protocol.http1 import Head, HttpLimits
 
 __all__ = ["Application", "Exchange", "Head", "HttpLimits", "HttpServer", "HttpStatistics"]
@@ -126,27 +128,21 @@ class HttpServer:
         # What clients sent before they could know is in the sockets: let it in before idle connections close.
         for _ in range(_ROUNDS_BEFORE_CLOSING):
             await asyncio.sleep(0)
-        self._emptied = asyncio.Event()
+        self._emptied = emptied = asyncio.Event()
         for connection in list(shared.connections):
             connection.drain()
         self._connection_closed()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._emptied.wait()
-        except TimeoutError:
-            pass
+                await emptied.wait()
         unanswered = sum(not exchange.answered for c in shared.connections for exchange in c.pending)
-        await self._cut_off()
-        return unanswered
-
-    async def _cut_off(self) -> None:
-        for connection in [*self._shared.connections, *self._shared.refused]:
+        for connection in [*shared.connections, *shared.refused]:
             connection.transport.abort()
-        while self._shared.connections or self._shared.refused:
-            await asyncio.sleep(0)
+        await emptied.wait()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        return unanswered
 
     def _handle_last(self, head: Head, body: bytes, exchange: Exchange) -> None:
         exchange.keep_alive = False

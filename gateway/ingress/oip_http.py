@@ -21,6 +21,12 @@ from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.protocol.oip_json import RequestDecoder
 from gateway.provenance import headers
 
+JOINED_BYTES: Final = 65_536
+"""Up to this size copying a body behind its head is cheaper than handing the transport several pieces."""
+_OCTETS_HEAD: Final = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
+    b"Content-Length: %d\r\n"
+)
 _JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
 JSON: Final = b"application/json"
 OCTETS: Final = b"application/octet-stream"
@@ -29,7 +35,7 @@ OCTETS: Final = b"application/octet-stream"
 class BatchMemo:
     """What one batch's HTTP answers share."""
 
-    __slots__ = ("encoded", "ids", "json_head", "provenance")
+    __slots__ = ("encoded", "ids", "json_head", "octets_head", "provenance")
 
     def __init__(self, encoded: BatchEncoder, provenance: bytes, ids: list[bytes]) -> None:
         self.encoded = encoded
@@ -37,6 +43,8 @@ class BatchMemo:
         """Template for row, queue ms, total ms, request id."""
         self.json_head = _JSON_HEAD + provenance + b"\r\n"
         """The same behind a template for the body's length: a whole response head."""
+        self.octets_head = _OCTETS_HEAD + provenance + b"\r\n"
+        """... for binary tensors: the JSON part's length, then the body's."""
         self.ids = ids
         """Unused request ids, the smallest last."""
 
@@ -72,6 +80,7 @@ class HttpCodec:
     def settle(self, request: InferRequest) -> None:
         """Write the answer; the scheduler's callback."""
         exchange: Exchange = request.context
+        exchange.on_abort = None  # it held the request, and a cycle would wait for the garbage collector
         if request.error is not None:
             self.refuse(exchange, request.error)
             return
@@ -85,9 +94,12 @@ class HttpCodec:
         received = request.received
         now = self._now()
         queue_s, total_s = batch.dispatched - received, now - received
-        if json_length is None and exchange.keep_alive and batch.parts is None:
-            head = memo.json_head % (length, request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
-            exchange.send(head + parts[0])
+        if exchange.keep_alive and batch.parts is None and length <= JOINED_BYTES:
+            timed = (request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
+            if json_length is None:
+                exchange.send(memo.json_head % (length, *timed) + parts[0])
+            else:
+                exchange.send(b"".join([memo.octets_head % (json_length, length, *timed), *parts]))
         else:
             provenance = self._provenance(request, memo, queue_s * 1e3, total_s * 1e3)
             if json_length is not None:

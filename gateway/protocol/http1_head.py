@@ -26,7 +26,6 @@ from gateway.errors import (
     HeadersTooLarge,
     InvalidRequest,
     TooLarge,
-    Unsupported,
     UriTooLong,
     VersionNotSupported,
 )
@@ -234,7 +233,7 @@ def _ask_llhttp(block: bytes) -> list[tuple[bytes, bytes]]:
     except httptools.HttpParserUpgrade as upgrade:
         # llhttp stops behind the head of CONNECT and of any upgrade offer; an offer may be ignored (RFC 9110 §7.8).
         if parser.get_method() == b"CONNECT" or upgrade.args[0] != len(block):
-            raise Unsupported("CONNECT is not offered; this is not a proxy") from None
+            raise InvalidRequest("CONNECT is not offered; this is not a proxy") from None
     except httptools.HttpParserInvalidMethodError:
         raise InvalidRequest("unknown method; this port takes GET and POST") from None
     except httptools.HttpParserError as error:
@@ -306,9 +305,7 @@ def body_too_large(limits: HttpLimits) -> TooLarge:
 
 def _persist(head: Head) -> None:
     """Whether the connection stays open, and what the client expects before it sends the body."""
-    options = [
-        option.strip(b" \t").lower() for value in _values(head, b"connection") for option in value.split(b",")
-    ]
+    options = [option.strip(b" \t").lower() for value in _values(head, b"connection") for option in value.split(b",")]
     head.keep_alive = b"close" not in options and (not head.http10 or b"keep-alive" in options)
     expectations = _values(head, b"expect")
     if head.http10 or not expectations:  # RFC 9110 §10.1.1: an expectation in HTTP/1.0 is ignored

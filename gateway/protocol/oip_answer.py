@@ -59,6 +59,11 @@ class AnswerEncoder:
     def _encode_binary(
         self, opening: bytes, encoded: BatchEncoder, request: InferRequest, form: ResponseForm
     ) -> tuple[list[bytes | memoryview], int, int | None]:
+        plain = encoded.binary_frame(form, request.rows)
+        if plain is not None:
+            head = opening + plain
+            found = [encoded.blob(index, request.row, request.rows) for index in form.outputs]
+            return [head, *found], len(head) + sum(map(len, found)), len(head)
         fields: list[bytes] = []
         blobs: list[bytes | memoryview] = []
         total = 0
@@ -78,31 +83,52 @@ class AnswerEncoder:
 class BatchEncoder:
     """What is encoded once per batch. `row` and `rows` of its methods select a request's part of the batch."""
 
-    __slots__ = ("_batch", "_heads", "_offsets", "_rows", "_spec")
+    __slots__ = ("_batch", "_frames", "_heads", "_offsets", "_rows", "_single_rows", "_spec")
 
     def __init__(self, spec: ModelSpec, batch: FinishedBatch) -> None:
         self._spec = spec
         self._batch = batch
         self._rows: dict[int, list[bytes | None]] = {}
+        self._single_rows: dict[tuple[int, ...], list[bytes] | None] = {}
         self._heads: dict[tuple[int, int, bool], bytes] = {}
+        self._frames: dict[tuple[tuple[int, ...], tuple[bool, ...], int], bytes | None] = {}
         self._offsets: dict[int, list[int]] = {}
 
     def json_outputs(self, outputs: tuple[int, ...], row: int, rows: int) -> bytes:
         """All outputs and the closing brackets."""
-        if len(outputs) == 1:
-            return self.json_output(outputs[0], row, rows) + b"]}"
+        if rows == 1:
+            bodies = self._single_rows.get(outputs) or self._single_row_bodies(outputs)
+            if bodies is not None:
+                return bodies[row]
         return b",".join([self.json_output(index, row, rows) for index in outputs]) + b"]}"
 
-    def json_output(self, index: int, row: int, rows: int) -> bytes:
-        """One output object with its data."""
+    def _single_row_bodies(self, outputs: tuple[int, ...]) -> list[bytes] | None:
+        """What `json_outputs` says of each single row; None where a row cannot be JSON or rows mean nothing."""
+        texts = [self._texts(index) for index in outputs]
+        bodies: list[bytes] | None = None
+        if self._spec.batched and not any([None in column for column in texts]):
+            heads = [self._head(index, 1, binary=False) for index in outputs]
+            if len(outputs) == 1:
+                head = heads[0]
+                bodies = [head + text + b"]}]}" for text in texts[0] if text is not None]
+            else:
+                frame = b",".join([head.replace(b"%", b"%%") + b"%b]}" for head in heads]) + b"]}"
+                bodies = [frame % row for row in zip(*texts, strict=True)]
+        self._single_rows[outputs] = bodies
+        return bodies
+
+    def _texts(self, index: int) -> list[bytes | None]:
         texts = self._rows.get(index)
         if texts is None:
             texts = self._rows[index] = self._row_texts(self._batch.outputs[index])
+        return texts
+
+    def json_output(self, index: int, row: int, rows: int) -> bytes:
+        """One output object with its data."""
+        texts = self._texts(index)
         head = self._heads.get((index, rows, False)) or self._head(index, rows, binary=False)
         if not self._spec.batched:
             text = texts[0]
-        elif rows == 1:
-            text = texts[row]
         else:
             chosen = texts[row : row + rows]
             text = None if None in chosen else b",".join([part for part in chosen if part])
@@ -112,6 +138,23 @@ class BatchEncoder:
                 "sent as JSON; ask for it with the parameter binary_data: true"
             )
         return head + text + b"]}"
+
+    def binary_frame(self, form: ResponseForm, rows: int) -> bytes | None:
+        """All output objects and the closing brackets, where every output is binary, of fixed size and not empty."""
+        key = (form.outputs, form.binary, rows)
+        if key not in self._frames:
+            self._frames[key] = self._binary_frame(form, rows)
+        return self._frames[key]
+
+    def _binary_frame(self, form: ResponseForm, rows: int) -> bytes | None:
+        fields = []
+        for index, binary in zip(form.outputs, form.binary, strict=True):
+            output = self._batch.outputs[index]
+            if not binary or output.datatype.kind == "bytes" or not len(output.data):
+                return None
+            size = len(output.data) // self._batch.rows * rows if self._spec.batched else len(output.data)
+            fields.append(self._head(index, rows, binary=True) + b"%d}}" % size)
+        return b",".join(fields) + b"]}"
 
     def binary_head(self, index: int, rows: int) -> bytes:
         """One output object up to the value of `binary_data_size`."""

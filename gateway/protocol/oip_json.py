@@ -32,7 +32,6 @@ from gateway.protocol.oip_plan import Plan, Planner, ResponseForm
 
 LARGE_BYTES: Final = 4096
 """From this body size on simdjson is faster than building Python lists (at 16 floats they tie)."""
-REMEMBERED_HEADERS: Final = 256
 REMEMBERED_HEADER_BYTES: Final = 2048
 REMEMBERED_FORMS: Final = 512
 _UNRANGED: Final = frozenset({"float", "bool"})
@@ -57,6 +56,51 @@ class _SingleForm:
         self.form = form
 
 
+class _BinaryForm:
+    """A request whose inputs are all binary, of fixed size and unrestricted in value, once accepted: the same JSON
+    part with as many bytes behind it is as valid."""
+
+    __slots__ = ("_key", "_needed", "_places", "_request_id", "_rows", "_timeout_s", "_total", "body_length", "form")
+
+    def __init__(self, header_length: int, frame: Frame, request: InferRequest, spec: ModelSpec) -> None:
+        starts: dict[str, int] = {}
+        at = header_length
+        for item in frame.inputs:
+            starts[item.name] = at
+            at += item.binary_data_size or 0
+        self._places = [
+            None
+            if tensor is None
+            else (tensor.datatype, tensor.shape, starts[named.name], starts[named.name] + len(tensor.buffer or b""))
+            for named, tensor in zip(spec.inputs, request.inputs, strict=True)
+        ]
+        self._rows = request.rows
+        self._total = request.nbytes
+        self._key = request.key
+        self._needed = request.outputs
+        self._request_id = request.request_id
+        self._timeout_s = request.timeout_s
+        self.form = request.form
+        self.body_length = header_length + request.nbytes
+
+    def request(self, body: memoryview) -> InferRequest:
+        inputs = tuple(
+            [
+                None if place is None else InputTensor(place[0], place[1], None, body[place[2] : place[3]])
+                for place in self._places
+            ]
+        )
+        return InferRequest(
+            inputs, self._rows, self._total, self._key, self._needed, self._request_id, self.form, self._timeout_s
+        )
+
+
+def _is_plain_binary(frame: Frame, request: InferRequest) -> bool:
+    return all(item.binary_data_size is not None for item in frame.inputs) and all(
+        tensor is None or tensor.datatype.kind not in {"bytes", "bool"} for tensor in request.inputs
+    )
+
+
 class RequestDecoder:
     """Decodes requests for one model version; everything that only depends on the model is made here, once."""
 
@@ -69,7 +113,7 @@ class RequestDecoder:
         except InvalidRequest as error:  # an FP16 output: only a request that asks for binary can be answered
             self._all_json = error
         self._typed = _typed_decoder(spec)
-        self._header_frames: dict[bytes, Frame] = {}
+        self._binary: dict[bytes, _BinaryForm] = {}
         self._single: dict[tuple[str | int, ...], _SingleForm] = {}
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
@@ -99,14 +143,14 @@ class RequestDecoder:
         # Each input has exactly four keys. A colon more means a key given twice or a string with a colon in it.
         if body.count(b":") != keys + 4 * len(inputs):
             return None
+        only = inputs[0] if len(inputs) == 1 else None
         # A bare -0 came out as 0; where both could be, a closer look is worth its price.
-        if b"-0" in body and any([0.0 in item.data for item in inputs]) and _LITERALS.search(body):
+        if b"-0" in body and (only is None or 0.0 in only.data) and _LITERALS.search(body):
             return None
-        if len(inputs) == 1:
-            item = inputs[0]
-            known = self._single.get((item.name, item.datatype, *item.shape))
-            if known is not None and len(item.data) == known.elements:
-                tensor = InputTensor(known.datatype, known.shape, item.data, None)
+        if only is not None:
+            known = self._single.get((only.name, only.datatype, *only.shape))
+            if known is not None and len(only.data) == known.elements:
+                tensor = InputTensor(known.datatype, known.shape, only.data, None)
                 return InferRequest(
                     (tensor,), known.rows, known.nbytes, known.key, known.form.needed, frame.id or None, known.form
                 )
@@ -148,14 +192,16 @@ class RequestDecoder:
         if header_length == 0:
             return self._decode_raw(body)
         header = body[:header_length]
-        frame = self._header_frames.get(header)
-        if frame is None:
-            frame = read_frame(_parse_small(header))
-            if header_length <= REMEMBERED_HEADER_BYTES:
-                if len(self._header_frames) >= REMEMBERED_HEADERS:
-                    self._header_frames.clear()
-                self._header_frames[header] = frame
-        return self._from_frame(frame, memoryview(body)[header_length:])
+        known = self._binary.get(header)
+        if known is not None and known.body_length == len(body):
+            return known.request(memoryview(body))
+        frame = read_frame(_parse_small(header))
+        request = self._from_frame(frame, memoryview(body)[header_length:])
+        if header_length <= REMEMBERED_HEADER_BYTES and _is_plain_binary(frame, request):
+            if len(self._binary) >= REMEMBERED_FORMS:
+                self._binary.clear()
+            self._binary[header] = _BinaryForm(header_length, frame, request, self.spec)
+        return request
 
     def _decode_raw(self, body: bytes) -> InferRequest:
         spec = self.spec

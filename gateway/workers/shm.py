@@ -19,7 +19,7 @@ import os
 from typing import Final
 
 _PAGE: Final = mmap.PAGESIZE
-_EMPTY: Final = memoryview(b"")
+_EMPTY: Final = memoryview(bytearray())
 
 
 class AreaError(Exception):

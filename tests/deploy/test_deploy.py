@@ -53,7 +53,7 @@ def test_everything_the_image_copies_exists_and_is_not_ignored() -> None:
     assert sources
     for source in sources:
         assert f"!{source}" in ignore
-        assert source == "README.md" or (REPOSITORY / source).exists()
+        assert (REPOSITORY / source).exists()
 
 
 def test_services_are_health_checked_and_reachable_from_this_machine_only() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from loadtest.answers import HEADER_LENGTH, MODELS, SAMPLES, Case, cases, decode, fault
+from loadtest.answers import CASE_NAMES, HEADER_LENGTH, MODELS, SAMPLES, Case, cases, decode, fault
 
 CASES = cases()
 ONE_OF_EACH = [next(c for c in CASES if (c.model, c.encoding) == (m, e)) for m in MODELS for e in ("json", "binary")]
@@ -39,6 +39,7 @@ def test_every_model_is_asked_in_both_encodings_with_one_and_several_rows() -> N
     asked = {(c.model, c.encoding, len(c.labels) > 1) for c in CASES}
     assert asked == {(m, e, several) for m in MODELS for e in ("json", "binary") for several in (False, True)}
     assert len(CASES) == len(MODELS) * 2 * 9
+    assert {c.id for c in CASES} == CASE_NAMES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.core.admission import MAX_TIMEOUT_S, admit, deadline_of
+from gateway.core.batch_queue import BatchQueue
+from gateway.core.model import BatchPolicy
+from gateway.core.request import InferRequest
+from tests.scripted import request_of
+
+POLICY = BatchPolicy(8, max_queue_rows=10, max_queue_bytes=1000)
+
+
+def sized(rows: int, nbytes: int) -> InferRequest:
+    request = request_of(list(range(rows)))
+    request.nbytes = nbytes
+    return request
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 700)), max_size=20))
+def test_the_queue_never_exceeds_its_bounds_and_refuses_only_what_would(sizes: list[tuple[int, int]]) -> None:
+    queue = BatchQueue()
+    for rows, nbytes in sizes:
+        request = sized(rows, nbytes)
+        rejected = admit(queue, POLICY, request)
+        fits = queue.rows + rows <= 10 and queue.nbytes + nbytes <= 1000
+        assert (rejected is None) is fits
+        if rejected is None:
+            queue.push(request)
+    assert queue.rows <= 10
+    assert queue.nbytes <= 1000
+
+
+@pytest.mark.parametrize(("rows", "nbytes", "reason"), [(11, 0, "queue_rows"), (1, 1001, "queue_bytes")])
+def test_a_refusal_says_which_bound(rows: int, nbytes: int, reason: str) -> None:
+    rejected = admit(BatchQueue(), POLICY, sized(rows, nbytes))
+    assert rejected is not None
+    assert rejected.reason == reason
+    assert rejected.message.startswith("Exceeds maximum queue size")
+
+
+def test_the_bounds_themselves_are_allowed() -> None:
+    assert admit(BatchQueue(), POLICY, sized(10, 1000)) is None
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "expected"), [(0.0, 130.0), (0.25, 100.25), (60.0, 160.0), (1e18, 100.0 + MAX_TIMEOUT_S)]
+)
+def test_deadlines(timeout_s: float, expected: float) -> None:
+    request = sized(1, 0)
+    request.timeout_s, request.received = timeout_s, 100.0
+    assert deadline_of(BatchPolicy(8, deadline_s=30.0), request) == expected

@@ -1,0 +1,141 @@
+"""Finding models on disk: layouts, versions, and that one broken model never hides another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.protocol.model_config import VersionPolicy
+from gateway.registry.directory import scan, select_versions
+
+
+def model(folder: Path, *versions: str, config: str | None = None, file: str = "model.onnx") -> Path:
+    for version in versions:
+        (folder / version).mkdir(parents=True)
+        (folder / version / file).write_bytes(b"x")
+    folder.mkdir(exist_ok=True)
+    if config is not None:
+        (folder / "config.pbtxt").write_text(config)
+    return folder
+
+
+def test_a_repository(tmp_path: Path) -> None:
+    model(tmp_path / "b", "1", "2", "10")
+    model(tmp_path / "a", "3", config='max_batch_size: 4 default_model_filename: "n.onnx"', file="n.onnx")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").write_text("x")
+    found = scan(tmp_path)
+    assert found.faults == ()
+    a, b = found.models
+    assert (a.name, a.model_file, a.source) == ("a", "n.onnx", str(tmp_path / "a"))
+    assert a.config is not None
+    assert a.config.max_batch_size == 4
+    assert (b.name, b.versions, b.config) == ("b", {"10": tmp_path / "b" / "10"}, None)
+
+
+def test_one_models_directory_and_its_other_name(tmp_path: Path) -> None:
+    folder = model(tmp_path / "digits", "1")
+    assert [m.name for m in scan(folder).models] == ["digits"]
+    assert [m.name for m in scan(folder, "renamed").models] == ["renamed"]
+
+
+def test_a_relative_directory_has_the_name_of_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model(tmp_path / "digits", "1", config='name: "digits"'))
+    assert [m.name for m in scan(Path()).models] == ["digits"]
+
+
+def test_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "digits.onnx"
+    file.write_bytes(b"x")
+    (found,) = scan(file).models
+    assert (found.name, found.versions, found.model_file) == ("digits", {"1": file}, "model.onnx")
+    assert [m.name for m in scan(file, "other").models] == ["other"]
+    odd = tmp_path / "my model.onnx"
+    odd.write_bytes(b"x")
+    assert "cannot be a model name" in str(scan(odd).faults[0])
+    assert [m.name for m in scan(odd, "mine").models] == ["mine"]
+
+
+def test_a_name_picks_one_model_of_a_repository(tmp_path: Path) -> None:
+    model(tmp_path / "a", "1")
+    model(tmp_path / "b", "1", config="broken {")
+    found = scan(tmp_path, "a")
+    assert ([m.name for m in found.models], found.faults) == (["a"], ())
+    assert "holds no model 'c'" in str(scan(tmp_path, "c").faults[0])
+
+
+def test_a_repository_may_hold_models_with_numbers_as_names(tmp_path: Path) -> None:
+    model(tmp_path / "2024", "1")
+    assert [m.name for m in scan(tmp_path).models] == ["2024"]
+    assert scan(tmp_path / "2024").models[0].versions == {"1": tmp_path / "2024" / "1"}
+
+
+def test_broken_models_are_reported_and_the_others_found(tmp_path: Path) -> None:
+    model(tmp_path / "good", "1")
+    model(tmp_path / "syntax", "1", config="name: 'x")
+    model(tmp_path / "unknown", "1", config="nam: 'x'\nmax_batch_size: -1")
+    model(tmp_path / "renamed", "1", config='name: "other"')
+    model(tmp_path / "empty")
+    model(tmp_path / "no_file", "1", file="other.onnx")
+    model(tmp_path / "gone", "1", config="version_policy { specific { versions: 7 } }")
+    model(tmp_path / "bad name", "1")
+    (tmp_path / "external" / "1" / "model.onnx").mkdir(parents=True)
+    found = scan(tmp_path)
+    assert [m.name for m in found.models] == ["good"]
+    text = "\n".join(str(fault).removeprefix(f"{tmp_path}/") for fault in found.faults)
+    for expected in (
+        "syntax/config.pbtxt:1: column 7: this string is not closed",
+        "unknown/config.pbtxt:1: nam: unknown key 'nam'; did you mean 'name'?",
+        "unknown/config.pbtxt:2: max_batch_size: expected a whole number",
+        "renamed/config.pbtxt: name: is 'other' but its directory is 'renamed'",
+        "empty: has no version directory; move the model to empty/1/model.onnx",
+        "no_file/1/model.onnx: this file is missing; rename other.onnx, or name it in default_model_filename",
+        "gone/config.pbtxt: version_policy: version 7 does not exist; there are 1",
+        "bad name: 'bad name' cannot be a model name",
+        "external/1/model.onnx: is a directory; models with external data files are not supported",
+    ):
+        assert expected in text
+    assert len(found.faults) == 9
+
+
+@pytest.mark.parametrize("name", ["0", "01", "v1", "1a", ".1", "-1", "99999999999999999999"])
+def test_directories_that_are_not_versions_are_left_out(tmp_path: Path, name: str) -> None:
+    model(tmp_path / "m", "1", name, config="version_policy { all {} }")
+    assert list(scan(tmp_path).models[0].versions) == ["1"]
+
+
+def test_only_versions_to_serve_need_their_file(tmp_path: Path) -> None:
+    model(tmp_path / "m", "2")
+    (tmp_path / "m" / "1").mkdir()
+    assert list(scan(tmp_path).models[0].versions) == ["2"]
+    (tmp_path / "m" / "config.pbtxt").write_text("version_policy { all {} }")
+    assert "1/model.onnx: this file is missing; put the ONNX file there" in str(scan(tmp_path).faults[0])
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    assert "there is no such file or directory" in str(scan(tmp_path / "none").faults[0])
+    (tmp_path / "x.txt").write_text("x")
+    assert "only ONNX models are served" in str(scan(tmp_path / "x.txt").faults[0])
+    assert "holds no model directories (<model>/1/model.onnx)" in str(scan(tmp_path).faults[0])
+    (tmp_path / "net.onnx").write_text("x")
+    assert "to serve net.onnx, give that file" in str(scan(tmp_path).faults[0])
+
+
+def test_a_config_that_is_not_utf8(tmp_path: Path) -> None:
+    model(tmp_path / "m", "1")
+    (tmp_path / "m" / "config.pbtxt").write_bytes(b"\n# \xff")
+    assert "config.pbtxt:2: this line is not UTF-8" in str(scan(tmp_path).faults[0])
+
+
+@given(st.sets(st.integers(1, 50)), st.integers(1, 60), st.sets(st.integers(1, 50)))
+def test_version_policies(existing: set[int], count: int, wanted: set[int]) -> None:
+    every = tuple(sorted(existing))
+    assert select_versions(existing, VersionPolicy("all")) == every
+    assert select_versions(existing, VersionPolicy("latest", count)) == every[-count:]
+    specific = select_versions(existing, VersionPolicy("specific", versions=tuple(wanted)))
+    assert specific == tuple(sorted(existing & wanted))

@@ -1,0 +1,309 @@
+"""The test plays the backend: replicas that do what they are told, and a loop whose time is simulated.
+
+Every row of every request carries a number of its own, and the model's answer is a function of that number, so a row
+that reached the wrong caller shows. Time moves only when nothing else can happen; a test that waits for something that
+can never come fails at once instead of hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+
+from gateway.backends.interface import Batch, Failure, FailureKind, Success
+from gateway.core.assembly import slice_rows, write_parts
+from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
+from gateway.core.request import InferRequest, InputTensor, OutputTensor
+from gateway.core.tensor import DATATYPE, pack_bytes, unpack_bytes
+from gateway.errors import GatewayError
+from gateway.observe.record import ModelStatistics
+from gateway.scheduler import Scheduler
+
+INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
+
+
+class NothingLeft(Exception):
+    """The test waits for something that cannot happen any more."""
+
+
+class _Selector(selectors.SelectSelector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise NothingLeft
+        self.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._simulated = _Selector()
+        super().__init__(self._simulated)
+        self.mishaps: list[dict[str, Any]] = []
+        self.set_exception_handler(lambda _, context: self.mishaps.append(context))
+
+    def time(self) -> float:
+        return self._simulated.now
+
+
+def simulated(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test on a simulated loop; an exception that reached the loop's handler fails it."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        loop = SimulatedLoop()
+        try:
+            loop.run_until_complete(test(*args, **kwargs))
+            assert loop.mishaps == []
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.close()
+
+    return run
+
+
+async def turns(count: int = 6) -> None:
+    """Let everything happen that needs no time."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def answer_to(number: int) -> int:
+    return number * 3 + 1
+
+
+class ScriptedBatch:
+    """A batch as the backend sees it, and the ways to end it."""
+
+    def __init__(self, replica: ScriptedReplica, batch: Batch, timeout_s: float) -> None:
+        self.replica = replica
+        self.rows = batch.rows
+        self.timeout_s = timeout_s
+        self.numbers = _numbers(batch)
+        self.ended = False
+        self._batch = batch
+
+    def reply(self, tamper: Callable[[list[int]], list[int]] | None = None) -> None:
+        """Answer every row; `tamper` changes the answers on the way."""
+        answers = [answer_to(number) for number in self.numbers]
+        if tamper is not None:
+            answers = tamper(answers)
+        outputs = {
+            0: OutputTensor("triple", INT64, (len(answers), 1), np.array(answers, "<i8").tobytes()),
+            1: OutputTensor("name", BYTES, (len(answers), 1), pack_bytes([b"n%d" % a for a in answers])),
+        }
+        self._end(Success([outputs[index] for index in self._batch.outputs], 1, 10, 1))
+
+    def fail(self, kind: FailureKind, message: str = "scripted") -> None:
+        self._end(Failure(kind, message))
+
+    def _end(self, outcome: Success | Failure) -> None:
+        assert not self.ended
+        self.ended = True
+        self.replica.running.remove(self)
+        self._batch.done(outcome)
+
+
+def _numbers(batch: Batch) -> list[int]:
+    if not batch.inputs:
+        return []
+    written = bytearray(batch.inputs[0].nbytes)
+    write_parts(batch.inputs[0], memoryview(written))
+    numbers: list[int] = np.frombuffer(bytes(written), "<i8").tolist()
+    assert len(numbers) == batch.rows
+    assert batch.inputs[0].shape == (batch.rows, 1)
+    return numbers
+
+
+class ScriptedReplica:
+    """Fits `backends.interface.Replica`; its batches end when the test says so."""
+
+    def __init__(self, name: str, backend: Backend, slots: int) -> None:
+        self._name = name
+        self._slots = slots
+        self._backend = backend
+        self._up = True
+        self._changed: Callable[[], None] = lambda: None
+        self.running: list[ScriptedBatch] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def available(self) -> bool:
+        return self._up
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - len(self.running) if self._up else 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.running)
+
+    def execute(self, batch: Batch, timeout_s: float, /) -> None:
+        assert self.free_slots > 0, "a batch was handed over without a free slot"
+        scripted = ScriptedBatch(self, batch, timeout_s)
+        self.running.append(scripted)
+        self._backend.arrived(scripted)
+
+    def set_listener(self, changed: Callable[[], None], /) -> None:
+        self._changed = changed
+
+    def set_available(self, up: bool) -> None:
+        self._up = up
+        self._changed()
+
+
+class Backend:
+    """The replicas of one model, and the batches they were given in order."""
+
+    def __init__(self, replicas: int, slots: int) -> None:
+        self.replicas = [ScriptedReplica(f"onnx-{index + 1}", self, slots) for index in range(replicas)]
+        self.executed: list[ScriptedBatch] = []
+        self.respond: Callable[[ScriptedBatch], None] | None = None
+        """If set, decides every batch in the loop's next turn instead of the test."""
+        self._unseen: asyncio.Queue[ScriptedBatch] = asyncio.Queue()
+
+    def arrived(self, batch: ScriptedBatch) -> None:
+        self.executed.append(batch)
+        if self.respond is not None:
+            asyncio.get_running_loop().call_soon(self.respond, batch)
+        else:
+            self._unseen.put_nowait(batch)
+
+    async def expect_batch(self, rows: int) -> ScriptedBatch:
+        """The next batch; time may pass until it comes."""
+        batch = await self._unseen.get()
+        assert batch.rows == rows
+        return batch
+
+    async def expect_nothing(self) -> None:
+        await turns()
+        assert self._unseen.empty(), f"unexpected batch of {self._unseen.get_nowait().rows} rows"
+
+    @property
+    def running(self) -> list[ScriptedBatch]:
+        return [batch for replica in self.replicas for batch in replica.running]
+
+
+class Caller:
+    """Who sent a request: counts how often it was settled and checks the answer against its own rows."""
+
+    def __init__(self, numbers: list[int], request: InferRequest) -> None:
+        self.numbers = numbers
+        self.request = request
+        self.settled = 0
+        self.settled_at = 0.0
+        self.on_settled: Callable[[], None] | None = None
+        request.settle = self._settle
+
+    def _settle(self, request: InferRequest, /) -> None:
+        self.settled += 1
+        self.settled_at = asyncio.get_running_loop().time()
+        assert request is self.request
+        if self.on_settled is not None:
+            self.on_settled()
+
+    @property
+    def error(self) -> Exception | None:
+        return self.request.error
+
+    @property
+    def answered(self) -> bool:
+        return self.settled > 0 and self.request.error is None
+
+    def check(self) -> None:
+        """The answer, row by row; asserts unless it is the caller's own and whole."""
+        assert self.settled == 1
+        assert self.request.error is None, self.request.error
+        expected = [answer_to(number) for number in self.numbers]
+        batch = self.request.batch
+        assert set(batch.outputs) == set(self.request.outputs)
+        assert self.request.row + self.request.rows <= batch.rows
+        for index, output in batch.outputs.items():
+            assert output.shape == (batch.rows, 1)
+            own = slice_rows(output, self.request.row, self.request.rows)
+            assert own.shape == (self.request.rows, 1)
+            if index == 0:
+                assert np.frombuffer(own.data, "<i8").tolist() == expected
+            else:
+                assert unpack_bytes(own.data) == [b"n%d" % answer for answer in expected]
+
+
+def request_of(
+    numbers: list[int], *, key: object = "k", outputs: tuple[int, ...] = (0,), as_values: bool = True, timeout_s: float = 0.0
+) -> InferRequest:  # fmt: skip
+    packed = None if as_values else np.array(numbers, "<i8").tobytes()
+    tensor = InputTensor(INT64, (len(numbers), 1), list(numbers) if as_values else None, packed)
+    return InferRequest((tensor,), len(numbers), 8 * len(numbers), (key, outputs), outputs, None, None, timeout_s)
+
+
+def model_spec(policy: BatchPolicy) -> ModelSpec:
+    return ModelSpec(
+        "m", "1", "sha256:" + "0" * 64, "onnxruntime_onnx",
+        (TensorSpec("number", INT64, (1,)),),
+        (TensorSpec("triple", INT64, (1,)), TensorSpec("name", BYTES, (1,))),
+        policy,
+    )  # fmt: skip
+
+
+class Bench:
+    """A scheduler on scripted replicas. Must be made inside a simulated loop."""
+
+    def __init__(self, policy: BatchPolicy | None = None, replicas: int = 1, slots: int = 1) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.policy = policy or BatchPolicy(max_batch_size=8)
+        self.backend = Backend(replicas, slots)
+        self.statistics = ModelStatistics()
+        self.spec = model_spec(self.policy)
+        self.scheduler = Scheduler(self.spec, self.backend.replicas, self.statistics, self.loop.time)
+        self.callers: list[Caller] = []
+        self.refused = 0
+        self._numbers = itertools.count(1)
+
+    def caller(self, rows: int = 1, **kwargs: Any) -> Caller:
+        """A caller whose request was not sent yet."""
+        numbers = [next(self._numbers) for _ in range(rows)]
+        caller = Caller(numbers, request_of(numbers, **kwargs))
+        caller.request.received = self.loop.time()
+        return caller
+
+    def send(self, rows: int = 1, **kwargs: Any) -> Caller:
+        """Raises what `submit` raises; such a caller must never be settled."""
+        caller = self.caller(rows, **kwargs)
+        try:
+            self.scheduler.submit(caller.request)
+        except GatewayError:
+            self.refused += 1
+            raise
+        self.callers.append(caller)
+        return caller
+
+    async def finish(self) -> None:
+        """Everyone settled exactly once, every answer right, and nothing is left of anything."""
+        await self.scheduler.drained()
+        await turns()
+        for caller in self.callers:
+            assert caller.settled == 1, (caller.numbers, caller.settled)
+            if caller.answered:
+                caller.check()
+        assert self.backend.running == []
+        assert self.scheduler.pending == 0
+        queue = self.scheduler.queue_statistics()
+        assert (queue.requests, queue.rows, queue.nbytes, queue.groups, queue.oldest) == (0, 0, 0, 0, None)
+        answered = sum(caller.answered for caller in self.callers)
+        assert self.statistics.success == answered
+        assert sum(self.statistics.failures.values()) == len(self.callers) - answered + self.refused
+        self.scheduler.stop()

@@ -1,0 +1,227 @@
+"""Every fault of a broken file is reported at once, with its line and what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from gateway.config import load
+from gateway.errors import ConfigError
+
+CORPUS: list[tuple[str, list[str]]] = [
+    ("server: {http_prot: 1}", ["1: server.http_prot: unknown key 'http_prot'; did you mean 'http_port'?"]),
+    ("servers: {}", ["1: servers: unknown key 'servers'; did you mean 'server'?"]),
+    ("zzz: 1", ["1: zzz: unknown key 'zzz'; the keys here are: defaults, models, server"]),
+    (
+        'server:\n  http_port: "8000"',
+        [
+            '2: server.http_port: expected a whole number, found the text "8000"; write for example http_port: 8000'
+        ],
+    ),
+    ("server:\n  http_port: 8000.5", ["2: server.http_port: expected a whole number, found 8000.5"]),
+    ("server:\n  http_port: true", ["2: server.http_port: expected a whole number, found true"]),
+    ("server:\n  http_port: 70000", ["2: server.http_port: must be at most 65535, found 70000"]),
+    ("server:\n  http_port: -1", ["2: server.http_port: must be at least 0, found -1"]),
+    ("server:\n  http_port:\n", ["2: server.http_port: expected a whole number, found nothing"]),
+    ("server:\n  http_port: [1]", ["2: server.http_port: expected a whole number, found a list"]),
+    ("server: 8000", ["1: server: expected keys and values, found 8000"]),
+    ("server: [1]", ["1: server: expected keys and values, found a list"]),
+    ("- 1", ["1: expected keys and values, found a list; write for example server: {http_port: 8000}"]),
+    (
+        "server: {log_level: inof}",
+        ["1: server.log_level: the text \"inof\" is not possible; did you mean 'info'?"],
+    ),
+    (
+        "server: {log_format: xml}",
+        ["1: server.log_format: the text \"xml\" is not possible; write 'console' or 'json'"],
+    ),
+    (
+        "server: {limits: {max_conections: 4}}",
+        ["1: server.limits.max_conections: unknown key", "max_connections"],
+    ),
+    (
+        "server: {limits: {max_connections: 0}}",
+        ["1: server.limits.max_connections: must be at least 1, found 0"],
+    ),
+    (
+        "server: {limits: {idle_timeout_s: 0}}",
+        ["1: server.limits.idle_timeout_s: must be more than 0, found 0"],
+    ),
+    (
+        "server: {limits: {idle_timeout_s: .inf}}",
+        ["1: server.limits.idle_timeout_s: .inf is not a usable number"],
+    ),
+    ("server: {limits: 3}", ["1: server.limits: expected keys and values, found 3"]),
+    (
+        "server: {http_port: 9, metrics_port: 9}",
+        ["1: server.metrics_port: http_port and metrics_port are both 9"],
+    ),
+    ("server: {metrics_port: 8000}", ["1: server.metrics_port: http_port and metrics_port are both 8000"]),
+    ("server: {http_port: 8002}", ["1: server.http_port: http_port and metrics_port are both 8002"]),
+    (
+        "server:\n  host: 0.0.0.0",
+        ["2: server.host: '0.0.0.0' can be reached from other machines", "insecure: true"],
+    ),
+    ("server: {host: example.org}", ["1: server.host: 'example.org' can be reached"]),
+    ("server: {host: ''}", ["1: server.host: must be of length at least 1, found length 0"]),
+    ("server: {grpc_port: 8001}", ["1: server.grpc_port: the gRPC port is not supported in this version"]),
+    (
+        "server: {processes: 1}",
+        ["1: server.processes: several front-end processes are not supported in this version"],
+    ),
+    (
+        "server: {model_control: none}",
+        ["1: server.model_control: loading models at run time is not supported"],
+    ),
+    ("defaults: {backends: []}", ["1: defaults.backends: remote backends are not supported in this version"]),
+    ("defaults: {name: a}", ["1: defaults.name: belongs to one model; write it in an entry of models"]),
+    (
+        "defaults: {max_queue_delay: 1}",
+        ["1: defaults.max_queue_delay: unknown key", "did you mean 'max_queue_delay_ms'?"],
+    ),
+    ("defaults: {max_queue_delay_ms: -1}", ["1: defaults.max_queue_delay_ms: must be at least 0, found -1"]),
+    ("defaults: {deadline_ms: .nan}", ["1: defaults.deadline_ms: .nan is not a usable number"]),
+    (
+        "defaults: {oversize: splt}",
+        ["1: defaults.oversize: the text \"splt\" is not possible; did you mean 'split'?"],
+    ),
+    (
+        "defaults: {batching: [on]}",
+        ["1: defaults.batching: a list is not possible; write 'auto', 'on' or 'off'"],
+    ),
+    ("defaults: {preferred_batch_sizes: 8}", ["1: defaults.preferred_batch_sizes: expected a list, found 8"]),
+    (
+        "defaults:\n  preferred_batch_sizes:\n    - 8\n    - x",
+        ['4: defaults.preferred_batch_sizes[1]: expected a whole number, found the text "x"'],
+    ),
+    (
+        "models: 3",
+        ["1: models: expected a list of models, found 3; write for example models: [{source: ./models}]"],
+    ),
+    ("models: {a: b}", ["1: models: expected a list of models, found keys and values"]),
+    ("models:\n  -\n", ["2: models[0]: is empty; write for example - source: ./models"]),
+    ("models:\n  - name: a", ["2: models[0].source: is missing; write for example source: ./models/digits"]),
+    ("models: [{source: .}, {source: ./nope}]", ["1: models[1].source: there is no directory", "nope"]),
+    (
+        "models: [{source: a.onnx}]",
+        ["1: models[0].source: there is no file", "write the path of an .onnx file"],
+    ),
+    (
+        "models: [{source: 'http://h:8000'}]",
+        ["1: models[0].source: running servers as backends are not supported"],
+    ),
+    ("models: [{source: 'models:/a@b'}]", ["1: models[0].source: registry references are not supported"]),
+    ("models: [{source: 's3://a/b'}]", ["1: models[0].source: has the unknown scheme 's3://'"]),
+    ("models: [{source: 5}]", ['1: models[0].source: expected text, found 5; write source: "5" (in quotes)']),
+    (
+        "models:\n  - {source: ., name: a}\n  - {source: ., name: a}",
+        ["3: models[1].name: the name 'a' is taken by models[0]; choose another"],
+    ),
+    (
+        "models: [{source: ., name: a/../b}]",
+        ["1: models[0].name: 'a/../b' cannot be a model name; use 1 to 256"],
+    ),
+    ("models: [{source: ., name: ..}]", ["1: models[0].name: '..' cannot be a model name"]),
+    (
+        "models: [{source: ., digest: md5:0}]",
+        ["1: models[0].digest: expected sha256: and 64 hexadecimal digits"],
+    ),
+    (
+        "models: [{backends: [{url: 'http://a'}]}]",
+        ["1: models[0].backends: remote backends are not supported"],
+    ),
+    ("models: [{source: ., idempotent: true}]", ["1: models[0].idempotent: belongs to remote backends"]),
+    ("server: {}\nserver: {}", ["2: server: stands twice, first on line 1; keep one of them"]),
+    ("server:\n  workers: 1\n  workers: 2", ["3: server.workers: stands twice, first on line 2"]),
+    (
+        "server:\n  <<: {workers: 1}",
+        ["2: server.<<: merge keys are not supported; put shared keys in `defaults`"],
+    ),
+    ("server: {workers: !!python/name:os.system x}", ["1: server.workers: the tag or value"]),
+    ("server: [", ["1: not valid YAML", "check indentation"]),
+    ("server:\n\thost: a", ["2: not valid YAML: found character '\\t' that cannot start any token"]),
+    ("a: 'b", ["1: not valid YAML"]),
+    ("a: *b", ["1: not valid YAML: found undefined alias 'b'"]),
+    ("\x01", ["1: holds a control character; remove it"]),
+    ("? [1]\n: 2", ["1: a key must be plain text"]),
+    ("[" * 5000, ["nested deeper than"]),
+]
+
+
+def faults_of(folder: Path, text: str) -> list[str]:
+    file = folder / "gateway.yaml"
+    file.write_bytes(text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert all(fault.file == str(file) for fault in caught.value.faults)
+    return str(caught.value).replace(f"{file}:", "").splitlines()
+
+
+@pytest.mark.parametrize(("text", "expected"), CORPUS, ids=range(len(CORPUS)))
+def test_each_fault_has_its_line_and_says_what_to_write(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    lines = faults_of(tmp_path, text)
+    assert len(lines) == 1, lines
+    place, *parts = expected
+    assert lines[0].strip().startswith(place), lines
+    assert all(part in lines[0] for part in parts), lines
+
+
+def test_all_faults_of_a_file_come_at_once_in_order_of_lines(tmp_path: Path) -> None:
+    text = dedent("""\
+        server:
+          host: 0.0.0.0
+          http_port: "80"
+          grpc_port: 8001
+        defaults: {instances: two}
+        models:
+          - source: ./nope
+            name: a b
+          - name: x
+        modles: []
+        """)
+    lines = faults_of(tmp_path, text)
+    assert [int(line.split(":")[0]) for line in lines] == [2, 3, 4, 5, 7, 8, 9, 10]
+
+
+def test_aliases_are_followed_but_cannot_explode(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("server: {workers: &n 3, http_port: 1, metrics_port: 2}\ndefaults: {instances: *n}")
+    assert load(file).defaults.instances == 3
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n"
+        for before, name in zip("abcdef", "bcdefg", strict=True)
+    )
+    assert "holds more than 50000 values once aliases are followed" in faults_of(tmp_path, bomb)[0]
+    assert "levels" in faults_of(tmp_path, "a: &a [*a]")[0]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"none\.yaml: No such file or directory; check the path given with -c"
+    ):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load(tmp_path)
+    big = tmp_path / "big.yaml"
+    big.write_bytes(b"#" * (256 * 1024 + 1))
+    with pytest.raises(ConfigError, match="larger than 256 KiB"):
+        load(big)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"server: {}\n# \xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml:2: this line is not UTF-8"):
+        load(latin)
+
+
+def test_faults_of_variables_and_options_name_them() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"http_port": 70000, "grpc_port": "1"}, {"GATEWAY_WORKERS": "x", "GATEWAY_INSTANCES": "0"})
+    assert str(caught.value).splitlines() == [
+        "command line: --grpc-port: the gRPC port is not supported in this version; remove it and use http_port",
+        "command line: --http-port: must be at most 65535, found 70000; write for example http_port: 8000",
+        "environment: GATEWAY_INSTANCES: must be at least 1, found 0; write for example instances: 2",
+        'environment: GATEWAY_WORKERS: expected a whole number, found the text "x"; write for example workers: 2',
+    ]
