@@ -90,7 +90,7 @@ class Gateway:
     def _build(self) -> None:
         server = self.config.server
         self.pool = OnnxPool(
-            workers=server.workers or max(2, os.cpu_count() or 1),
+            workers=server.worker_count,
             intra_op_threads=server.intra_op_threads,
             on_event=self._pool_event,
         )

@@ -47,12 +47,8 @@ ConfigOption = Annotated[
 # The variables are read by gateway.config, which knows their precedence; the help names them.
 Host = Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1; GATEWAY_HOST).")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of OIP over HTTP (8000; GATEWAY_HTTP_PORT).")]
-MetricsPort = Annotated[
-    int | None, typer.Option(help="Port of /metrics and /api (8002; GATEWAY_METRICS_PORT).")
-]
-Workers = Annotated[
-    int | None, typer.Option(help="ONNX worker processes (one a core, at least 2; GATEWAY_WORKERS).")
-]
+MetricsPort = Annotated[int | None, typer.Option(help="Port of /metrics and /api (8002; GATEWAY_METRICS_PORT).")]
+Workers = Annotated[int | None, typer.Option(help="ONNX worker processes (one a core, at least 2; GATEWAY_WORKERS).")]
 Instances = Annotated[int | None, typer.Option(help="Copies of each model (2; GATEWAY_INSTANCES).")]
 LogLevel = Annotated[
     str | None,
@@ -68,9 +64,7 @@ Insecure = Annotated[
 # Options of later versions: known, so that they are answered with a reason instead of "no such option".
 Later = Annotated[str | None, typer.Option(hidden=True)]
 Url = Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of the data port.")]
-OpsUrl = Annotated[
-    str, typer.Option("--ops-url", envvar="GATEWAY_OPS_URL", help="Address of the operations port.")
-]
+OpsUrl = Annotated[str, typer.Option("--ops-url", envvar="GATEWAY_OPS_URL", help="Address of the operations port.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds to wait for an answer.")]
 
 
@@ -118,9 +112,7 @@ def serve(
     settings = load(config, options, os.environ).with_sources(sources or [])
     if not settings.models:
         where = "command line" if config is None else str(config)
-        hint = (
-            "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
-        )
+        hint = "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
         raise ConfigError([Fault(where, 0, "", hint)])
     _run(settings)
 
@@ -154,9 +146,7 @@ def _run(config: Config, *, demo: bool = False) -> None:
 
 @app.command()
 def check(
-    config: Annotated[
-        Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")
-    ],
+    config: Annotated[Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")],
 ) -> None:
     """Check a configuration file and the models it names; print every fault at once."""
     from gateway.config_models import find_models  # noqa: PLC0415  # see the header
@@ -186,9 +176,7 @@ def infer(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     data: Annotated[
         str,
-        typer.Argument(
-            help='JSON rows, {"input": rows}, an OIP request, @file.json, @file.npy, or - (stdin).'
-        ),
+        typer.Argument(help='JSON rows, {"input": rows}, an OIP request, @file.json, @file.npy, or - (stdin).'),
     ],
     url: Url = "http://127.0.0.1:8000",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Add provenance and timings.")] = False,
@@ -202,9 +190,7 @@ def infer(
 
 @app.command()
 def models(
-    action: Annotated[
-        str, typer.Argument(metavar="list|status", help="`status` adds batching and load.")
-    ] = "list",
+    action: Annotated[str, typer.Argument(metavar="list|status", help="`status` adds batching and load.")] = "list",
     model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
     ops_url: OpsUrl = "http://127.0.0.1:8002",
     timeout: Timeout = 10.0,
@@ -213,9 +199,7 @@ def models(
     from gateway import cli_infer  # noqa: PLC0415  # see the header
 
     if action in ("load", "unload"):
-        raise ConfigError(
-            f"'models {action}' needs --model-control, which this version does not have; restart instead"
-        )
+        raise ConfigError(f"'models {action}' needs --model-control, which this version does not have; restart instead")
     if action not in ("list", "status"):
         raise ConfigError(f"'models {action}' does not exist; write list or status")
     cli_infer.models(_console(), ops_url, detailed=action == "status", only=model, timeout_s=timeout)

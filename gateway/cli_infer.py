@@ -25,9 +25,7 @@ MAX_ROWS_SHOWN: Final = 50
 MAX_VALUES_SHOWN: Final = 10
 
 
-def infer(
-    out: Console, err: Console, model: str, data: str, url: str, *, verbose: bool, timeout_s: float
-) -> None:
+def infer(out: Console, err: Console, model: str, data: str, url: str, *, verbose: bool, timeout_s: float) -> None:
     """Send one request and print its outputs.
 
     Raises:
@@ -108,9 +106,7 @@ def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
         lines.append(f"model     {model.name} version {model.version}, digest {model.digest}")
     for member in provenance.members:
         lines.append(f"backend   {member.backend} executed it, attempt {member.attempt}")
-        last = (
-            f"batch {member.batch_id}: {member.size} rows together, this request's first row is {member.row}"
-        )
+        last = f"batch {member.batch_id}: {member.size} rows together, this request's first row is {member.row}"
         lines.append(f"batch     {last.removeprefix('batch ')}")
     words = {
         "queue": "waiting in the queue",
@@ -137,9 +133,7 @@ def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_
         raise ClientError(f"{url} does not answer as the gateway's operations port (8002 by default)")
     chosen = [model for model in listed if only in (None, model.get("name"))]
     if only is not None and not chosen:
-        raise ClientError(
-            f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}"
-        )
+        raise ClientError(f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}")
     headings = ["name", "version", "state", "digest", "backends"]
     headings += ["max_batch_size", "batching", "reason"] if detailed else []
     rows = [_model_row(model, detailed=detailed) for model in chosen]

@@ -74,9 +74,7 @@ def fetch(
         response = connection.getresponse()
         content = response.read(MAX_ANSWER_BYTES)
     except TimeoutError:
-        raise Unreachable(
-            f"{url} gave no answer within {timeout_s:g} s; raise --timeout or look at its log"
-        ) from None
+        raise Unreachable(f"{url} gave no answer within {timeout_s:g} s; raise --timeout or look at its log") from None
     except (OSError, http.client.HTTPException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         hint = "is the gateway running there? (`gateway serve`, or name its address with --url)"

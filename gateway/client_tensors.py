@@ -111,9 +111,7 @@ def _datatype(tensor: Mapping[str, Any]) -> Datatype:
     try:
         return DATATYPE[tensor["datatype"]]
     except KeyError:
-        raise ClientError(
-            f"the model's metadata names the unknown datatype {tensor.get('datatype')}"
-        ) from None
+        raise ClientError(f"the model's metadata names the unknown datatype {tensor.get('datatype')}") from None
 
 
 def _input(tensor: Mapping[str, Any], data: Any) -> tuple[dict[str, Any], bytes | None]:

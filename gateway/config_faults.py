@@ -76,9 +76,7 @@ S = TypeVar("S", bound=Section)
 class Loader:
     """One load; `read` may be called once."""
 
-    def __init__(
-        self, path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str]
-    ) -> None:
+    def __init__(self, path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str]) -> None:
         self._path = path
         self._overrides = overrides
         self._environ = environ
@@ -96,18 +94,14 @@ class Loader:
             server=self._section(Server, root.get("server"), ("server",)) or Server(),
             defaults=self._section(ModelKeys, root.get("defaults"), ("defaults",)) or ModelKeys(),
             models=self._models(root.get("models")),
-            model_lines=tuple(
-                self._tree.place(("models", i)).line for i in range(_length(root.get("models")))
-            ),
+            model_lines=tuple(self._tree.place(("models", i)).line for i in range(_length(root.get("models")))),
             instances=instances,
         )
         for key in root.keys() - ConfigFile.model_fields.keys():
             self._fault((key,), unknown_key(str(key), ConfigFile.model_fields))
         self._check_server(root.get("server"))
         if self._faults:
-            raise ConfigError(
-                sorted(set(self._faults), key=lambda fault: (fault.file, fault.line, fault.where))
-            )
+            raise ConfigError(sorted(set(self._faults), key=lambda fault: (fault.file, fault.line, fault.where)))
         return found
 
     # Places and values
@@ -186,9 +180,7 @@ class Loader:
             return ()
         if not isinstance(value, list):
             example = "models: [{source: ./models}]"
-            self._fault(
-                ("models",), f"expected a list of models, found {_shown(value)}; write for example {example}"
-            )
+            self._fault(("models",), f"expected a list of models, found {_shown(value)}; write for example {example}")
             return ()
         entries = []
         names: dict[str, int] = {}
@@ -212,9 +204,7 @@ class Loader:
         if (fault := name_fault(name)) is not None:
             self._fault((*path, "name"), fault)
         elif name in names:
-            self._fault(
-                (*path, "name"), f"the name '{name}' is taken by models[{names[name]}]; choose another"
-            )
+            self._fault((*path, "name"), f"the name '{name}' is taken by models[{names[name]}]; choose another")
         names.setdefault(name, int(path[-1]))
 
     def _check_source(self, item: object, path: tuple[str | int, ...]) -> None:
@@ -229,9 +219,7 @@ class Loader:
         port = values.get("http_port", DEFAULT_SERVER.http_port)
         if port == values.get("metrics_port", DEFAULT_SERVER.metrics_port) and port != 0:
             key = "metrics_port" if "metrics_port" in values else "http_port"
-            self._fault(
-                ("server", key), f"http_port and metrics_port are both {port}; give them different ports"
-            )
+            self._fault(("server", key), f"http_port and metrics_port are both {port}; give them different ports")
         host = values.get("host", DEFAULT_SERVER.host)
         if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
             message = (
@@ -285,9 +273,7 @@ def _shown(value: object) -> str:
     if isinstance(value, str):
         return f'the text "{value[:60]}"'
     return (
-        "nothing"
-        if value is None
-        else ("true" if value is True else "false" if value is False else repr(value)[:60])
+        "nothing" if value is None else ("true" if value is True else "false" if value is False else repr(value)[:60])
     )
 
 
@@ -333,9 +319,7 @@ def _explain_bound(details: ErrorDetails, context: dict[str, Any]) -> str:
 
 def _explain_choice(value: object, expected: str) -> str:
     meant = nearest(str(value), re.findall(r"'([^']*)'", expected))
-    return f"{_shown(value)} is not possible; " + (
-        f"did you mean '{meant}'?" if meant else f"write {expected}"
-    )
+    return f"{_shown(value)} is not possible; " + (f"did you mean '{meant}'?" if meant else f"write {expected}")
 
 
 _BOUNDS: Final = {

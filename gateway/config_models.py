@@ -31,9 +31,7 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
             owner = owners.setdefault(model.name, index)
             if owner != index:
                 other = config.models[owner].source
-                message = (
-                    f"model '{model.name}' is already served from {other}; give one of them another name"
-                )
+                message = f"model '{model.name}' is already served from {other}; give one of them another name"
                 faults.append(_fault(config, index, "", message))
             elif (wrong := _batch_fault(config, entry, model)) is not None:
                 faults.append(_fault(config, index, ".preferred_batch_sizes", wrong))

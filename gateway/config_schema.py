@@ -113,9 +113,7 @@ class ModelKeys(Section):
     """Rows that may wait; beyond it requests are answered 503. Default 16384."""
     max_queue_bytes: int | None = Field(default=None, ge=1024, le=2**44, examples=[268_435_456])
     """Bytes of inputs that may wait; beyond it requests are answered 503. Default 256 MiB."""
-    deadline_ms: float | None = Field(
-        default=None, gt=0, le=86_400_000, allow_inf_nan=False, examples=[30_000]
-    )
+    deadline_ms: float | None = Field(default=None, gt=0, le=86_400_000, allow_inf_nan=False, examples=[30_000])
     """Time for a request that brings no timeout of its own; then 504. Default 30000."""
     intra_op_threads: int | None = Field(default=None, ge=1, le=256, examples=[1])
     """Threads onnxruntime uses inside one instance of this model; default: `server.intra_op_threads`."""
@@ -129,9 +127,7 @@ class ModelEntry(ModelKeys):
     name: str | None = Field(default=None, examples=["digits"])
     """Name under which clients reach the model; by default the name of its directory or file. In a repository
     of several models it picks one."""
-    digest: str | None = Field(
-        default=None, pattern=r"^sha256:[0-9a-f]{64}$", examples=["sha256:" + "0" * 63 + "1"]
-    )
+    digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$", examples=["sha256:" + "0" * 63 + "1"])
     """Serve only a version with exactly this digest."""
 
 

@@ -67,9 +67,7 @@ def read_tree(path: Path) -> Tree:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        hint = (
-            "check the path given with -c" if isinstance(error, FileNotFoundError) else "it must be readable"
-        )
+        hint = "check the path given with -c" if isinstance(error, FileNotFoundError) else "it must be readable"
         raise ConfigError([Fault(file, 0, "", f"{error.strerror}; {hint}")]) from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError([Fault(file, 0, "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB")])
@@ -124,11 +122,7 @@ class _Walk:
         self.visited += 1
         line = node.start_mark.line + 1
         if self.visited > MAX_VALUES or len(path) > MAX_DEPTH:
-            bound = (
-                f"more than {MAX_VALUES} values"
-                if len(path) <= MAX_DEPTH
-                else f"more than {MAX_DEPTH} levels"
-            )
+            bound = f"more than {MAX_VALUES} values" if len(path) <= MAX_DEPTH else f"more than {MAX_DEPTH} levels"
             raise ConfigError([Fault(self.tree.file, line, "", f"holds {bound} once aliases are followed")])
         self.tree.places.setdefault(path, Place(self.tree.file, line))
         if isinstance(node, yaml.MappingNode):
@@ -180,6 +174,4 @@ def _scalar(node: yaml.ScalarNode) -> object:
         if math.isfinite(number):
             return number
         raise ValueError(f"{node.value} is not a usable number; write a finite one")
-    raise ValueError(
-        f"the tag or value '{node.tag[:60]}' is not supported here; write plain text or a number"
-    )
+    raise ValueError(f"the tag or value '{node.tag[:60]}' is not supported here; write plain text or a number")

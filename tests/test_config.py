@@ -70,9 +70,7 @@ def test_the_readme_example_loads_and_satisfies_the_schema(tmp_path: Path) -> No
     source = config.source(digits)
     assert isinstance(source, DirectorySource)
     assert source.path == tmp_path / "models" / "digits"
-    assert_keys_in_schema(
-        json.loads(ConfigFile.model_validate(written(digits)).model_dump_json(exclude_none=True))
-    )
+    assert_keys_in_schema(json.loads(ConfigFile.model_validate(written(digits)).model_dump_json(exclude_none=True)))
 
 
 def written(digits: ModelEntry) -> dict[str, Any]:
@@ -242,19 +240,21 @@ def test_bad_sources_of_the_command_line_are_reported_together() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Server().http_port = 1  # type: ignore[misc]
+        setattr(Server(), "http_port", 1)  # noqa: B010  # the type checker knows it is frozen
     with pytest.raises(AttributeError):
-        Config().file = "x"  # type: ignore[misc]
+        setattr(Config(), "file", "x")  # noqa: B010  # the type checker knows it is frozen
 
 
 @given(st.text())
 def test_any_text_is_a_fault_or_a_configuration(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "gateway.yaml"
     file.write_bytes(text.encode(errors="surrogatepass"))
+    outcome: Config | ConfigError
     try:
-        assert isinstance(load(file), Config)
+        outcome = load(file)
     except ConfigError as error:
-        assert error.faults
+        outcome = error
+    assert isinstance(outcome, Config) or outcome.faults
 
 
 @given(st.text(max_size=20))

@@ -16,9 +16,7 @@ CORPUS: list[tuple[str, list[str]]] = [
     ("zzz: 1", ["1: zzz: unknown key 'zzz'; the keys here are: defaults, models, server"]),
     (
         'server:\n  http_port: "8000"',
-        [
-            '2: server.http_port: expected a whole number, found the text "8000"; write for example http_port: 8000'
-        ],
+        ['2: server.http_port: expected a whole number, found the text "8000"; write for example http_port: 8000'],
     ),
     ("server:\n  http_port: 8000.5", ["2: server.http_port: expected a whole number, found 8000.5"]),
     ("server:\n  http_port: true", ["2: server.http_port: expected a whole number, found true"]),
@@ -160,9 +158,7 @@ def faults_of(folder: Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("text", "expected"), CORPUS, ids=range(len(CORPUS)))
-def test_each_fault_has_its_line_and_says_what_to_write(
-    tmp_path: Path, text: str, expected: list[str]
-) -> None:
+def test_each_fault_has_its_line_and_says_what_to_write(tmp_path: Path, text: str, expected: list[str]) -> None:
     lines = faults_of(tmp_path, text)
     assert len(lines) == 1, lines
     place, *parts = expected
@@ -192,17 +188,14 @@ def test_aliases_are_followed_but_cannot_explode(tmp_path: Path) -> None:
     file.write_text("server: {workers: &n 3, http_port: 1, metrics_port: 2}\ndefaults: {instances: *n}")
     assert load(file).defaults.instances == 3
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n"
-        for before, name in zip("abcdef", "bcdefg", strict=True)
+        f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
     )
     assert "holds more than 50000 values once aliases are followed" in faults_of(tmp_path, bomb)[0]
     assert "levels" in faults_of(tmp_path, "a: &a [*a]")[0]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"none\.yaml: No such file or directory; check the path given with -c"
-    ):
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file or directory; check the path given with -c"):
         load(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="Is a directory"):
         load(tmp_path)

@@ -92,6 +92,11 @@ class HttpServer:
             remembered_heads=len(shared.heads.remembered),
         )
 
+    @property
+    def sweeping(self) -> bool:
+        """Whether a timer is set; never without a connection."""
+        return self._timer is not None
+
     # -- time ------------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:

@@ -63,3 +63,7 @@ def _integer(text: str) -> int | float:
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_int=_integer)
+
+
+class MinusZero(int):
+    """The integer literal −0: zero wherever an integer is wanted; floating-point data keeps its sign."""

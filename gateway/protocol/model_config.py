@@ -103,9 +103,7 @@ def parse(text: str, file: str = "config.pbtxt") -> ModelConfig:
     ignored: list[str] = []
     config = _read_model(Section(message, "", 1, faults, ignored), ignored)
     if faults:
-        raise ConfigError(
-            [Fault(file, f.line, f.where, f.message) for f in sorted(faults, key=lambda f: f.line)]
-        )
+        raise ConfigError([Fault(file, f.line, f.where, f.message) for f in sorted(faults, key=lambda f: f.line)])
     return config
 
 
@@ -115,9 +113,7 @@ def _read_model(top: Section, ignored: list[str]) -> ModelConfig:
     preferred, delay, queue_size = _read_batching(top, batch_size)
     cache = top.section("response_cache")
     if cache is not None:
-        cache.refuse_unless(
-            "enable", ("false", 0), "the response cache is not supported yet; write enable: false"
-        )
+        cache.refuse_unless("enable", ("false", 0), "the response cache is not supported yet; write enable: false")
         cache.finish()
     transactions = top.section("model_transaction_policy")
     if transactions is not None:
@@ -155,9 +151,7 @@ def _read_filename(top: Section) -> str | None:
     line = next((value.line for value in top.values("default_model_filename")), 0)
     name = top.text("default_model_filename")
     if name and ("/" in name or "\0" in name or name in (".", "..")):
-        top.fault(
-            line, "default_model_filename", "must be the name of a file in the version directory, not a path"
-        )
+        top.fault(line, "default_model_filename", "must be the name of a file in the version directory, not a path")
     return name or None
 
 
@@ -224,9 +218,7 @@ def _read_queue_policy(batching: Section) -> int | None:
     size = policy.integer("max_queue_size", 0)
     hint = "only REJECT is supported; remove it"
     policy.refuse_unless("timeout_action", ("REJECT", 0), hint)
-    hint = (
-        "is not supported here; write deadline_ms for the model in gateway.yaml, which also covers execution"
-    )
+    hint = "is not supported here; write deadline_ms for the model in gateway.yaml, which also covers execution"
     policy.refuse_unless("default_timeout_microseconds", (0,), hint)
     hint = "remove it; callers may always set a timeout of their own"
     policy.refuse_unless("allow_timeout_override", ("false", 0), hint)
@@ -303,9 +295,7 @@ def _check_optimization(top: Section) -> None:
     block = top.section("optimization")
     if block is None:
         return
-    block.ignore(
-        "input_pinned_memory", "output_pinned_memory", "gather_kernel_buffer_threshold", "eager_batching"
-    )
+    block.ignore("input_pinned_memory", "output_pinned_memory", "gather_kernel_buffer_threshold", "eager_batching")
     block.refuse_unless("priority", ("PRIORITY_DEFAULT", 0), "model priorities are not supported; remove it")
     graph = block.section("graph")
     if graph is not None:

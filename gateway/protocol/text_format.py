@@ -61,9 +61,7 @@ _TOKEN: Final = re.compile(
       | (?P<mark>[{}<>\[\]:,;-])""",
     re.VERBOSE,
 )
-_ESCAPE: Final = re.compile(
-    r"\\([0-7]{1,3}|[xX][0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL
-)
+_ESCAPE: Final = re.compile(r"\\([0-7]{1,3}|[xX][0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
 _PLAIN_ESCAPES: Final = {
     "a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11, "\\": 92, "'": 39, '"': 34, "?": 63
 }  # fmt: skip
@@ -93,11 +91,7 @@ def _tokens(text: str) -> list[_Token]:
         match = _TOKEN.match(text, at)
         if match is None:
             wrong = text[at]
-            hint = (
-                "this string is not closed on its line"
-                if wrong in "\"'"
-                else f"unexpected character {wrong!r}"
-            )
+            hint = "this string is not closed on its line" if wrong in "\"'" else f"unexpected character {wrong!r}"
             raise TextFormatError(line, at - line_start + 1, hint)
         kind, piece = match.lastgroup or "", match[0]
         if kind != "space":

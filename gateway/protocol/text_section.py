@@ -18,9 +18,7 @@ _INT32 = 2**31 - 1
 class Section:
     """One message while it is read: hands out its fields by name, then reports those nobody asked for."""
 
-    def __init__(
-        self, message: Message, where: str, line: int, faults: list[Fault], ignored: list[str]
-    ) -> None:
+    def __init__(self, message: Message, where: str, line: int, faults: list[Fault], ignored: list[str]) -> None:
         self._fields = message.fields
         self._asked: set[str] = set()
         self._where = where
@@ -101,9 +99,7 @@ class Section:
         for index, value in enumerate(self.values(name)):
             where = f"{name}[{index}]"
             if isinstance(value.content, Message):
-                found.append(
-                    Section(value.content, self.path(where), value.line, self._faults, self._ignored)
-                )
+                found.append(Section(value.content, self.path(where), value.line, self._faults, self._ignored))
             else:
                 self.fault(value.line, where, f"expected a block {{ … }}, found {_shown(value.content)}")
         return found

@@ -3,7 +3,7 @@ r"""Reading one model version from disk, once: what is hashed is what is loaded.
 The digest of a version directory is SHA-256 over the text that `sha256sum` prints for all its regular files, paths
 relative to the directory, sorted bytewise. Anyone can check it with coreutils:
 
-    cd digits/3 && find . -type f -printf '%P\n' | LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum
+    cd digits/3 && find . -type f -printf '%P\n' | LC_ALL=C sort | xargs -d '\n' sha256sum -- | sha256sum
 
 One `.onnx` file served alone is treated as a version directory that holds it as `model.onnx`, so its digest does
 not change when it moves into a repository. To check it:
@@ -35,9 +35,7 @@ MAX_DEPTH: Final = 32
 _CHUNK_BYTES: Final = 1024 * 1024
 
 
-def read_artifact(
-    path: Path, name: str, version: str, model_file: str = MODEL_FILE, source: str = ""
-) -> Artifact:
+def read_artifact(path: Path, name: str, version: str, model_file: str = MODEL_FILE, source: str = "") -> Artifact:
     """Read and hash a version directory, or one `.onnx` file standing for a directory of its own.
 
     Args:
@@ -120,9 +118,7 @@ def _regular_files(directory: Path) -> list[str]:
                     elif _is_listed(entry, directory / relative, root):
                         found.append(relative)
         except OSError as error:
-            raise _refused(
-                directory / prefix, f"cannot be read: {error.strerror}; check its permissions"
-            ) from None
+            raise _refused(directory / prefix, f"cannot be read: {error.strerror}; check its permissions") from None
         if len(found) + len(pending) > MAX_FILES:
             raise _refused(directory, f"holds more than {MAX_FILES} files; keep only the model's files there")
     return sorted(found, key=os.fsencode)
@@ -132,9 +128,7 @@ def _is_listed(entry: os.DirEntry[str], path: Path, root: Path) -> bool:
     try:
         entry.name.encode()
     except UnicodeEncodeError:
-        raise _refused(
-            path.parent, f"holds a file name that is not UTF-8: {entry.name!a}; rename it"
-        ) from None
+        raise _refused(path.parent, f"holds a file name that is not UTF-8: {entry.name!a}; rename it") from None
     if entry.is_symlink():
         if not path.resolve().is_relative_to(root):
             raise _refused(path, "this link leaves the version directory; put the file itself there")

@@ -94,9 +94,7 @@ def _scan_repository(path: Path, name: str | None) -> Scan:
     if name is not None:
         children = [child for child in children if child.name == name]
         if not children:
-            return Scan(
-                faults=(_fault(path, f"holds no model '{name}'; write the name of a directory in it"),)
-            )
+            return Scan(faults=(_fault(path, f"holds no model '{name}'; write the name of a directory in it"),))
     if not children:
         loose = next((child.name for child in sorted(path.glob("*.onnx"))), None)
         hint = f"; to serve {loose}, give that file, or move it to <model>/1/{MODEL_FILE}" if loose else ""
@@ -118,11 +116,7 @@ def _collect(candidates: Iterable[tuple[Path, str]]) -> Scan:
 
 
 def _version_directories(path: Path) -> dict[int, Path]:
-    found = {
-        int(child.name): child
-        for child in path.iterdir()
-        if _VERSION.fullmatch(child.name) and child.is_dir()
-    }
+    found = {int(child.name): child for child in path.iterdir() if _VERSION.fullmatch(child.name) and child.is_dir()}
     return dict(sorted(found.items()))
 
 
@@ -145,9 +139,7 @@ def _read_model(path: Path, name: str) -> FoundModel:
         raise ConfigError([Fault(str(path / CONFIG_FILE), 0, "name", hint)])
     existing = _version_directories(path)
     if not existing:
-        raise ConfigError(
-            [_fault(path, f"has no version directory; move the model to {path.name}/1/{model_file}")]
-        )
+        raise ConfigError([_fault(path, f"has no version directory; move the model to {path.name}/1/{model_file}")])
     selected = select_versions(existing, policy)
     if missing := sorted(set(policy.versions) - set(selected)):
         hint = f"version {missing[0]} does not exist; there are {', '.join(map(str, existing))}"
@@ -166,9 +158,7 @@ def _read_config(path: Path) -> ModelConfig | None:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            [Fault(str(path), line, "", "this line is not UTF-8; save the file as UTF-8")]
-        ) from None
+        raise ConfigError([Fault(str(path), line, "", "this line is not UTF-8; save the file as UTF-8")]) from None
     return parse(text, str(path))
 
 
@@ -180,11 +170,7 @@ def _check_files(directories: Iterable[Path], model_file: str) -> None:
             faults.append(_fault(path, "is a directory; models with external data files are not supported"))
         elif not path.is_file():
             other = next((child.name for child in sorted(directory.glob("*.onnx"))), None)
-            hint = (
-                f"rename {other}, or name it in default_model_filename"
-                if other
-                else "put the ONNX file there"
-            )
+            hint = f"rename {other}, or name it in default_model_filename" if other else "put the ONNX file there"
             faults.append(_fault(path, f"this file is missing; {hint}"))
     if faults:
         raise ConfigError(faults)

@@ -87,7 +87,4 @@ def name_fault(name: str) -> str | None:
     """What is wrong with `name` as a model name; None if it is fit for URLs, headers, labels and paths."""
     if _NAME.fullmatch(name) and name.strip("."):
         return None
-    return (
-        f"'{name[:64]}' cannot be a model name; use 1 to 256 of the characters A-Z a-z 0-9 . _ - "
-        "and not dots alone"
-    )
+    return f"'{name[:64]}' cannot be a model name; use 1 to 256 of the characters A-Z a-z 0-9 . _ - and not dots alone"

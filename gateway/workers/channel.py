@@ -99,6 +99,8 @@ class Channel:
         """Why it was lost, in words; set by the time `ended` is."""
         self.killed = False
         """We killed it because it hung or talked nonsense."""
+        self.on_lost: Callable[[Channel], None] = _ignore
+        """Called once when it is lost, before anyone else hears of it."""
         self.suspects: list[Any] = []
         """Models that executed or loaded in the process when it was lost."""
         self.in_flight: dict[int, Attempt] = {}
@@ -370,6 +372,7 @@ class Channel:
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._sweep.channels.discard(self)
+        self.on_lost(self)
         if not self._closing:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -408,6 +411,10 @@ class Channel:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self.ended.set_result(exit_code)
+
+
+def _ignore(_: Channel) -> None:
+    pass
 
 
 def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:

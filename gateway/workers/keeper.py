@@ -116,7 +116,6 @@ class Keeper:
     async def _keep(self) -> None:
         while True:
             await self._live()
-            self.up.clear()
             self.channel = None
             if self.retired:
                 return
@@ -151,9 +150,14 @@ class Keeper:
     def _spawn(self) -> Channel:
         self.generation += 1
         channel = Channel.start(self._overseer.sweep, self.name, self.generation)
+        channel.on_lost = self._lost
         self._channels.add(channel)
         self._emit("worker_started", channel)
         return channel
+
+    def _lost(self, channel: Channel) -> None:
+        if channel is self.channel:
+            self.up.clear()
 
     async def _greet(self, channel: Channel) -> None:
         try:
@@ -177,11 +181,15 @@ class Keeper:
     def _came_up(self, channel: Channel) -> None:
         self._to(WorkerEvent.UP)
         self._backoff.up(self._now())
-        self.up.set()
+        self._set_up(channel)
         if not self._first.done():
             self._first.set_result(None)
         self._emit("worker_ready", channel)
         self._overseer.came_up(self)
+
+    def _set_up(self, channel: Channel) -> None:
+        if not channel.lost:
+            self.up.set()
 
     async def _serve(self, channel: Channel) -> Channel:
         """Returns the current channel, once it has ended."""
@@ -257,6 +265,8 @@ class Keeper:
                 moving = list(self.instances)
                 for instance in moving:
                     await self._place(fresh, instance)
+                if fresh.lost:
+                    raise WorkerLost(f"worker {self.name} {fresh.cause}")
                 for instance in moving:
                     if instance in self.instances:
                         instance.attach(fresh)
@@ -271,6 +281,7 @@ class Keeper:
             serving = fresh
         self._unloads = 0
         self._to(WorkerEvent.UP)
+        self._set_up(serving)
         return serving
 
     def _say_farewell(self, channel: Channel) -> None:

@@ -42,9 +42,7 @@ def test_one_models_directory_and_its_other_name(tmp_path: Path) -> None:
     assert [m.name for m in scan(folder, "renamed").models] == ["renamed"]
 
 
-def test_a_relative_directory_has_the_name_of_the_real_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_directory_has_the_name_of_the_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model(tmp_path / "digits", "1", config='name: "digits"'))
     assert [m.name for m in scan(Path()).models] == ["digits"]
 

@@ -1,0 +1,191 @@
+"""`decide` against an independent reading of the rules, which works on plain tuples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.core.batch_queue import BatchQueue
+from gateway.core.batching import IDLE, Dispatch, Reason, WaitUntil, decide
+from gateway.core.model import BatchPolicy
+from tests.core.test_batch_queue import waiting_request
+
+DELAY = 0.1
+
+
+@dataclass(frozen=True)
+class Waiting:
+    key: str
+    rows: int
+    received: float
+    deadline: float = 1e9
+
+
+def queue_of(line: list[Waiting]) -> BatchQueue:
+    queue = BatchQueue()
+    for waiting in line:
+        request = waiting_request(waiting.key, waiting.rows, waiting.deadline)
+        request.received = waiting.received
+        queue.push(request)
+    return queue
+
+
+def policy_of(limit: int = 8, delay: float = DELAY, preferred: tuple[int, ...] = (), merge: bool = True) -> BatchPolicy:
+    return BatchPolicy(limit, merge, delay, preferred)
+
+
+def run(line: list[Waiting], policy: BatchPolicy, now: float, execute_s: float = 0.0) -> tuple[object, ...]:
+    """The decision carried out: ("go", key, rows that leave, reason), ("wait", instant) or ("idle",)."""
+    queue = queue_of(line)
+    decision = decide(queue, policy, now, execute_s)
+    if isinstance(decision, Dispatch):
+        taken = queue.take(decision.group, decision.rows)
+        assert taken
+        return ("go", decision.group.key, sum(request.rows for request in taken), decision.reason)
+    return ("wait", decision.instant) if isinstance(decision, WaitUntil) else ("idle",)
+
+
+def naive(line: list[Waiting], policy: BatchPolicy, now: float, execute_s: float) -> tuple[object, ...]:
+    if not line:
+        return ("idle",)
+    heads: dict[str, float] = {}
+    for waiting in line:
+        heads.setdefault(waiting.key, waiting.received)
+    keys = sorted(heads, key=heads.__getitem__)
+    if policy.max_batch_size == 0 or not policy.merge:
+        first = next(waiting for waiting in line if waiting.key == keys[0])
+        return ("go", first.key, first.rows, Reason.WORKER_FREE)
+    limit, instants = policy.max_batch_size, []
+    for key in keys:
+        group = [waiting for waiting in line if waiting.key == key]
+        fitting = [n for n in range(1, len(group) + 1) if sum(w.rows for w in group[:n]) <= limit]
+        sums = [sum(w.rows for w in group[:n]) for n in fitting]
+        pending, all_rows = sums[-1], sum(w.rows for w in group)
+        if policy.max_queue_delay_s == 0:
+            return ("go", key, pending, Reason.FULL if all_rows >= limit else Reason.WORKER_FREE)
+        preferred = policy.preferred_batch_sizes or (limit,)
+        passed = [total for total in sums if total in preferred]
+        ripe = group[0].received + policy.max_queue_delay_s
+        urgent = group[0].deadline - 2 * execute_s
+        up = now >= ripe or now >= urgent
+        if passed and not up:
+            return ("go", key, max(passed), Reason.FULL)
+        if pending >= limit or pending >= max(preferred):
+            return ("go", key, pending, Reason.FULL)
+        if pending < all_rows:
+            return ("go", key, pending, Reason.SHAPE)
+        if up:
+            return ("go", key, pending, Reason.DELAY if now >= ripe else Reason.DEADLINE)
+        instants += [ripe, urgent]
+    return ("wait", min(instants))
+
+
+def lines() -> st.SearchStrategy[list[Waiting]]:
+    one = st.tuples(st.sampled_from("ab"), st.integers(1, 6), st.integers(0, 5), st.integers(5, 40))
+    return st.lists(one, max_size=12).map(
+        lambda items: [
+            Waiting(key, rows, 10.0 + 0.03 * at, 10.0 + 0.03 * at + patience / 100)
+            for key, rows, at, patience in sorted(items, key=lambda item: item[2])
+        ]
+    )
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    lines(),
+    st.sampled_from([0, 6, 8]),
+    st.sampled_from([0.0, DELAY]),
+    st.sets(st.integers(1, 6), max_size=3),
+    st.booleans(),
+    st.integers(0, 40),
+    st.sampled_from([0.0, 0.02]),
+)
+def test_decide_agrees_with_the_naive_reading(
+    line: list[Waiting], limit: int, delay: float, preferred: set[int], merge: bool, later: int, execute_s: float
+) -> None:
+    policy = policy_of(limit, delay, tuple(sorted(preferred)), merge)
+    now = 10.0 + later / 100
+    assert run(line, policy, now, execute_s) == naive(line, policy, now, execute_s)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines(), st.sets(st.integers(1, 6), max_size=3), st.sampled_from([0.0, 0.02]))
+def test_waiting_ends_at_the_announced_instant(line: list[Waiting], preferred: set[int], execute_s: float) -> None:
+    policy = policy_of(preferred=tuple(sorted(preferred)))
+    decision = decide(queue_of(line), policy, 10.0, execute_s)
+    if isinstance(decision, WaitUntil):
+        # A wake-up that decides to wait until the same instant again would keep the loop busy.
+        assert isinstance(decide(queue_of(line), policy, decision.instant, execute_s), Dispatch)
+
+
+# Triton 51, measured: preferred [4], delay 100 ms.
+
+
+def test_one_request_waits_for_the_delay() -> None:
+    line = [Waiting("a", 1, 10.0)]
+    assert run(line, policy_of(preferred=(4,)), 10.0) == ("wait", 10.1)
+    assert run(line, policy_of(preferred=(4,)), 10.1) == ("go", "a", 1, Reason.DELAY)
+
+
+def test_a_preferred_size_goes_at_once() -> None:
+    assert run([Waiting("a", 1, 10.0)] * 4, policy_of(preferred=(4,)), 10.0) == ("go", "a", 4, Reason.FULL)
+
+
+def test_five_make_four_now_and_one_after_the_delay() -> None:
+    queue = queue_of([Waiting("a", 1, 10.0)] * 5)
+    policy = policy_of(preferred=(4,))
+    first = decide(queue, policy, 10.0)
+    assert isinstance(first, Dispatch)
+    assert len(queue.take(first.group, first.rows)) == 4
+    assert decide(queue, policy, 10.0) == WaitUntil(10.1)
+    second = decide(queue, policy, 10.1)
+    assert isinstance(second, Dispatch)
+    assert (len(queue.take(second.group, second.rows)), second.reason) == (1, Reason.DELAY)
+
+
+def test_after_the_delay_all_pending_go_preferred_or_not() -> None:
+    assert run([Waiting("a", 1, 10.0)] * 5, policy_of(preferred=(4,)), 10.2)[2] == 5
+
+
+def test_rows_that_jump_over_the_largest_preferred_size_do_not_wait() -> None:
+    line = [Waiting("a", 3, 10.0), Waiting("a", 2, 10.0)]
+    assert run(line, policy_of(preferred=(4,)), 10.0) == ("go", "a", 5, Reason.FULL)
+
+
+def test_a_request_that_does_not_fit_closes_the_batch() -> None:
+    line = [Waiting("a", 5, 10.0), Waiting("a", 4, 10.0)]
+    assert run(line, policy_of(), 10.0) == ("go", "a", 5, Reason.SHAPE)
+
+
+def test_other_shapes_do_not_wait_behind_the_head() -> None:
+    line = [Waiting("a", 1, 10.0), *[Waiting("b", 1, 10.01)] * 8]
+    assert run(line, policy_of(), 10.02) == ("go", "b", 8, Reason.FULL)
+
+
+def test_a_deadline_cuts_the_delay_short() -> None:
+    line = [Waiting("a", 1, 10.0, deadline=10.05)]
+    assert run(line, policy_of(), 10.0, execute_s=0.01) == ("wait", pytest.approx(10.03))
+    assert run(line, policy_of(), 10.031, execute_s=0.01) == ("go", "a", 1, Reason.DEADLINE)
+
+
+def test_without_a_delay_nothing_waits_for_a_preferred_size() -> None:
+    assert run([Waiting("a", 1, 10.0)] * 3, policy_of(delay=0.0, preferred=(4,)), 10.0)[:3] == ("go", "a", 3)
+
+
+@pytest.mark.parametrize("policy", [policy_of(limit=0), policy_of(merge=False)])
+def test_requests_that_may_not_be_merged_go_one_by_one_in_order(policy: BatchPolicy) -> None:
+    line = [Waiting("a", 2, 10.0), Waiting("b", 1, 10.001), Waiting("a", 3, 10.002)]
+    queue = queue_of(line)
+    order = []
+    while isinstance(decision := decide(queue, policy, 10.0), Dispatch):
+        taken = queue.take(decision.group, decision.rows)
+        assert len(taken) == 1
+        order.append(taken[0].received)
+    assert order == [10.0, 10.001, 10.002]
+
+
+def test_nobody_waits() -> None:
+    assert decide(BatchQueue(), policy_of(), 1.0) is IDLE
