@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -40,6 +40,10 @@ CHOSEN_MAX_BATCH_SIZE = 64
 """Rows, where neither config.pbtxt nor the configuration states a size."""
 PROOF_SEED = 20_260_101
 """Proofs are repeatable: the same model gets the same verdict at every start."""
+TRIAL_RUNS: Final = 3
+"""Two deaths may be a neighbour's doing in a shared worker; then the suspects get workers of their own."""
+WORKER_BACK_S: Final = 60.0
+"""How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +223,10 @@ class Catalog:
         try:
             await self._load(version)
         except GatewayError as error:
-            version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
-            version.reason = str(error)
-            log.error("model %s version %s could not be loaded: %s", version.name, version.version, error)
-            return version
+            return _load_failed(version, str(error))
+        except Exception as error:
+            log.exception("loading a model failed in a way nobody foresaw")
+            return _load_failed(version, f"the gateway failed on it: {type(error).__name__}: {error}")
         version.state = next_state(version.state, ModelEvent.LOADED)
         self._elect(version.name)
         spec = version.spec
@@ -244,7 +248,7 @@ class Catalog:
         loaded = await wanted.load(artifact)
         try:
             spec = await _settle_spec(version.wanted, artifact, loaded)
-        except GatewayError:
+        except Exception:
             await loaded.unload()
             raise
         version.settle(spec, loaded)
@@ -285,6 +289,13 @@ class Catalog:
             self._newest[name] = self._models[name][ready[-1]]
         else:
             self._newest.pop(name, None)
+
+
+def _load_failed(version: ServedVersion, reason: str) -> ServedVersion:
+    version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
+    version.reason = reason
+    log.error("model %s version %s could not be loaded: %s", version.name, version.version, reason)
+    return version
 
 
 def _numeric(version: str) -> tuple[int, str]:
@@ -357,12 +368,32 @@ async def _trial(
     """The first made-up input that the model runs on, with its answer."""
     rng = np.random.default_rng(PROOF_SEED)
     for candidate in batchability.trial_inputs(inputs, rows, rng):
-        outcome = await run_once(loaded.replicas[0], candidate, tuple(range(len(outputs))))
+        outcome = await _run(loaded.replicas[0], candidate, tuple(range(len(outputs))))
         if isinstance(outcome, Success):
             return candidate, outcome
-        if not loaded.replicas[0].available:
-            raise ModelError(f"the model broke its worker on a trial run: {outcome.message}")
     return None
+
+
+async def _run(replica: Replica, inputs: list[InputTensor], outputs: tuple[int, ...]) -> Success | Failure:
+    """Run made-up input. A worker that dies meanwhile may have died of something else: the run is repeated.
+
+    Raises:
+        ModelError: the worker dies every time, or does not come back.
+    """
+    for _ in range(TRIAL_RUNS):
+        outcome = await run_once(replica, inputs, outputs)
+        if isinstance(outcome, Success) or replica.available:
+            return outcome
+        back = asyncio.Event()
+        replica.set_listener(back.set)
+        try:
+            async with asyncio.timeout(WORKER_BACK_S):
+                while not replica.available:
+                    back.clear()
+                    await back.wait()
+        except TimeoutError:
+            break
+    raise ModelError(f"the model's worker {replica.name} died on every trial run: {outcome.message}")
 
 
 async def _prove(loaded: LoadedModel, trial: tuple[list[InputTensor], Success] | None, outputs: int) -> Verdict:
@@ -371,7 +402,7 @@ async def _prove(loaded: LoadedModel, trial: tuple[list[InputTensor], Success] |
     inputs, together = trial
     alone = []
     for row in range(inputs[0].shape[0]):
-        outcome = await run_once(loaded.replicas[0], batchability.one_row(inputs, row), tuple(range(outputs)))
+        outcome = await _run(loaded.replicas[0], batchability.one_row(inputs, row), tuple(range(outputs)))
         if isinstance(outcome, Failure):
             return Verdict(False, f"it does not run on a single row: {outcome.message}")
         alone.append(list(outcome.outputs))
@@ -385,7 +416,7 @@ async def _warm_up(loaded: LoadedModel, trial: tuple[list[InputTensor], Success]
     inputs, _ = trial
     loaded.set_warm_up([inputs])
     for replica in loaded.replicas[1:]:
-        outcome = await run_once(replica, inputs, (0,))
+        outcome = await _run(replica, inputs, (0,))
         if isinstance(outcome, Failure):
             raise ModelError(f"warm-up failed on {replica.name}: {outcome.message}")
 
@@ -425,7 +456,7 @@ def _spec(
 def _tensors(
     role: str, actual: tuple[SignatureTensor, ...], stated: tuple[TensorSpec, ...], batched: bool
 ) -> tuple[TensorSpec, ...]:
-    """Signature as served, in the order config.pbtxt states where it does, else in the file's.
+    """Signature as served: names, datatypes, dims and order are the file's; config.pbtxt may only agree.
 
     Raises:
         ConfigError: config.pbtxt contradicts the file.

@@ -42,7 +42,7 @@ def infer(out: Console, err: Console, model: str, data: str, url: str, *, verbos
         _print_table(out, outputs)
     else:
         rows = {output.name: _nested(output.values, output.shape) for output in outputs}
-        out.print(orjson.dumps(rows).decode(), markup=False, highlight=False, soft_wrap=True)
+        out.file.write(orjson.dumps(rows).decode() + "\n")
     if verbose:
         _print_provenance(err, answer)
 
@@ -139,7 +139,7 @@ def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_
     rows = [_model_row(model, detailed=detailed) for model in chosen]
     if not out.is_terminal:
         for row in rows:
-            out.print("\t".join(row), markup=False, highlight=False, soft_wrap=True)
+            out.file.write("\t".join(row) + "\n")
         return
     table = Table(*headings, show_edge=False)
     for row in rows:

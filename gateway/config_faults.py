@@ -22,7 +22,7 @@ from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Se
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest, unknown_key
-from gateway.registry.reference import DirectorySource, ModelFileSource, name_fault, parse, unservable
+from gateway.registry.reference import DirectorySource, ModelFileSource, Source, name_fault, parse, unservable
 
 OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "host": ("server", "host"),
@@ -236,13 +236,20 @@ def source_fault(text: str, base: Path) -> str | None:
         source = parse(text, base)
     except ValueError as error:
         return str(error)
+    try:
+        return _path_fault(source) or unservable(source)
+    except OSError as error:
+        return f"cannot be looked at: {error.strerror}; check the path and its permissions"
+
+
+def _path_fault(source: Source) -> str | None:
     if isinstance(source, ModelFileSource) and not source.path.is_file():
         return f"there is no file {source.path}; write the path of an .onnx file"
     if isinstance(source, DirectorySource) and not source.path.is_dir():
         if source.path.exists():
             return f"{source.path} is neither a directory nor an .onnx file; only ONNX models are served"
         return f"there is no directory {source.path}; write the path of a model repository or model"
-    return unservable(source)
+    return None
 
 
 def _is_loopback(host: str) -> bool:

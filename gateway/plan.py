@@ -14,12 +14,12 @@ from typing import Any
 
 from gateway.catalog import LoadedModel, ServedVersion, WantedVersion
 from gateway.config import Config, ModelEntry, ModelSettings
+from gateway.config_models import find_models
 from gateway.core.model import Artifact
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
 from gateway.registry.digest import read_artifact
-from gateway.registry.directory import FoundModel, scan
-from gateway.registry.reference import DirectorySource, ModelFileSource
+from gateway.registry.directory import FoundModel
 
 log = logging.getLogger("gateway.plan")
 
@@ -32,38 +32,13 @@ def versions(config: Config, load: Load) -> list[WantedVersion]:
     Raises:
         ConfigError: with every fault of every source.
     """
-    faults: list[Fault] = []
-    wanted: list[WantedVersion] = []
-    owners: dict[str, str] = {}
     if not config.models:
-        faults.append(Fault(config.file or "command line", 0, "", "no model to serve: name a SOURCE, such as ./models"))
-    for index, entry in enumerate(config.models):
-        for model in _find(config, entry, index, faults):
-            owner = owners.setdefault(model.name, entry.source)
-            if owner is not entry.source:
-                faults.append(
-                    Fault(
-                        config.file or "command line",
-                        0,
-                        f"models[{index}]",
-                        f"model '{model.name}' is already served from {owner}; give one of them another `name`",
-                    )
-                )
-                continue
-            wanted += _versions_of(config, entry, model, load)
-    if faults:
-        raise ConfigError(faults)
-    return wanted
-
-
-def _find(config: Config, entry: ModelEntry, index: int, faults: list[Fault]) -> tuple[FoundModel, ...]:
-    source = config.source(entry)
-    if not isinstance(source, DirectorySource | ModelFileSource):  # refused by `gateway check` with its line
-        faults.append(Fault(config.file, 0, f"models[{index}].source", f"'{entry.source}' cannot be served"))
-        return ()
-    found = scan(source.path, entry.name)
-    faults += found.faults
-    return found.models
+        raise ConfigError(
+            [Fault(config.file or "command line", 0, "", "no model to serve: name a SOURCE, such as ./models")]
+        )
+    return [
+        version for entry, model in find_models(config) for version in _versions_of(config, entry, model, load)
+    ]
 
 
 def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Load) -> Iterator[WantedVersion]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -29,7 +30,7 @@ err = Console(stderr=True, highlight=False)
 
 def show_error(message: str) -> None:
     """One line on stderr; a multi-line message keeps its lines."""
-    err.print(f"[red]error:[/red] {_escape(message)}", soft_wrap=True)
+    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
 
 
 def show_faults(error: ConfigError) -> None:
@@ -45,7 +46,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("loading models", total=total)
 
         def advance(name: str) -> None:
-            bar.update(task, advance=1, description=f"loaded {_escape(name)}")
+            bar.update(task, advance=1, description=f"loaded {escape(name)}")
 
         yield advance
 
@@ -57,16 +58,16 @@ def show_started(versions: Sequence[ServedVersion], host: str, http_port: int, o
         table.add_column(column, overflow="fold")
     for version in versions:
         table.add_row(
-            version.name,
-            version.version,
+            escape(version.name),
+            escape(version.version),
             version.spec.digest[:19] + "…",
-            ", ".join(replica.name for replica in version.replicas),
+            escape(", ".join(replica.name for replica in version.replicas)),
             f"[green]{version.state.value}[/green]",
             _batching(version),
         )
     out.print(table)
-    out.print(f"inference   http://{host}:{http_port}/v2")
-    out.print(f"operations  http://{host}:{operations_port}/  (metrics, models, workers)")
+    out.print(f"inference   http://{_address(host, http_port)}/v2")
+    out.print(f"operations  http://{_address(host, operations_port)}/  (metrics, models, workers)")
 
 
 def _batching(version: ServedVersion) -> str:
@@ -82,15 +83,15 @@ def show_demo(host: str, http_port: int, operations_port: int) -> None:
         request = json.loads(sample.read_text())
         if "request" not in request:
             continue
-        url = f"http://{host}:{http_port}/v2/models/{sample.stem}/infer"
+        url = f"http://{_address(host, http_port)}/v2/models/{sample.stem}/infer"
         answer, provenance = _post(url, request["request"])
-        out.print(f"\n[bold]{sample.stem}[/bold]  {_brief(answer)}")
+        out.print(f"\n[bold]{escape(sample.stem)}[/bold]  {escape(_brief(answer))}")
         _show_provenance(provenance)
     name = SAMPLES / "digits.json"
     out.print("\ntry next:")
-    out.print(f"  curl -i http://{host}:{http_port}/v2/models/digits")
+    out.print(f"  curl -i http://{_address(host, http_port)}/v2/models/digits")
     out.print(f"  gateway infer digits @{name} -v", soft_wrap=True)
-    out.print(f"  curl http://{host}:{operations_port}/metrics")
+    out.print(f"  curl http://{_address(host, operations_port)}/metrics")
     out.print("Ctrl-C stops.")
 
 
@@ -107,13 +108,13 @@ def _brief(answer: Any) -> str:
 
 def _numbers(data: list[Any]) -> str:
     shown = ", ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in data[:10])
-    return f"[{shown}{', …' if len(data) > 10 else ''}]".replace("[", "\\[")
+    return f"[{shown}{', …' if len(data) > 10 else ''}]"
 
 
 def _show_provenance(provenance: Provenance) -> None:
     model = provenance.model
     if model is not None:
-        out.print(f"  model    {model.name} version {model.version} {model.digest}", soft_wrap=True)
+        out.print(f"  model    {model.name} version {model.version} {model.digest}", markup=False, soft_wrap=True)
     for member in provenance.members:
         out.print(
             f"  executed by {member.backend}, attempt {member.attempt}, batch {member.batch_id} of {member.size} "
@@ -123,5 +124,5 @@ def _show_provenance(provenance: Provenance) -> None:
     out.print(f"  request  {provenance.request_id}   {timings}", soft_wrap=True)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

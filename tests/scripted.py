@@ -174,10 +174,13 @@ class Backend:
         self.executed: list[ScriptedBatch] = []
         self.respond: Callable[[ScriptedBatch], None] | None = None
         """If set, decides every batch in the loop's next turn instead of the test."""
+        self.inspect: Callable[[ScriptedBatch], None] = lambda _: None
+        """Called with every batch the moment it is handed over."""
         self._unseen: asyncio.Queue[ScriptedBatch] = asyncio.Queue()
 
     def arrived(self, batch: ScriptedBatch) -> None:
         self.executed.append(batch)
+        self.inspect(batch)
         if self.respond is not None:
             asyncio.get_running_loop().call_soon(self.respond, batch)
         else:
@@ -243,8 +246,13 @@ class Caller:
 
 
 def request_of(
-    numbers: list[int], *, key: object = "k", outputs: tuple[int, ...] = (0,), as_values: bool = True, timeout_s: float = 0.0
-) -> InferRequest:  # fmt: skip
+    numbers: list[int],
+    *,
+    key: object = "k",
+    outputs: tuple[int, ...] = (0,),
+    as_values: bool = True,
+    timeout_s: float = 0.0,
+) -> InferRequest:
     packed = None if as_values else np.array(numbers, "<i8").tobytes()
     tensor = InputTensor(INT64, (len(numbers), 1), list(numbers) if as_values else None, packed)
     return InferRequest((tensor,), len(numbers), 8 * len(numbers), (key, outputs), outputs, None, None, timeout_s)

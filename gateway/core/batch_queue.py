@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from gateway.core.request import QUEUED, RUNNING, SETTLED, InferRequest
 
@@ -53,6 +53,11 @@ class Group:
         return None
 
 
+Deadline = list[Any]
+"""An entry of the deadline heap: [instant, sequence number, request]. The request is taken out when it is settled, so
+that an entry that waits to be dropped keeps nobody's bytes alive."""
+
+
 class BatchQueue:
     """See the module's docstring. All methods are amortised O(1) or O(rows handed out)."""
 
@@ -63,7 +68,7 @@ class BatchQueue:
         self.rows = 0
         self.nbytes = 0
         self.count = 0
-        self._deadlines: list[tuple[float, int, InferRequest]] = []
+        self._deadlines: list[Deadline] = []
         self._sequence = 0
         self._unsettled = 0
 
@@ -71,9 +76,10 @@ class BatchQueue:
         """A new request; its `deadline` must be set."""
         self._sequence += 1
         self._unsettled += 1
-        heapq.heappush(self._deadlines, (request.deadline, self._sequence, request))
+        request.place = place = [request.deadline, self._sequence, request]
+        heapq.heappush(self._deadlines, place)
         if len(self._deadlines) > 2 * self._unsettled + _SLACK:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state != SETTLED]
+            self._deadlines = [entry for entry in self._deadlines if entry[2] is not None]
             heapq.heapify(self._deadlines)
         self._group(request).requests.append(request)
         self._count(request, 1)
@@ -122,6 +128,9 @@ class BatchQueue:
         """`request` has its answer or needs none: mark it, and take it out of the room if it still waits."""
         waited = request.state == QUEUED
         request.state = SETTLED
+        if request.place is not None:
+            request.place[2] = None
+            request.place = None
         self._unsettled -= 1
         if waited:
             self._count(request, -1)
@@ -131,16 +140,16 @@ class BatchQueue:
         """Unsettled requests, waiting or running, whose deadline is not after `now`. They stay unsettled."""
         found = []
         heap = self._deadlines
-        while heap and (heap[0][2].state == SETTLED or heap[0][0] <= now):
+        while heap and (heap[0][2] is None or heap[0][0] <= now):
             request = heapq.heappop(heap)[2]
-            if request.state != SETTLED:
+            if request is not None:
                 found.append(request)
         return found
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of an unsettled request."""
         heap = self._deadlines
-        while heap and heap[0][2].state == SETTLED:
+        while heap and heap[0][2] is None:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 

@@ -91,6 +91,7 @@ class InferRequest:
         "key",
         "nbytes",
         "outputs",
+        "place",
         "received",
         "request_id",
         "row",
@@ -139,6 +140,8 @@ class InferRequest:
         """The finished batch (scheduler.FinishedBatch) once settled with an answer."""
         self.row = 0
         """First row of this request in `batch`."""
+        self.place: Any = None
+        """Belongs to the queue."""
         self.error: Exception | None = None
         """Set instead of `batch` when the request failed."""
         self.context: Any = None

@@ -16,7 +16,7 @@ import orjson
 from gateway import __version__
 from gateway.catalog import Catalog, ServedVersion
 from gateway.core.model import TensorSpec
-from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Unsupported
+from gateway.errors import GatewayError, MethodNotAllowed, NotFound, NotReady, Unsupported
 from gateway.ingress.http_server import Exchange
 from gateway.ingress.oip_http import JSON, HttpCodec, request_id_header
 from gateway.pipeline import Pipeline
@@ -112,7 +112,11 @@ class OipApplication:
     # -- inference -------------------------------------------------------------------------------------------
 
     def _infer(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
-        version = self._catalog.resolve(route.model, route.version)
+        try:
+            version = self._catalog.resolve(route.model, route.version)
+        except NotReady as error:
+            self._refuse_unready(route, exchange, error)
+            return
         codec: HttpCodec = version.codec or self._codec(version)
         try:
             request = codec.decode(head, body, exchange)
@@ -121,6 +125,15 @@ class OipApplication:
         except GatewayError as error:
             exchange.on_abort = None
             codec.refuse(exchange, error)
+
+    def _refuse_unready(self, route: Route, exchange: Exchange, error: NotReady) -> None:
+        """A version that once served and has failed is known: its refusals are counted, and say which it is."""
+        version = self._catalog.find(route.model, route.version)
+        if version.scheduler is None:
+            raise error
+        version.statistics.reject(error.reason)
+        codec: HttpCodec = version.codec or self._codec(version)
+        codec.refuse(exchange, error)
 
     def _codec(self, version: ServedVersion) -> HttpCodec:
         codec = HttpCodec(version)

@@ -274,7 +274,7 @@ class Connection(asyncio.Protocol):
         if self._closing or not self.pending:
             return
         if self._reset():
-            self.transport.abort()
+            self._cut_off()
         elif not self._probed and self.writable and not self.pending[0].head.http10:
             self._probed = True
             self.write(CONTINUE)
@@ -379,7 +379,13 @@ class Connection(asyncio.Protocol):
             self._unread_since = now
         elif now - self._unread_since >= self.shared.limits.write_timeout_s:
             self.shared.rejected["unread"] = self.shared.rejected.get("unread", 0) + 1
-            self.transport.abort()
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        """End the connection at once; what is still unwritten is lost."""
+        self._closing = True
+        self._give_up_at = 0.0
+        self.transport.abort()
 
     def _sweep_input(self, now: float) -> None:
         error = self.receiver.expired(now)
@@ -398,7 +404,6 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """The server stops: end the connection after what it owes. An unfinished request may still be finished."""
-        self.room = 1
         if self._closing:
             return
         if self.pending:

@@ -63,6 +63,7 @@ class HttpServer:
         self._shared.closed = self._connection_closed
         self._listeners: list[Closable] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
         self._emptied: asyncio.Event | None = None
 
     def __repr__(self) -> str:
@@ -91,6 +92,11 @@ class HttpServer:
             held_bytes=shared.held.used_bytes,
             remembered_heads=len(shared.heads.remembered),
         )
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called: every answer from now on may be its connection's last."""
+        return self._draining
 
     @property
     def sweeping(self) -> bool:
@@ -128,8 +134,11 @@ class HttpServer:
         shared = self._shared
         for listener in self._listeners:
             listener.close()
+        self._draining = True
         shared.room = 1
         shared.handle = self._handle_last
+        for connection in shared.connections:
+            connection.room = 1
         # What clients sent before they could know is in the sockets: let it in before idle connections close.
         for _ in range(_ROUNDS_BEFORE_CLOSING):
             await asyncio.sleep(0)

@@ -14,7 +14,7 @@ from typing import Final
 from gateway.catalog import ServedVersion
 from gateway.core.batch import FinishedBatch
 from gateway.core.request import InferRequest
-from gateway.errors import GatewayError, InvalidRequest
+from gateway.errors import Cancelled, GatewayError, InvalidRequest
 from gateway.ingress.http_server import Exchange
 from gateway.protocol.http1 import Head, response_head
 from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
@@ -112,6 +112,8 @@ class HttpCodec:
         """Write an error, with what is known of its provenance."""
         known = error if isinstance(error, GatewayError) else GatewayError("the gateway failed on this request")
         self._statistics.count(known.status)
+        if isinstance(known, Cancelled):
+            return  # nobody is there to read it
         exchange.send_error(known, self.model_header + request_id_header())
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:

@@ -80,7 +80,7 @@ class Signature:
     outputs: tuple[SignatureTensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: built for every batch, and that costs three times as much
 class RunInput:
     """Where one input lies in the input area. `offset` and `nbytes` in bytes."""
 
@@ -90,7 +90,7 @@ class RunInput:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     instance: int
     buffer: int
@@ -100,7 +100,7 @@ class Run:
     outputs: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResultOutput:
     """Where one output lies in the output area. `offset` and `nbytes` in bytes."""
 
@@ -111,7 +111,7 @@ class ResultOutput:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     output_size: int
     """Bytes of the output area; the gateway maps at least so much."""

@@ -1,26 +1,34 @@
 """Strict JSON through the standard library, for texts that hold NaN or Infinity, and to word what is wrong.
 
-Stricter than its default: UTF-8 without BOM only, no duplicate keys, no number that overflows to infinity, nesting
-bounded. −0 stays −0.0 (an integer cannot hold it). Slow: never the first road for a body.
+Stricter than its default: UTF-8 without BOM only, no lone surrogates, no duplicate keys, no number that overflows a
+64-bit float, nesting bounded. The integer −0 keeps its sign (`MinusZero`). Slow: never the first road for a body.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 from gateway.errors import InvalidRequest
 
-MAX_INTEGER_DIGITS: Final = 400
-"""An integer this long is over every datatype's range, and 10^400 is not a finite float either."""
+MAX_INTEGER_DIGITS: Final = 308
+"""Every integer of so few digits is a finite float; a longer one is tried, as a float, before it is made."""
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class MinusZero(int):
+    """The integer literal −0: zero wherever an integer is wanted; floating-point data keeps its sign."""
 
 
 def parse_strict(body: bytes) -> Any:
     """JSON text → Python objects.
 
     Raises:
-        InvalidRequest: not UTF-8, not JSON, a key given twice, a number out of range, or nested too deeply.
+        InvalidRequest: not UTF-8, not JSON, a lone surrogate, a key given twice, a number out of range, or nested too
+            deeply.
     """
     try:
         text = body.decode()
@@ -29,21 +37,46 @@ def parse_strict(body: bytes) -> Any:
     if text.startswith("\ufeff"):
         raise InvalidRequest("request body starts with a byte order mark; send plain UTF-8")
     try:
-        return _DECODER.decode(text)
+        document = _DECODER.decode(text)
+        if _SURROGATE.search(text):
+            _refuse_lone_surrogates(document)
     except RecursionError as error:
         raise InvalidRequest("request body is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"failed to parse the request JSON buffer: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
+    return document
+
+
+def given_twice(names: Iterable[str]) -> InvalidRequest:
+    """The refusal of an object with these keys, one of which is there twice."""
+    seen: set[str] = set()
+    twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    return InvalidRequest(f"the key '{twice[:64]}' is given twice in one JSON object; give each key once")
+
+
+def _refuse_lone_surrogates(document: Any) -> None:
+    if type(document) is str:
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "request body holds a lone surrogate (\\ud800 to \\udfff without its other half) in a string"
+            ) from error
+    elif type(document) is dict:
+        for name, value in document.items():
+            _refuse_lone_surrogates(name)
+            _refuse_lone_surrogates(value)
+    elif type(document) is list:
+        for value in document:
+            _refuse_lone_surrogates(value)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"the key '{twice[:64]}' is given twice in one JSON object; give each key once")
+        raise given_twice(name for name, _ in pairs)
     return members
 
 
@@ -54,16 +87,12 @@ def _float(text: str) -> float:
     return number
 
 
-def _integer(text: str) -> int | float:
+def _integer(text: str) -> int:
     if text == "-0":
-        return -0.0
-    if len(text) > MAX_INTEGER_DIGITS:
+        return MinusZero(0)
+    if len(text) > MAX_INTEGER_DIGITS and math.isinf(float(text)):
         raise InvalidRequest(f"the integer {text[:32]}… has {len(text)} digits, more than any datatype holds")
     return int(text)
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_int=_integer)
-
-
-class MinusZero(int):
-    """The integer literal −0: zero wherever an integer is wanted; floating-point data keeps its sign."""

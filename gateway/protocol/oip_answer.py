@@ -81,13 +81,18 @@ class AnswerEncoder:
 
 
 class BatchEncoder:
-    """What is encoded once per batch. `row` and `rows` of its methods select a request's part of the batch."""
+    """What is encoded once per batch. `row` and `rows` of its methods select a request's part of the batch.
 
-    __slots__ = ("_batch", "_frames", "_heads", "_offsets", "_rows", "_single_rows", "_spec")
+    It is kept with the batch, so it must not refer to it: a cycle would hold the outputs until the garbage collector
+    comes by.
+    """
+
+    __slots__ = ("_count", "_frames", "_heads", "_offsets", "_outputs", "_rows", "_single_rows", "_spec")
 
     def __init__(self, spec: ModelSpec, batch: FinishedBatch) -> None:
         self._spec = spec
-        self._batch = batch
+        self._outputs = batch.outputs
+        self._count = batch.rows
         self._rows: dict[int, list[bytes | None]] = {}
         self._single_rows: dict[tuple[int, ...], list[bytes] | None] = {}
         self._heads: dict[tuple[int, int, bool], bytes] = {}
@@ -120,7 +125,7 @@ class BatchEncoder:
     def _texts(self, index: int) -> list[bytes | None]:
         texts = self._rows.get(index)
         if texts is None:
-            texts = self._rows[index] = self._row_texts(self._batch.outputs[index])
+            texts = self._rows[index] = self._row_texts(self._outputs[index])
         return texts
 
     def json_output(self, index: int, row: int, rows: int) -> bytes:
@@ -134,7 +139,7 @@ class BatchEncoder:
             text = None if None in chosen else b",".join([part for part in chosen if part])
         if text is None:
             raise InvalidRequest(
-                f"output '{self._batch.outputs[index].name}' holds bytes that are not valid UTF-8 and cannot be "
+                f"output '{self._outputs[index].name}' holds bytes that are not valid UTF-8 and cannot be "
                 "sent as JSON; ask for it with the parameter binary_data: true"
             )
         return head + text + b"]}"
@@ -149,10 +154,10 @@ class BatchEncoder:
     def _binary_frame(self, form: ResponseForm, rows: int) -> bytes | None:
         fields = []
         for index, binary in zip(form.outputs, form.binary, strict=True):
-            output = self._batch.outputs[index]
+            output = self._outputs[index]
             if not binary or output.datatype.kind == "bytes" or not len(output.data):
                 return None
-            size = len(output.data) // self._batch.rows * rows if self._spec.batched else len(output.data)
+            size = len(output.data) // self._count * rows if self._spec.batched else len(output.data)
             fields.append(self._head(index, rows, binary=True) + b"%d}}" % size)
         return b",".join(fields) + b"]}"
 
@@ -161,7 +166,7 @@ class BatchEncoder:
         return self._heads.get((index, rows, True)) or self._head(index, rows, binary=True)
 
     def blob(self, index: int, row: int, rows: int) -> bytes | memoryview:
-        output = self._batch.outputs[index]
+        output = self._outputs[index]
         if not self._spec.batched:
             return output.data
         if output.datatype.kind == "bytes":
@@ -169,11 +174,11 @@ class BatchEncoder:
             if offsets is None:
                 offsets = self._offsets[index] = assembly.row_offsets(output)
             return memoryview(output.data)[offsets[row] : offsets[row + rows]]
-        per_row = len(output.data) // self._batch.rows
+        per_row = len(output.data) // self._count
         return memoryview(output.data)[row * per_row : (row + rows) * per_row]
 
     def _head(self, index: int, rows: int, *, binary: bool) -> bytes:
-        output = self._batch.outputs[index]
+        output = self._outputs[index]
         shape = (rows, *output.shape[1:]) if self._spec.batched else output.shape
         head = b'{"name":%b,"datatype":"%b","shape":[%b],%b' % (
             orjson.dumps(output.name),
@@ -186,7 +191,7 @@ class BatchEncoder:
 
     def _row_texts(self, output: OutputTensor) -> list[bytes | None]:
         """JSON text of each row's elements, without brackets; None where a row cannot be JSON."""
-        rows = self._batch.rows if self._spec.batched else 1
+        rows = self._count if self._spec.batched else 1
         if output.datatype.kind == "bytes":
             return _string_rows(output, rows)
         numbers = np.frombuffer(output.data, output.datatype.numpy)

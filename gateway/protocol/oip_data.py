@@ -15,9 +15,12 @@ import numpy as np
 from gateway.core.request import InputTensor
 from gateway.core.tensor import pack_bytes
 from gateway.errors import InvalidRequest
-from gateway.protocol.oip_plan import InputPlan
+from gateway.protocol.json_strict import MinusZero
+from gateway.protocol.oip_plan import InputPlan, shown
 
 MAX_DEPTH: Final = 64
+_BLOCK: Final = 32_768
+"""Bytes looked at in one step: what it makes on the way stays in the processor's cache."""
 _RANGE: Final = {
     (kind, size): (0, 2 ** (8 * size) - 1) if kind == "uint" else (-(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1)
     for kind in ("int", "uint")
@@ -74,8 +77,9 @@ def from_json(plan: InputPlan, data: Any) -> InputTensor:
     allowed = _TYPES[kind]
     if not allowed.issuperset(map(type, data)):
         flat: list[Any] = []
-        _flatten(plan, data, flat, 0)
-        data = flat
+        _flatten(plan, data, flat, 1)
+        zero = -0.0 if kind == "float" else 0
+        data = [zero if type(item) is MinusZero else item for item in flat]
         if not allowed.issuperset(map(type, data)):
             _refuse_element(plan, data)
     try:
@@ -104,6 +108,30 @@ def from_array(plan: InputPlan, array: Any) -> InputTensor:
         return InputTensor(plan.datatype, plan.shape, None, memoryview(numbers.astype(plan.datatype.numpy).tobytes()))
 
 
+def holds_zero(tensor: InputTensor) -> bool:
+    """Whether a decoded tensor is of floats and one of them is zero, of either sign."""
+    if tensor.datatype.kind != "float":
+        return False
+    if tensor.buffer is None:
+        return 0.0 in (tensor.values or ())
+    return not np.frombuffer(tensor.buffer, tensor.datatype.numpy).all()
+
+
+def may_nest_deeply(text: bytes) -> bool:
+    """False: no array of numbers in this JSON text is nested deeper than MAX_DEPTH. True: it has to be looked at.
+
+    Counts brackets without reading the text. Brackets in strings only shift the level at which an array of numbers
+    starts, never the levels inside it, so the whole range of levels is an upper bound.
+    """
+    codes = np.frombuffer(text, np.uint8)
+    blocks = [codes[start : start + _BLOCK] for start in range(0, len(codes), _BLOCK)]
+    brackets = np.concatenate([block[(block & 0xF9) == 0x59] for block in blocks])  # Y [ ] _
+    if brackets.size <= MAX_DEPTH:
+        return False
+    levels = np.cumsum((brackets == ord("[")).astype(np.int64) - (brackets == ord("]")))
+    return int(levels.max()) - min(int(levels.min()), 0) > MAX_DEPTH
+
+
 def _check_range(plan: InputPlan, values: list[int]) -> None:
     if not values:
         return
@@ -112,7 +140,7 @@ def _check_range(plan: InputPlan, values: list[int]) -> None:
     if least < low or most > high:
         wrong = least if least < low else most
         raise InvalidRequest(
-            f"input '{plan.name}': {wrong} is out of range for {plan.datatype}, which holds {low} to {high}"
+            f"input '{plan.name}': {shown(str(wrong))} is out of range for {plan.datatype}, which holds {low} to {high}"
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.errors import InvalidRequest, Unsupported
-from gateway.protocol.oip_plan import MAX_INPUTS
+from gateway.protocol.oip_plan import MAX_INPUTS, shown
 
 MAX_TIMEOUT_US: Final = 2**63 - 1
 
@@ -69,14 +69,14 @@ def _input(index: int, item: Any) -> FrameInput:
     if type(item) is not dict:
         raise InvalidRequest(f"inputs[{index}] must be an object")
     name = _text(item, "name", f"inputs[{index}]")
-    where = f"input '{name}'"
+    where = f"input '{shown(name)}'"
     shape = item.get("shape")
-    if type(shape) is not list or any(type(dim) is not int for dim in shape):
+    if type(shape) is not list or not all(map(_is_integer, shape)):
         raise InvalidRequest(f"{where}: 'shape' is missing or not an array of integers")
     parameters = _parameters(item, where)
     _refuse_shared_memory(parameters, where)
     size = parameters.get("binary_data_size")
-    if size is not None and (type(size) is not int or size < 0):
+    if size is not None and (not _is_integer(size) or size < 0):
         raise InvalidRequest(f"{where}: 'binary_data_size' must be an integer that is not negative")
     has_data = item.get("data") is not None
     if has_data == (size is not None):
@@ -97,11 +97,10 @@ def _outputs(outputs: Any) -> tuple[tuple[str, bool], ...] | None:
         if type(item) is not dict:
             raise InvalidRequest(f"outputs[{index}] must be an object")
         name = _text(item, "name", f"outputs[{index}]")
-        where = f"output '{name}'"
+        where = f"output '{shown(name)}'"
         parameters = _parameters(item, where)
         _refuse_shared_memory(parameters, where)
-        if parameters.get("classification", 0) != 0:
-            raise Unsupported(f"{where}: 'classification' is not offered by this gateway")
+        _refuse_classification(parameters, where)
         wanted.append((name, _flag(parameters, "binary_data", where)))
     return tuple(wanted) or None
 
@@ -120,16 +119,24 @@ def _parameters(item: dict[str, Any], where: str) -> dict[str, Any]:
     if type(parameters) is not dict:
         raise InvalidRequest(f"{where}: 'parameters' must be an object")
     for name, value in parameters.items():
-        if type(value) not in (str, int, bool, float):
-            raise InvalidRequest(f"{where}: parameter '{name}' must be a string, integer, boolean or double")
+        if not isinstance(value, (str, int, float)):
+            raise InvalidRequest(f"{where}: parameter '{shown(name)}' must be a string, integer, boolean or double")
         if name.startswith("triton_"):
-            raise InvalidRequest(f"{where}: parameter '{name}' uses the reserved prefix 'triton_'")
+            raise InvalidRequest(f"{where}: parameter '{shown(name)}' uses the reserved prefix 'triton_'")
     return parameters
 
 
 def _refuse_shared_memory(parameters: dict[str, Any], where: str) -> None:
     if "shared_memory_region" in parameters:
         raise Unsupported(f"{where}: shared memory regions of clients are not offered by this gateway")
+
+
+def _refuse_classification(parameters: dict[str, Any], where: str) -> None:
+    count = parameters.get("classification", 0)
+    if not _is_integer(count) or count < 0:
+        raise InvalidRequest(f"{where}: parameter 'classification' must be an integer that is not negative")
+    if count:
+        raise Unsupported(f"{where}: 'classification' is not offered by this gateway")
 
 
 def _flag(parameters: dict[str, Any], name: str, where: str) -> bool:
@@ -142,6 +149,11 @@ def _flag(parameters: dict[str, Any], name: str, where: str) -> bool:
 def _timeout_s(parameters: dict[str, Any]) -> float:
     for name in ("timeout", "priority"):
         value = parameters.get(name, 0)
-        if type(value) is not int or not 0 <= value <= MAX_TIMEOUT_US:
+        if not _is_integer(value) or not 0 <= value <= MAX_TIMEOUT_US:
             raise InvalidRequest(f"request: parameter '{name}' must be an integer that is not negative")
     return float(parameters.get("timeout", 0)) / 1e6
+
+
+def _is_integer(value: Any) -> bool:
+    """An integer literal, −0 among them; not true or false."""
+    return isinstance(value, int) and type(value) is not bool

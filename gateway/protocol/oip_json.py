@@ -5,7 +5,8 @@ Four roads lead to the same checks; a body takes the cheapest that can read it:
   2. general (orjson → dict): anything else that is small, and the JSON part before binary tensors, whose
      outcome is remembered by its bytes;
   3. large (simdjson): arrays go from text to numbers in C without becoming Python objects;
-  4. standard library: bodies with the literals NaN, Infinity, −Infinity or −0, which no other parser reads.
+  4. standard library: bodies with the literals NaN, Infinity, −Infinity or −0, which no other parser reads, and to
+     word what is wrong with a text.
 A road that stumbles hands over to a more general one; only the general ones word errors.
 
 Invariants: each road refuses duplicate keys, invalid UTF-8 and elements of a wrong type; unknown keys are ignored;
@@ -26,7 +27,7 @@ from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import pack_bytes
 from gateway.errors import InvalidRequest
 from gateway.protocol import oip_binary, oip_data
-from gateway.protocol.json_strict import parse_strict
+from gateway.protocol.json_strict import given_twice, parse_strict
 from gateway.protocol.oip_frame import Frame, FrameInput, read_frame
 from gateway.protocol.oip_plan import Plan, Planner, ResponseForm
 
@@ -36,7 +37,11 @@ REMEMBERED_HEADER_BYTES: Final = 2048
 REMEMBERED_FORMS: Final = 512
 _UNRANGED: Final = frozenset({"float", "bool"})
 """Kinds of which every element of the right Python type is in range."""
-_LITERALS: Final = re.compile(rb"NaN|Infinity|-0[\s,\]}]")
+_MINUS_ZERO: Final = re.compile(rb"-0[\s,\]}]")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_NO_BLOBS: Final = memoryview(b"")
+_MAX_LOOKED_UP: Final = 64
+"""Members of one object; simdjson finds each by reading through all."""
 _ELEMENT: Final = {"float": float, "int": int, "uint": int, "bool": bool, "bytes": str}
 
 
@@ -121,7 +126,14 @@ class RequestDecoder:
 
         Raises:
             InvalidRequest: the request is malformed or does not fit the model.
+            Unsupported: it asks for something this gateway does not offer.
         """
+        try:
+            return self._decode(body, header_length)
+        except RecursionError as error:
+            raise InvalidRequest("request body is nested too deeply") from error
+
+    def _decode(self, body: bytes, header_length: int | None) -> InferRequest:
         if header_length is not None and header_length != len(body):
             return self._decode_binary(body, header_length)
         if self._typed is not None and len(body) < LARGE_BYTES:
@@ -145,7 +157,7 @@ class RequestDecoder:
             return None
         only = inputs[0] if len(inputs) == 1 else None
         # A bare -0 came out as 0; where both could be, a closer look is worth its price.
-        if b"-0" in body and (only is None or 0.0 in only.data) and _LITERALS.search(body):
+        if b"-0" in body and (only is None or 0.0 in only.data) and _MINUS_ZERO.search(body):
             return None
         if only is not None:
             known = self._single.get((only.name, only.datatype, *only.shape))
@@ -175,16 +187,19 @@ class RequestDecoder:
     def _decode_general(self, body: bytes) -> InferRequest:
         if len(body) >= LARGE_BYTES:
             frame = self._large_frame(body)
-            if frame is not None:
-                return self._from_frame(frame, None)
-        return self._from_frame(read_frame(_parse_small(body)), None)
+            request = None if frame is None else self._from_frame(frame)
+            if request is not None and not _may_lack_a_sign(request, body):
+                return request
+        return self._from_frame(read_frame(_parse_small(body)))
 
     def _large_frame(self, body: bytes) -> Frame | None:
+        if body.startswith(_BYTE_ORDER_MARK) or oip_data.may_nest_deeply(body):
+            return None  # simdjson reads both without a word
         try:
-            document = simdjson.Parser().parse(body)
+            document = _shallow(simdjson.Parser().parse(body))
         except (ValueError, RuntimeError):
-            return None  # NaN, an integer over 2^64, or broken: the general parser tells which
-        return read_frame(_shallow(document))
+            return None  # NaN, an integer over 2^64, odd keys, or broken: the general parser tells which
+        return read_frame(document)
 
     def _decode_binary(self, body: bytes, header_length: int) -> InferRequest:
         if not 0 <= header_length <= len(body):
@@ -211,7 +226,8 @@ class RequestDecoder:
         tensor = oip_binary.from_blob(plan.inputs[0], memoryview(blob), spec.name)
         return self._request(plan, [tensor], form, None, 0.0)
 
-    def _from_frame(self, frame: Frame, blobs: memoryview | None) -> InferRequest:
+    def _from_frame(self, frame: Frame, blobs: memoryview = _NO_BLOBS) -> InferRequest:
+        # Without a header length there are no blobs, but a tensor of no elements may still be declared binary.
         plan = self._planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
         form = self._planner.response_form(frame.outputs, all_binary=frame.binary_data_output)
         at = 0
@@ -221,14 +237,14 @@ class RequestDecoder:
                 tensors.append(_json_tensor(planned, item))
                 continue
             end = at + item.binary_data_size
-            if blobs is None or end > len(blobs):
+            if end > len(blobs):
                 raise InvalidRequest(
-                    f"unexpected size for input '{item.name}', expecting "
-                    f"{end - (len(blobs) if blobs is not None else 0)} additional bytes for model '{self.spec.name}'"
+                    f"unexpected size for input '{item.name}', expecting {end - len(blobs)} additional bytes for model "
+                    f"'{self.spec.name}'"
                 )
             tensors.append(oip_binary.from_blob(planned, blobs[at:end], self.spec.name))
             at = end
-        if blobs is not None and at != len(blobs):
+        if at != len(blobs):
             raise InvalidRequest(
                 f"unexpected additional input data for model '{self.spec.name}': {len(blobs) - at} bytes behind the "
                 "last input"
@@ -279,13 +295,21 @@ def _json_tensor(planned: Any, item: FrameInput) -> InputTensor:
     return oip_data.from_json(planned, item.data)
 
 
+def _may_lack_a_sign(request: InferRequest, body: bytes) -> bool:
+    """simdjson reads the integer −0 as 0. The text is only searched where a zero came out."""
+    return (
+        any(tensor is not None and oip_data.holds_zero(tensor) for tensor in request.inputs)
+        and _MINUS_ZERO.search(body) is not None
+    )
+
+
 def _parse_small(body: bytes) -> Any:
     """JSON text → Python objects, strictly: no duplicate keys, no BOM, UTF-8 only; NaN literals allowed."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return parse_strict(body)  # reads NaN and Infinity, or says where the text is broken
-    if body.count(b":") != _count_keys(document) or (b"-0" in body and _LITERALS.search(body)):
+    if body.count(b":") != _count_keys(document) or _MINUS_ZERO.search(body):
         return parse_strict(body)
     return document
 
@@ -322,10 +346,18 @@ def _shallow_input(item: Any) -> Any:
 
 
 def _members(item: Any) -> dict[str, Any]:
-    members = dict(item.items())
-    if len(members) != len(item):
-        raise InvalidRequest("a JSON object holds the same key twice; give each key once")
-    return members
+    """One level of an object. Its values are looked up one by one: `items()` would turn all of them into Python
+    objects, whole, and lose keys given twice further down.
+
+    Raises:
+        ValueError: keys that simdjson looks up slowly (many) or wrongly (holding NUL).
+    """
+    names = list(item)
+    if len(names) > _MAX_LOOKED_UP or any("\0" in name for name in names):
+        raise ValueError("not an object for simdjson")
+    if len(set(names)) != len(names):
+        raise given_twice(names)
+    return {name: item[name] for name in names}
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,9 @@ MAX_INPUTS: Final = 64
 REMEMBERED: Final = 512
 """Distinct forms remembered per model version before starting afresh."""
 
+MAX_SHOWN: Final = 128
+"""Characters of a client's own text that an error repeats."""
+
 InputKey = tuple[str, str, tuple[int, ...]]
 """Name, datatype and shape as the client wrote them."""
 
@@ -89,7 +92,7 @@ class Planner:
         for name, datatype, shape in keys:
             place = self._inputs.get(name)
             if place is None:
-                raise InvalidRequest(f"unexpected inference input '{name}' for model '{spec.name}'")
+                raise InvalidRequest(f"unexpected inference input '{shown(name)}' for model '{spec.name}'")
             if place in inputs:
                 raise InvalidRequest(f"input '{name}' already exists in request")
             inputs[place] = self._input(place, datatype, shape)
@@ -104,7 +107,7 @@ class Planner:
         datatype = DATATYPE.get(datatype_name)
         if datatype is None:
             raise InvalidRequest(
-                f"invalid datatype for input {tensor.name}: '{datatype_name}'; write one of {', '.join(DATATYPE)}"
+                f"invalid datatype for input {tensor.name}: '{shown(datatype_name)}'; write one of {', '.join(DATATYPE)}"
             )
         if datatype is not tensor.datatype:
             raise InvalidRequest(
@@ -115,12 +118,12 @@ class Planner:
             raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
         if any(dim < 0 for dim in shape):
             raise InvalidRequest(
-                f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {list(shape)}"
+                f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {shown(_dims(shape))}"
             )
         elements = element_count(shape)
         if any(dim > MAX_ELEMENTS for dim in shape) or elements * max(datatype.itemsize, 1) > MAX_ELEMENTS:
             raise InvalidRequest(
-                f"input '{tensor.name}': shape {list(shape)} causes total element count to exceed maximum size of "
+                f"input '{tensor.name}': shape {shown(_dims(shape))} causes total element count to exceed maximum size of "
                 f"{MAX_ELEMENTS}"
             )
         self._check_dims(tensor, shape)
@@ -169,10 +172,10 @@ class Planner:
                 )
         if rows < 1:
             raise InvalidRequest(f"inference request batch-size must be >= 1 for '{spec.name}'")
-        if rows > spec.policy.max_batch_size and spec.policy.oversize == "reject":
-            raise InvalidRequest(
-                f"inference request batch-size must be <= {spec.policy.max_batch_size} for '{spec.name}'"
-            )
+        # A request that is split still waits whole: more rows than the queue holds could never be let in.
+        limit = spec.policy.max_batch_size if spec.policy.oversize == "reject" else spec.policy.max_queue_rows
+        if rows > limit:
+            raise InvalidRequest(f"inference request batch-size must be <= {limit} for '{spec.name}'")
         return rows
 
     def response_form(self, wanted: Sequence[tuple[str, bool]] | None, all_binary: bool) -> ResponseForm:
@@ -202,8 +205,13 @@ class Planner:
     def _output(self, name: str) -> int:
         place = self._outputs.get(name)
         if place is None:
-            raise InvalidRequest(f"unexpected inference output '{name}' for model '{self.spec.name}'")
+            raise InvalidRequest(f"unexpected inference output '{shown(name)}' for model '{self.spec.name}'")
         return place
+
+
+def shown(text: str) -> str:
+    """A client's text as an error repeats it: its beginning."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _dims(shape: Sequence[int]) -> str:

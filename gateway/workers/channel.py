@@ -199,9 +199,7 @@ class Channel:
         return Buffer.create(self._buffers)
 
     def _release(self, buffer: Buffer) -> None:
-        if self.lost:
-            buffer.close()
-        elif buffer.size > TRIM_BYTES:
+        if buffer.size > TRIM_BYTES:
             self._send(ipc.encode(ipc.DETACH, self.generation, 0, ipc.encode_number(buffer.identity)))
             buffer.close()
         else:

@@ -57,7 +57,7 @@ class RunError(Exception):
     """The model did not accept this input, or failed on it; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
     """One computed output. `data`: OIP binary form."""
 

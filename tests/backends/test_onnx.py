@@ -108,7 +108,7 @@ async def test_several_inputs_and_chosen_outputs() -> None:
         [value("a", "FP32", ["n", 1]), value("b", "BYTES", ["n"]), value("c", "INT8", ["n", 3])],
         [value("a_out", "FP32", ["n", 1]), value("b_out", "BYTES", ["n"]), value("c_out", "INT8", ["n", 3])],
     )
-    data = [np.float32([1, 2]).tobytes(), packed(b"p", b"q"), bytes(range(6))]
+    data = [np.array([1, 2], np.float32).tobytes(), packed(b"p", b"q"), bytes(range(6))]
     shapes: list[tuple[int, ...]] = [(2, 1), (2,), (2, 3)]
     types = [DATATYPE[name] for name in ("FP32", "BYTES", "INT8")]
     inputs = [
@@ -213,13 +213,15 @@ async def test_the_replica_counts_its_slots() -> None:
 async def test_the_slot_and_the_buffer_are_free_when_done_is_called() -> None:
     async with pool_of() as (pool, _):
         model = await load_one(pool, matmul())
-        replica, channel = model.replicas[0], model.instances[0].channel
+        replica = model.replicas[0]
+        channel = model.instances[0].channel
         assert channel is not None
+        kept = channel._free
         seen: list[tuple[int, int]] = []
 
         class Batch(TestBatch):
             def done(self, outcome: Success | Failure, /) -> None:
-                seen.append((replica.free_slots, len(channel._free)))
+                seen.append((replica.free_slots, len(kept)))
                 super().done(outcome)
 
         await run_well(replica, Batch(array_batch(np.ones((1, 4), np.float32)).inputs))

@@ -50,7 +50,8 @@ class QueueMachine(RuleBasedStateMachine):
         if not line:
             assert key not in self.queue.groups
             return
-        expected, room = [], max_rows
+        expected: list[InferRequest] = []
+        room = max_rows
         while line and (line[0].rows <= room or not expected):
             room -= line[0].rows
             expected.append(line.pop(0))

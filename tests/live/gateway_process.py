@@ -21,12 +21,13 @@ START_S = 120.0
 
 
 class GatewayProcess:
-    """`python -m gateway serve …` on free ports; stdout and stderr are kept in files."""
+    """`python -m gateway serve …` on free ports unless told otherwise; stdout and stderr are kept in files."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, verb: str, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.log = Path(self._directory.name) / "log"
-        command = [sys.executable, "-m", "gateway", *arguments, "--http-port", "0", "--metrics-port", "0"]
+        ports = ["--http-port", "0", "--metrics-port", "0"]  # the last of several wins
+        command = [sys.executable, "-m", "gateway", verb, *ports, *arguments]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}

@@ -68,6 +68,14 @@ def linear(seed: int = 7, width: int = 16, out: int = 4) -> bytes:
     return model(nodes, [value("x", "FP32", ["batch", width])], [value("y", "FP32", ["batch", out])], weights)
 
 
+def whole_linear(width: int = 6, out: int = 3) -> bytes:
+    """`x` FP32 [batch, width] → `y` = x·w FP32 [batch, out], w small whole numbers: exact for whole-numbered x,
+    however many rows run together."""
+    weights = {"w": np.random.default_rng(11).integers(-9, 10, (width, out)).astype(np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    return model(nodes, [value("x", "FP32", ["batch", width])], [value("y", "FP32", ["batch", out])], weights)
+
+
 def two_inputs() -> bytes:
     """`a`, `b` INT32 [batch, n] → `sum`, `product` INT32 [batch, n]."""
     shape: list[int | str | None] = ["batch", "n"]

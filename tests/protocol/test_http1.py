@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +38,7 @@ def feed(data: bytes, cuts: list[int], limits: HttpLimits = LIMITS) -> list[Seen
     subject = receiver(limits)
     edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
     events: list[Event] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         events += subject.receive(data[start:stop], 0.0, MANY)
     return seen(events)
 
@@ -349,11 +350,11 @@ def test_the_first_head_is_timed_from_the_connect() -> None:
 def test_later_heads_are_timed_from_their_first_byte() -> None:
     subject = receiver()
     subject.receive(get(), 5.0)
-    assert subject.idle
+    before = subject.idle
     assert subject.expired(1000.0) is None
     for byte in range(20):
         subject.receive(get()[byte : byte + 1], 1000.0 + byte / 2)
-    assert not subject.idle
+    assert (before, subject.idle) == (True, False)
     assert subject.expired(1009.9) is None
     assert isinstance(subject.expired(1010.0), RequestTimeout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def decode(data: bytes, cuts: list[int], limits: HttpLimits = LIMITS) -> Outcome
     decoder = ChunkedDecoder(limits)
     edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
     used = 0
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         piece = data[start:stop]
         if decoder.done:
             break

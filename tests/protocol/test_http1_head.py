@@ -82,7 +82,7 @@ REFUSED = [
     ("underscore in length", post(b"Content-Length: 1_0"), 400),
     ("fraction", post(b"Content-Length: 5.0"), 400),
     ("space in length", post(b"Content-Length: 5 5"), 400),
-    ("arabic digits", post("Content-Length: ٥".encode()), 400),
+    ("arabic digits", post(b"Content-Length: \xd9\xa5"), 400),
     ("19 digits", post(b"Content-Length: 0000000000000000005"), 400),
     ("2**64", post(b"Content-Length: 18446744073709551616"), 400),
     ("over the limit", post(b"Content-Length: 67108865"), 413),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,8 @@ def a_run(generation: int = GENERATION) -> bytes:
 
 @given(identity=st.integers(0, 2**64 - 1), kind=st.integers(ipc.HELLO, ipc.DETACH), payload=st.binary(max_size=300))
 def test_frames_round_trip(identity: int, kind: int, payload: bytes) -> None:
-    assert unframe(ipc.encode(kind, GENERATION, identity, payload)) == (kind, identity, payload)
+    back = unframe(ipc.encode(kind, GENERATION, identity, payload))
+    assert (*back[:2], bytes(back[2])) == (kind, identity, payload)
 
 
 @given(instance=u32, buffer=u32, inputs=run_inputs, outputs=st.lists(u16, max_size=8).map(tuple))
@@ -98,14 +100,10 @@ def test_an_unknown_kind_is_refused() -> None:
 @given(st.binary(max_size=120))
 def test_payloads_never_raise_anything_but_frame_errors(noise: bytes) -> None:
     for decode in (ipc.decode_run, ipc.decode_result, ipc.decode_load, ipc.decode_number, ipc.decode_hello):
-        try:
+        with contextlib.suppress(ipc.FrameError):
             decode(memoryview(noise))
-        except ipc.FrameError:
-            continue
-    try:
+    with contextlib.suppress(ipc.FrameError):
         ipc.decode_signature(memoryview(noise))
-    except ipc.FrameError:
-        pass
 
 
 def test_a_tensor_beyond_its_area_is_refused() -> None:

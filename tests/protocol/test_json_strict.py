@@ -54,7 +54,7 @@ def test_float_over_the_range_is_refused(text: str) -> None:
     refused(f"[{text}]".encode(), text, "too large")
 
 
-@pytest.mark.parametrize("digits", [310, MAX_INTEGER_DIGITS, MAX_INTEGER_DIGITS + 1, 5000, 100_000])
+@pytest.mark.parametrize("digits", [MAX_INTEGER_DIGITS + 1, 400, 5000, 100_000])
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_integer_that_no_float_holds_is_refused(digits: int, sign: str) -> None:
     refused(f"[{sign}{'9' * digits}]".encode(), "digits")

@@ -406,6 +406,11 @@ async def test_unloading_waits_for_batches_in_flight() -> None:
         model.replicas[0].execute(batch, 60.0)
         unloading = asyncio.create_task(model.unload())
         await until(lambda: not model.replicas[0].available)
+        channel = pool._keepers[0].channel
+        assert channel is not None
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not channel._questions, "UNLOAD must not overtake the batch"
         assert not unloading.done()
         os.kill(pid, signal.SIGCONT)
         await batch.success()
@@ -434,6 +439,22 @@ async def test_after_enough_unloads_a_worker_is_replaced_without_failing_anythin
         assert flips == []
         assert await serves(replica)
         assert (replica.restarts, pool.statistics().workers[0].generation) == (0, 2)
+        assert "worker_died" not in kinds(events)
+
+
+async def test_a_replaced_process_finishes_what_it_has() -> None:
+    async with pool_of(1) as (pool, events):
+        model = await load_one(pool, matmul())
+        first = worker_of(model.instances[0])
+        await stop_process(first)
+        batch = array_batch(ROW)
+        model.replicas[0].execute(batch, 60.0)
+        pool._keepers[0]._recycle.set()
+        await until(lambda: worker_of(model.instances[0]) != first)
+        assert not batch.outcomes
+        os.kill(first, signal.SIGCONT)
+        await batch.success()
+        await until(lambda: not alive(first))
         assert "worker_died" not in kinds(events)
 
 

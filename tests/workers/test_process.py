@@ -7,15 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from gateway.protocol import ipc
-from gateway.workers.process import EXIT_BAD_FRAME
-from gateway.workers.shm import sealed_file
+from gateway.workers.process import EXIT_BAD_FRAME, Host, Hosted
+from gateway.workers.session import Session
+from gateway.workers.shm import Buffer, sealed_file
 from gateway.workers.spawn import spawn
 from tests.workers.rig import PATIENCE_S, alive, matmul
 
@@ -40,9 +43,8 @@ class Worker:
         return self.process.wait(PATIENCE_S)
 
 
-@pytest.fixture
-def worker(capfd: pytest.CaptureFixture[str]) -> Iterator[Worker]:
-    """A greeted worker. `capfd` first: what the process inherits as stderr is what the test reads."""
+@contextmanager
+def greeted() -> Iterator[Worker]:
     worker = Worker()
     kind, _, payload = worker.hear()
     assert kind == ipc.HELLO
@@ -50,6 +52,12 @@ def worker(capfd: pytest.CaptureFixture[str]) -> Iterator[Worker]:
     yield worker
     worker.socket.close()
     worker.end()
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with greeted() as worker:
+        yield worker
 
 
 def load(worker: Worker, content: bytes) -> tuple[int, memoryview]:
@@ -98,15 +106,14 @@ def run_frame(instance: int = 1, inputs: int = 0, outputs: tuple[int, ...] = (0,
         pytest.param(run_frame(), 1, id="half a buffer"),
     ],
 )
-def test_a_frame_it_cannot_believe_ends_it(
-    capfd: pytest.CaptureFixture[str], worker: Worker, frame: bytes, fds: int
-) -> None:
-    assert load(worker, matmul())[0] == ipc.LOADED
-    opened = [os.memfd_create("test") for _ in range(fds)]
-    socket.send_fds(worker.socket, [frame], opened)
-    for fd in opened:
-        os.close(fd)
-    assert worker.end() == EXIT_BAD_FRAME
+def test_a_frame_it_cannot_believe_ends_it(frame: bytes, fds: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with greeted() as worker:
+        assert load(worker, matmul())[0] == ipc.LOADED
+        opened = [os.memfd_create("test") for _ in range(fds)]
+        socket.send_fds(worker.socket, [frame], opened)
+        for fd in opened:
+            os.close(fd)
+        assert worker.end() == EXIT_BAD_FRAME
     err = capfd.readouterr().err
     assert err.startswith("worker test: frame refused: ")
     assert err.count("\n") == 1
@@ -126,6 +133,36 @@ def test_a_module_in_the_working_directory_shadows_nothing(
     assert worker.hear()[0] == ipc.HELLO
     worker.socket.close()
     assert worker.end() == 0
+
+
+def test_one_instance_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    host = Host("test", theirs, GENERATION)
+    host._hosted[1] = Hosted(Session(matmul(), 1), 2)
+    buffer = Buffer.create(1)
+    host._buffers[1] = buffer
+    inside: list[int] = []
+    release = threading.Event()
+
+    def execute(session: Session, run: ipc.Run, buffer: Buffer, generation: int, identity: int) -> bytes:
+        inside.append(identity)
+        assert release.wait(PATIENCE_S)
+        return b"answer"
+
+    monkeypatch.setattr("gateway.workers.process._execute", execute)
+    runs = [threading.Thread(target=host._run, args=(n, ipc.Run(1, 1, 0, (), (0,)), [])) for n in range(2)]
+    for thread in runs:
+        thread.start()
+    time.sleep(0.05)  # long enough for a second one to get in, if anything lets it
+    assert len(inside) == 1
+    release.set()
+    for thread in runs:
+        thread.join(PATIENCE_S)
+    assert sorted(inside) == [0, 1]
+    assert [ours.recv(100) for _ in runs] == [b"answer"] * 2
+    buffer.close()
+    ours.close()
+    theirs.close()
 
 
 ORPHANING_PARENT = """

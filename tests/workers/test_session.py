@@ -133,7 +133,7 @@ def test_strings_that_are_none_are_reported(data: bytes, text: str) -> None:
 
 
 def test_texts_are_short_and_hold_no_paths() -> None:
-    text = "[ONNXRuntimeError] : 1 : FAIL : at /onnxruntime_src/core/a.cc:12 in\n /home/me/model.onnx Node:'/conv/1' \x1b[0m"
+    text = "[ONNXRuntimeError] : 1 : FAIL : at /onnxruntime_src/core/a.cc:12\n /home/me/m.onnx Node:'/conv/1' \x1b[0m"
     cleaned = clean_text(text + "x" * 1000)
     assert "/home" not in cleaned
     assert "a.cc" not in cleaned

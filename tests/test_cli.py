@@ -1,0 +1,227 @@
+"""The command: verbs, exit codes, and that nobody ever sees a bare traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import gateway
+from gateway import cli
+from gateway.cli import main
+from gateway.config import Config, ModelEntry
+from gateway.errors import ConfigError, Overloaded
+
+
+class Served:
+    """Stands for the running gateway: keeps what `run` was given, answers with an exit code."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.demo = False
+        self.calls = 0
+        self.code = 0
+
+    def run(self, config: Config, *, demo: bool = False) -> int:
+        self.config, self.demo = config, demo
+        self.calls += 1
+        return self.code
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    stand_in = Served()
+    module = types.ModuleType("gateway.app")
+    module.run = stand_in.run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gateway.app", module)
+    return stand_in
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CONFIG", "HOST", "HTTP_PORT", "METRICS_PORT", "WORKERS", "INSTANCES", "LOG_LEVEL", "DEBUG", "URL"):
+        monkeypatch.delenv(f"GATEWAY_{name}", raising=False)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "1" / "model.onnx").write_bytes(b"x")
+    return tmp_path / "models"
+
+
+Said = pytest.CaptureFixture[str]
+
+
+def test_the_version(capsys: Said) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gateway {gateway.__version__}\n"
+
+
+def test_help_names_every_verb_and_option(capsys: Said) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in ("serve", "demo", "check", "schema", "infer", "models"))
+    assert main(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("--http-port", "--workers", "--instances", "GATEWAY_HOST", "--insecure"))
+    assert "--grpc-port" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bogus"], ["serve", "--bogus"], ["serve", "--http-port", "x"], ["infer"], ["check"]]
+)
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: Said) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "Usage" in said.out + said.err
+    assert "Traceback" not in said.err
+
+
+def test_serve_hands_over_sources_and_options(served: Served, models: Path) -> None:
+    arguments = ["--http-port", "0", "--metrics-port", "0", "--workers", "3", "--instances", "4"]
+    assert main(["serve", str(models), *arguments, "--log-level", "debug", "--log-format", "json"]) == 0
+    server = served.config.server
+    assert (server.http_port, server.metrics_port, server.workers) == (0, 0, 3)
+    assert (server.log_level, server.log_format, served.config.instances) == ("debug", "json", 4)
+    assert served.config.models == (ModelEntry.model_validate({"source": str(models)}),)
+    assert not served.demo
+
+
+def test_serve_reads_file_and_environment(
+    served: Served, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "g.yaml").write_text("server: {http_port: 1, metrics_port: 2, workers: 5}\nmodels: [{source: models}]")
+    monkeypatch.setenv("GATEWAY_METRICS_PORT", "12")
+    assert main(["serve", "-c", str(tmp_path / "g.yaml"), "--http-port", "21"]) == 0
+    server = served.config.server
+    assert (server.http_port, server.metrics_port, server.workers) == (21, 12, 5)
+    monkeypatch.setenv("GATEWAY_CONFIG", str(tmp_path / "g.yaml"))
+    assert main(["serve", str(models)]) == 0
+    assert len(served.config.models) == 2
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4])
+def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) -> None:
+    served.code = code
+    assert main(["serve", str(models)]) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serve"], "error: command line: nothing to serve; name a SOURCE"),
+        (["serve", "/nope"], "error: command line: SOURCE '/nope': there is no directory /nope"),
+        (["serve", "http://127.0.0.1:1"], "running servers as backends are not supported in this version"),
+        (["serve", "models:/a@b"], "registry references are not supported in this version"),
+        (["serve", "/", "--host", "0.0.0.0"], "error: command line: --host: '0.0.0.0' can be reached"),
+        (["serve", "/", "--http-port", "70000"], "error: command line: --http-port: must be at most 65535"),
+        (["serve", "/", "--log-level", "inof"], "did you mean 'info'?"),
+        (["serve", "/", "--grpc-port", "8001"], "error: command line: --grpc-port: the gRPC port is not supported"),
+        (["serve", "/", "--processes", "2"], "--processes: several front-end processes are not supported"),
+        (["serve", "/", "--model-control", "poll"], "--model-control: loading models at run time is not supported"),
+        (["models", "load", "m"], "error: 'models load' needs --model-control, which this version does not have"),
+        (["models", "unload"], "error: 'models unload' needs --model-control"),
+        (["models", "lsit"], "error: 'models lsit' does not exist; write list or status"),
+    ],
+)
+def test_configuration_faults_exit_with_2_and_say_what_to_do(
+    served: Served, arguments: list[str], expected: str, capsys: Said
+) -> None:
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+    assert served.calls == 0
+
+
+def test_demo_serves_the_bundled_models_quietly(served: Served) -> None:
+    assert main(["demo", "--http-port", "0", "--metrics-port", "0"]) == 0
+    assert served.demo
+    assert served.config.server.log_level == "warning"
+    (entry,) = served.config.models
+    assert Path(entry.source).name == "models"
+    assert Path(entry.source).is_dir()
+
+
+def test_check_prints_every_fault_at_once(tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("server: {http_prot: 1}\nmodels:\n  - name: a[0]\n    source: ./nope\n")
+    assert main(["check", "-c", str(file)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"{file}:{n}" for n in (1, 3, 4)]
+    assert "did you mean 'http_port'?" in lines[0]
+    assert "models[0].name: 'a[0]' cannot be a model name" in lines[1]
+
+
+def test_check_looks_into_the_models_too(models: Path, tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("models: [{source: ./models}]")
+    assert main(["check", "-c", str(file)]) == 0
+    assert "no faults; 1 models, 1 versions to serve" in capsys.readouterr().out
+    (models / "m" / "config.pbtxt").write_text('parameters { key: "team" value { string_value: "x" } }')
+    assert main(["check", "-c", str(file)]) == 0
+    assert "note:" in capsys.readouterr().err
+    (models / "m" / "config.pbtxt").write_text("sequence_batching { }")
+    assert main(["check", "-c", str(file)]) == 2
+    assert "config.pbtxt:1: sequence_batching: sequences are not supported yet" in capsys.readouterr().err
+
+
+def test_schema_prints_json(capsys: Said) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "gateway.yaml"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (
+            RuntimeError("boom\nboom"),
+            1,
+            "error: RuntimeError: boom boom; this is a fault of the gateway, GATEWAY_DEBUG=1",
+        ),
+        (KeyError(), 1, "error: KeyError: no further text;"),
+        (Overloaded("queue [full]"), 1, "error: queue [full]"),
+        (ConfigError("one"), 2, "error: one"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_no_error_is_a_bare_traceback(
+    served: Served,
+    models: Path,
+    error: BaseException,
+    code: int,
+    expected: str,
+    capsys: Said,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise error
+
+    monkeypatch.setattr(sys.modules["gateway.app"], "run", fail)
+    assert main(["serve", str(models)]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(expected)
+    assert "Traceback" not in said
+    if isinstance(error, RuntimeError):
+        monkeypatch.setenv("GATEWAY_DEBUG", "1")
+        with pytest.raises(RuntimeError, match="boom"):
+            main(["serve", str(models)])
+
+
+def test_as_a_module_and_into_a_closed_pipe() -> None:
+    version = subprocess.run([sys.executable, "-m", "gateway", "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"gateway {gateway.__version__}\n"
+    piped = f"{sys.executable} -m gateway schema | true"
+    closed = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, check=True)
+    assert "Traceback" not in closed.stderr
+    assert "Exception" not in closed.stderr
+
+
+def test_errors_are_wrapped_by_no_one(capsys: Said) -> None:
+    """A long path must stay in one piece, so that it can be copied."""
+    assert main(["serve", "/" + "x" * 300]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert cli.EXIT_CONFIG == 2

@@ -1,0 +1,67 @@
+"""From the entries of a configuration to the models on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.config import Config, ModelEntry, load
+from gateway.config_models import find_models
+from gateway.errors import ConfigError
+
+
+def model(folder: Path, config: str | None = None) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.onnx").write_bytes(b"x")
+    if config is not None:
+        (folder / "config.pbtxt").write_text(config)
+
+
+def test_all_models_of_all_entries_in_order(tmp_path: Path) -> None:
+    model(tmp_path / "repository" / "b")
+    model(tmp_path / "repository" / "a")
+    model(tmp_path / "single")
+    (tmp_path / "g.yaml").write_text("models: [{source: single, name: mine}, {source: repository}]")
+    found = find_models(load(tmp_path / "g.yaml"))
+    assert [(entry.source, found.name) for entry, found in found] == [
+        ("single", "mine"),
+        ("repository", "a"),
+        ("repository", "b"),
+    ]
+
+
+def test_faults_of_all_entries_at_once_with_the_line_of_the_entry(tmp_path: Path) -> None:
+    model(tmp_path / "r" / "a")
+    model(tmp_path / "r" / "broken", "nam: 1")
+    model(tmp_path / "s" / "a")
+    model(tmp_path / "small", "max_batch_size: 4")
+    (tmp_path / "g.yaml").write_text(
+        "models:\n  - source: r\n  - source: s\n  - source: small\n    preferred_batch_sizes: [2, 8]\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        find_models(load(tmp_path / "g.yaml"))
+    text = str(caught.value).replace(f"{tmp_path}/", "")
+    assert text.splitlines() == [
+        "r/broken/config.pbtxt:1: nam: unknown key 'nam'; did you mean 'name'?",
+        "g.yaml:3: models[1]: model 'a' is already served from r; give one of them another name",
+        (
+            "g.yaml:4: models[2].preferred_batch_sizes: 8 is more than max_batch_size of model 'small', which is 4; "
+            "write at most 4"
+        ),
+    ]
+
+
+def test_sources_of_the_command_line_have_no_line(tmp_path: Path) -> None:
+    model(tmp_path / "r" / "a")
+    model(tmp_path / "s" / "a")
+    config = Config().with_sources([str(tmp_path / "r"), str(tmp_path / "s")])
+    with pytest.raises(ConfigError, match=r"^command line: models\[1\]: model 'a' is already served from"):
+        find_models(config)
+
+
+def test_sources_that_cannot_be_served(tmp_path: Path) -> None:
+    entries = (ModelEntry.model_validate({"source": "http://h"}), ModelEntry.model_validate({"source": "models:/a"}))
+    with pytest.raises(ConfigError) as caught:
+        find_models(Config(models=entries))
+    assert [fault.where for fault in caught.value.faults] == ["models[0].source", "models[1].source"]
