@@ -103,6 +103,7 @@ class Gateway:
                 max_body_bytes=limits.max_body_bytes,
                 max_held_bytes=limits.max_held_bytes,
                 max_connections=limits.max_connections,
+                max_connections_per_address=limits.max_connections_per_address,
                 header_timeout_s=limits.header_timeout_s,
                 idle_timeout_s=limits.idle_timeout_s,
                 write_timeout_s=limits.write_timeout_s,

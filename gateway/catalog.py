@@ -380,10 +380,12 @@ async def _run(replica: Replica, inputs: list[InputTensor], outputs: tuple[int, 
     Raises:
         ModelError: the worker dies every time, or does not come back.
     """
+    why = ""
     for _ in range(TRIAL_RUNS):
         outcome = await run_once(replica, inputs, outputs)
         if isinstance(outcome, Success) or replica.available:
             return outcome
+        why = outcome.message
         back = asyncio.Event()
         replica.set_listener(back.set)
         try:
@@ -393,7 +395,7 @@ async def _run(replica: Replica, inputs: list[InputTensor], outputs: tuple[int, 
                     await back.wait()
         except TimeoutError:
             break
-    raise ModelError(f"the model's worker {replica.name} died on every trial run: {outcome.message}")
+    raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
 
 
 async def _prove(loaded: LoadedModel, trial: tuple[list[InputTensor], Success] | None, outputs: int) -> Verdict:
@@ -441,22 +443,27 @@ def _spec(
         max_queue_bytes=wanted.max_queue_bytes,
         deadline_s=wanted.deadline_s,
     )
+    batched = bool(max_batch_size)
+    # Who states no size may leave the batch dimension out of the dims, and the model turn out not to be batchable.
+    short = not batched and wanted.max_batch_size is None
     return ModelSpec(
         wanted.name,
         wanted.version,
         artifact.digest,
         "onnxruntime_onnx",
-        _tensors("input", inputs, wanted.stated_inputs, bool(max_batch_size)),
-        _tensors("output", outputs, wanted.stated_outputs, bool(max_batch_size)),
+        _tensors("input", inputs, wanted.stated_inputs, batched=batched, short=short),
+        _tensors("output", outputs, wanted.stated_outputs, batched=batched, short=short),
         policy,
         note,
     )
 
 
 def _tensors(
-    role: str, actual: tuple[SignatureTensor, ...], stated: tuple[TensorSpec, ...], batched: bool
+    role: str, actual: tuple[SignatureTensor, ...], stated: tuple[TensorSpec, ...], *, batched: bool, short: bool
 ) -> tuple[TensorSpec, ...]:
     """Signature as served: names, datatypes, dims and order are the file's; config.pbtxt may only agree.
+
+    `short`: its dims may lack a variable first dimension that the served ones have.
 
     Raises:
         ConfigError: config.pbtxt contradicts the file.
@@ -472,14 +479,14 @@ def _tensors(
     if not stated:
         return tuple(specs.values())
     for tensor in stated:
-        _check_stated(role, tensor, specs)
+        _check_stated(role, tensor, specs, short=short)
     missing = [name for name in specs if name not in {tensor.name for tensor in stated}]
     if missing and role == "input":
         raise ConfigError(f"config.pbtxt lists no {role} {missing}, which the model file has; list all or none")
     return tuple(specs.values())
 
 
-def _check_stated(role: str, tensor: TensorSpec, specs: dict[str, TensorSpec]) -> None:
+def _check_stated(role: str, tensor: TensorSpec, specs: dict[str, TensorSpec], *, short: bool) -> None:
     spec = specs.get(tensor.name)
     if spec is None:
         raise ConfigError(f"config.pbtxt names the {role} '{tensor.name}', but the model file has {sorted(specs)}")
@@ -487,8 +494,11 @@ def _check_stated(role: str, tensor: TensorSpec, specs: dict[str, TensorSpec]) -
         raise ConfigError(
             f"config.pbtxt says {role} '{tensor.name}' is {tensor.datatype}, the model file says {spec.datatype}"
         )
-    fits = len(spec.dims) == len(tensor.dims) and all(
-        -1 in (want, have) or want == have for want, have in zip(tensor.dims, spec.dims, strict=False)
+    dims = spec.dims
+    if short and dims[:1] == (-1,) and len(dims) == len(tensor.dims) + 1:
+        dims = dims[1:]
+    fits = len(dims) == len(tensor.dims) and all(
+        -1 in (want, have) or want == have for want, have in zip(tensor.dims, dims, strict=True)
     )
     if not fits:
         raise ConfigError(

@@ -49,6 +49,8 @@ class Limits(Section):
     """Bytes of all request bodies held at one time; beyond it requests are answered 503."""
     max_connections: int = Field(default=4096, ge=1, le=1_000_000, examples=[4096])
     """Open connections; one more is answered 503 and closed."""
+    max_connections_per_address: int = Field(default=256, ge=1, le=1_000_000, examples=[256])
+    """Open connections of one client address, loopback aside; one more is answered 503 and closed."""
     header_timeout_s: _Seconds = Field(default=10.0, examples=[10])
     """Time a client has to send a request's head; then 408."""
     idle_timeout_s: _Seconds = Field(default=75.0, examples=[75])

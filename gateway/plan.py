@@ -36,9 +36,7 @@ def versions(config: Config, load: Load) -> list[WantedVersion]:
         raise ConfigError(
             [Fault(config.file or "command line", 0, "", "no model to serve: name a SOURCE, such as ./models")]
         )
-    return [
-        version for entry, model in find_models(config) for version in _versions_of(config, entry, model, load)
-    ]
+    return [version for entry, model in find_models(config) for version in _versions_of(config, entry, model, load)]
 
 
 def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Load) -> Iterator[WantedVersion]:

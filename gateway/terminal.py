@@ -55,7 +55,7 @@ def show_started(versions: Sequence[ServedVersion], host: str, http_port: int, o
     """The table of models and the URLs."""
     table = Table(title="models", title_justify="left", expand=False)
     for column in ("name", "version", "digest", "workers", "state", "batching"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in {"version", "digest", "state"})
     for version in versions:
         table.add_row(
             escape(version.name),
@@ -87,12 +87,17 @@ def show_demo(host: str, http_port: int, operations_port: int) -> None:
         answer, provenance = _post(url, request["request"])
         out.print(f"\n[bold]{escape(sample.stem)}[/bold]  {escape(_brief(answer))}")
         _show_provenance(provenance)
-    name = SAMPLES / "digits.json"
+    name = _near(SAMPLES / "digits.json")
     out.print("\ntry next:")
     out.print(f"  curl -i http://{_address(host, http_port)}/v2/models/digits")
     out.print(f"  gateway infer digits @{name} -v", soft_wrap=True)
     out.print(f"  curl http://{_address(host, operations_port)}/metrics")
     out.print("Ctrl-C stops.")
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working directory where that is shorter to type."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _post(url: str, document: Any) -> tuple[Any, Provenance]:

@@ -66,9 +66,18 @@ async def test_a_finished_batch_says_who_ran_it_and_when() -> None:
     assert (finished.backend, finished.attempt, finished.rows, finished.reason) == ("onnx-1", 1, 3, "full")
     assert (finished.dispatched, finished.finished) == (5.0, 5.5)
     assert (finished.input_ns, finished.infer_ns, finished.output_ns) == (1, 10, 1)
-    assert re.fullmatch(r"[0-9a-f]{4}-000001", finished.batch_id)
+    assert re.fullmatch(r"[0-9a-f]{4}-[0-9]{6,}", finished.batch_id)
     assert [member.started for member in members] == [5.0] * 3
     assert desk.dispatcher.running == 0
+
+
+@simulated
+async def test_no_two_batches_have_the_same_id() -> None:
+    desks = [Desk(), Desk()]  # two models of one process
+    for _ in range(3):
+        for desk in desks:
+            desk.run(requests(1)).reply()
+    assert len({finished.batch_id for desk in desks for _, finished in desk.succeeded}) == 6
 
 
 @simulated

@@ -85,10 +85,10 @@ def _bind(family: int, address: tuple[object, ...], reuse_port: bool) -> socket.
 def _cause(error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "the port is in use by another process; stop that process or choose another port"
+            return "the port is in use by another process; stop that process or choose another port with --http-port"
         case errno.EADDRNOTAVAIL:
             return "the address does not belong to this machine; use one that does, such as 127.0.0.1"
         case errno.EACCES:
-            return "not permitted; ports below 1024 need privileges, choose another port"
+            return "not permitted; ports below 1024 need privileges, choose another with --http-port"
         case _:
             return error.strerror or str(error)

@@ -197,8 +197,6 @@ def parse_head(block: bytes, limits: HttpLimits) -> Head:
     if max(map(len, lines[1:]), default=0) > limits.max_field_bytes:
         raise HeadersTooLarge(f"a header field exceeds {limits.max_field_bytes} bytes; send shorter headers")
     fields = _split_fields(lines[1:])
-    if fields != _ask_llhttp(block):
-        raise InvalidRequest("ambiguous header fields")
     head = Head(request_line[1], request_line[2])
     head.headers = tuple(fields)
     head.http10 = request_line[4] == b"0"
@@ -211,6 +209,9 @@ def parse_head(block: bytes, limits: HttpLimits) -> Head:
     head.request_timeout_ms = _single(head, b"x-request-timeout-ms")
     own_id = _single(head, b"x-request-id")
     head.client_request_id = own_id if own_id and _REQUEST_ID.fullmatch(own_id) else None
+    # Last, so that what both refuse is refused in our words, and our checks do not lean on llhttp's.
+    if fields != _ask_llhttp(block):
+        raise InvalidRequest("ambiguous header fields")
     return head
 
 

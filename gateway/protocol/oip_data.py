@@ -123,6 +123,8 @@ def may_nest_deeply(text: bytes) -> bool:
     Counts brackets without reading the text. Brackets in strings only shift the level at which an array of numbers
     starts, never the levels inside it, so the whole range of levels is an upper bound.
     """
+    if len(text) < _BLOCK and text.count(b"[") <= MAX_DEPTH:
+        return False
     codes = np.frombuffer(text, np.uint8)
     blocks = [codes[start : start + _BLOCK] for start in range(0, len(codes), _BLOCK)]
     brackets = np.concatenate([block[(block & 0xF9) == 0x59] for block in blocks])  # Y [ ] _

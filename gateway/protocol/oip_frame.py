@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.errors import InvalidRequest, Unsupported
-from gateway.protocol.oip_plan import MAX_INPUTS, shown
+from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS, shown
 
 MAX_TIMEOUT_US: Final = 2**63 - 1
 
@@ -92,6 +92,8 @@ def _outputs(outputs: Any) -> tuple[tuple[str, bool], ...] | None:
         return None
     if type(outputs) is not list:
         raise InvalidRequest("'outputs' must be an array of objects")
+    if len(outputs) > MAX_OUTPUTS:
+        raise InvalidRequest(f"'outputs' lists {len(outputs)} tensors, at most {MAX_OUTPUTS} are allowed")
     wanted = []
     for index, item in enumerate(outputs):
         if type(item) is not dict:

@@ -20,6 +20,7 @@ from gateway.errors import InvalidRequest
 
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_INPUTS: Final = 64
+MAX_OUTPUTS: Final = 256
 REMEMBERED: Final = 512
 """Distinct forms remembered per model version before starting afresh."""
 

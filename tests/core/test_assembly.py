@@ -112,7 +112,8 @@ def test_split_parts_make_up_the_whole(datatype: Datatype, data: st.DataObject) 
 @given(data=st.data())
 def test_slices_joined_again_are_the_output(datatype: Datatype, data: st.DataObject) -> None:
     rows, trailing = data.draw(st.integers(1, 9)), data.draw(TRAILING)
-    output = OutputTensor("o", datatype, (rows, *trailing), data.draw(packed(datatype, element_count((rows, *trailing)))))
+    shape = (rows, *trailing)
+    output = OutputTensor("o", datatype, shape, data.draw(packed(datatype, element_count(shape))))
     cuts = sorted(data.draw(st.sets(st.integers(1, rows - 1), max_size=4))) if rows > 1 else []
     spans = list(zip([0, *cuts], [*cuts, rows], strict=True))
     pieces = [slice_rows(output, start, stop - start) for start, stop in spans]

@@ -51,36 +51,37 @@ def run(line: list[Waiting], policy: BatchPolicy, now: float, execute_s: float =
 def naive(line: list[Waiting], policy: BatchPolicy, now: float, execute_s: float) -> tuple[object, ...]:
     if not line:
         return ("idle",)
-    heads: dict[str, float] = {}
-    for waiting in line:
-        heads.setdefault(waiting.key, waiting.received)
-    keys = sorted(heads, key=heads.__getitem__)
+    keys = list(dict.fromkeys(waiting.key for waiting in sorted(line, key=lambda waiting: waiting.received)))
+    groups = [[waiting for waiting in line if waiting.key == key] for key in keys]
     if policy.max_batch_size == 0 or not policy.merge:
-        first = next(waiting for waiting in line if waiting.key == keys[0])
-        return ("go", first.key, first.rows, Reason.WORKER_FREE)
-    limit, instants = policy.max_batch_size, []
-    for key in keys:
-        group = [waiting for waiting in line if waiting.key == key]
-        fitting = [n for n in range(1, len(group) + 1) if sum(w.rows for w in group[:n]) <= limit]
-        sums = [sum(w.rows for w in group[:n]) for n in fitting]
-        pending, all_rows = sums[-1], sum(w.rows for w in group)
-        if policy.max_queue_delay_s == 0:
-            return ("go", key, pending, Reason.FULL if all_rows >= limit else Reason.WORKER_FREE)
-        preferred = policy.preferred_batch_sizes or (limit,)
-        passed = [total for total in sums if total in preferred]
-        ripe = group[0].received + policy.max_queue_delay_s
-        urgent = group[0].deadline - 2 * execute_s
-        up = now >= ripe or now >= urgent
-        if passed and not up:
-            return ("go", key, max(passed), Reason.FULL)
-        if pending >= limit or pending >= max(preferred):
-            return ("go", key, pending, Reason.FULL)
-        if pending < all_rows:
-            return ("go", key, pending, Reason.SHAPE)
-        if up:
-            return ("go", key, pending, Reason.DELAY if now >= ripe else Reason.DEADLINE)
-        instants += [ripe, urgent]
-    return ("wait", min(instants))
+        return ("go", keys[0], groups[0][0].rows, Reason.WORKER_FREE)
+    verdicts = [naive_of_group(group, policy, now, execute_s) for group in groups]
+    if policy.max_queue_delay_s == 0:
+        return verdicts[0]
+    going = [verdict for verdict in verdicts if verdict[0] == "go"]
+    return going[0] if going else min(verdicts)
+
+
+def naive_of_group(group: list[Waiting], policy: BatchPolicy, now: float, execute_s: float) -> tuple[object, ...]:
+    limit, head = policy.max_batch_size, group[0]
+    totals = [sum(waiting.rows for waiting in group[: count + 1]) for count in range(len(group))]
+    sums = [total for total in totals if total <= limit]
+    pending = sums[-1]
+    if policy.max_queue_delay_s == 0:
+        return ("go", head.key, pending, Reason.FULL if totals[-1] >= limit else Reason.WORKER_FREE)
+    preferred = policy.preferred_batch_sizes or (limit,)
+    passed = [total for total in sums if total in preferred]
+    ripe, urgent = head.received + policy.max_queue_delay_s, head.deadline - 2 * execute_s
+    if passed and now < min(ripe, urgent):
+        return ("go", head.key, max(passed), Reason.FULL)
+    why = {
+        Reason.FULL: pending >= limit or pending >= max(preferred),
+        Reason.SHAPE: pending < totals[-1],
+        Reason.DELAY: now >= ripe,
+        Reason.DEADLINE: now >= urgent,
+    }
+    reasons = [reason for reason, holds in why.items() if holds]
+    return ("go", head.key, pending, reasons[0]) if reasons else ("wait", min(ripe, urgent))
 
 
 def lines() -> st.SearchStrategy[list[Waiting]]:

@@ -119,6 +119,12 @@ def test_broken_bytes_are_refused_before_the_head_is_complete(raw: bytes, status
     assert feed(raw, list(range(0, len(raw), 1 if len(raw) < 3000 else 997))) == expected
 
 
+def test_a_bare_cr_is_refused_with_the_byte_behind_it() -> None:
+    subject = receiver()
+    assert subject.receive(b"GET / HTTP/1.1\r\nHost: a\r", 0.0) == []
+    assert seen(subject.receive(b"X", 0.0)) == [("reject", 400, True)]
+
+
 def test_at_most_64_kib_of_a_head_are_held() -> None:
     held = Held(10**9)
     subject = receiver(held=held)
@@ -372,6 +378,9 @@ def test_a_stray_empty_line_does_not_start_the_timer() -> None:
     subject.receive(get() + b"\r\n", 0.0)
     assert subject.idle
     assert subject.expired(1000.0) is None
+    subject.receive(b"GET", 1000.0)
+    assert subject.expired(1009.9) is None
+    assert isinstance(subject.expired(1010.0), RequestTimeout)
 
 
 @pytest.mark.parametrize("fields", [[b"Content-Length: 50000"], [b"Transfer-Encoding: chunked"]])

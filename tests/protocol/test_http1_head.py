@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import GatewayError
+from gateway.protocol import http1_head
 from gateway.protocol.http1_head import (
     CHUNKED,
     MAX_REMEMBERED_BLOCK_BYTES,
@@ -315,3 +316,16 @@ def test_the_number_of_remembered_blocks_is_bounded_and_the_oldest_goes_first() 
     for raw in blocks:
         heads.read(raw)
     assert list(heads.remembered) == blocks[3:]
+
+
+_FRAMING = [case for case in REFUSED if any(word in case[0] for word in ("length", "chunked", "host", "1.0", "coding"))]
+
+
+@pytest.mark.parametrize("case", _FRAMING, ids=lambda case: case[0])
+def test_the_checks_of_framing_do_not_lean_on_llhttp(
+    case: tuple[str, bytes, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http1_head, "_ask_llhttp", lambda raw: http1_head._split_fields(raw[:-4].split(b"\r\n")[1:]))
+    with pytest.raises(GatewayError) as caught:
+        parse_head(case[1], LIMITS)
+    assert caught.value.status == case[2]

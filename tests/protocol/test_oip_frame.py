@@ -8,7 +8,7 @@ import pytest
 
 from gateway.errors import InvalidRequest, Unsupported
 from gateway.protocol.oip_frame import read_frame
-from gateway.protocol.oip_plan import MAX_INPUTS
+from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS
 
 INPUT: dict[str, Any] = {"name": "X", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
 
@@ -137,6 +137,10 @@ class TestParameters:
 @pytest.mark.parametrize("value", [[], None])
 def test_no_outputs_means_all(value: Any) -> None:
     assert read_frame(document(outputs=value)).outputs is None
+
+
+def test_too_many_outputs() -> None:
+    refused(document(outputs=[{"name": "Y"}] * (MAX_OUTPUTS + 1)), "'outputs'", str(MAX_OUTPUTS))
 
 
 @pytest.mark.parametrize("value", [{}, "Y", 1, True])

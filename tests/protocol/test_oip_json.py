@@ -338,6 +338,48 @@ def test_data_nesting_limit_is_the_same_on_every_road(size: int, shape: str) -> 
             refused(of_x(), body, "'X'", "nested deeper")
 
 
+@pytest.mark.parametrize("name", ["X\\u0000", "a\\u0000b", "", "/", "~1", "%s", "é"])
+@pytest.mark.parametrize("size", [0, LARGE_BYTES])
+def test_odd_keys_are_only_unknown_keys(name: str, size: int) -> None:
+    """simdjson looks keys up as C strings: `data\\0` must not become `data`."""
+    body = request_body(extra=f'"{name}":1,"id":"7",')
+    assert decode(of_x(), padded(body, size)).request_id == "7"
+    hidden = VALID.replace(b'"data"', b'"data\\u0000":[9,9,9],"data"')
+    assert x_of(decode(of_x(), padded(hidden, size))) == naive_bytes("FP32", [1, 2, 3])
+    refused(of_x(), padded(VALID.replace(b'"data"', b'"data\\u0000"'), size), "'X' sets none")
+
+
+def test_large_arrays_stay_out_of_python_objects() -> None:
+    """The point of the large road; were the array turned into a list on the way, this would show it."""
+    numbers = np.arange(5_000, dtype="<f4") + 0.5
+    data = json.dumps(numbers.tolist())
+    tensor = decode(of_x(), request_body(data=data, shape="[1,5000]", extra='"foo":{"a":[1]},')).inputs[0]
+    assert tensor is not None
+    assert tensor.values is None
+    assert tensor.buffer == numbers.tobytes()
+    frame = RequestDecoder(of_x())._large_frame(request_body(data=data, shape="[1,5000]"))
+    assert frame is not None
+    assert not isinstance(frame.inputs[0].data, list)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '"foo":[%s],' % ",".join(["1"] * 9_000),
+        '"foo":{%s},' % ",".join(f'"k{index}":1' for index in range(5_000)),
+        ",".join(f'"k{index}":1' for index in range(5_000)) + ",",
+        '"foo":"%s",' % ("x" * 20_000),
+    ],
+)  # fmt: skip
+def test_much_beside_the_data(extra: str) -> None:
+    assert x_of(decode(of_x(), request_body(extra=extra))) == naive_bytes("FP32", [1, 2, 3])
+    refused(of_x(), request_body(extra=extra + '"z":1,"z":2,'), "'z'", "twice")
+
+
+def test_very_many_inputs() -> None:
+    refused(of_x(), b'{"inputs":[' + b",".join([b"{}"] * 9_000) + b"]}", "'inputs' holds 9000 tensors")
+
+
 # -- shapes --------------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +552,14 @@ def test_binary_bytes_may_hold_nul_and_be_empty() -> None:
     blob = packed([b"", b"a\0b"])
     body, length = binary_body(("X", "BYTES", [1, 2], blob))
     assert x_of(decode(of_x("BYTES"), body, length)) == blob
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
+def test_binary_input_of_no_elements_needs_no_bytes_behind_the_json(datatype: str) -> None:
+    spec = of_x(datatype)
+    body, length = binary_body(("X", datatype, [1, 0], b""))
+    for header_length in (None, length):
+        assert decoded(spec, decode(spec, body, header_length)) == {"X": ((1, 0), b"")}
 
 
 def test_header_length_equal_to_the_body_is_plain_json() -> None:

@@ -278,7 +278,7 @@ async def test_a_corrupt_frame_recycles_the_worker(damage: str, capfd: pytest.Ca
         os.kill(channel.pid, signal.SIGCONT)
         # The good batch may have been answered by another thread before the bad frame was read.
         await batch.outcome()
-        await until(lambda: not alive(channel.pid) and model.replicas[0].available)
+        await until(lambda: model.instances[0].channel not in {None, channel})
         assert await serves(model.replicas[0])
         assert "frame refused" in capfd.readouterr().err
 

@@ -1,0 +1,190 @@
+"""What a person sees: complete, on one screen, and unharmed by what models happen to be called."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import io
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gateway import terminal
+from gateway.catalog import ServedVersion, WantedVersion
+from gateway.core.batchability import SignatureTensor
+from gateway.core.model import Artifact, BatchPolicy, ModelSpec, ModelState
+from gateway.core.request import InputTensor
+from gateway.errors import ConfigError, Fault
+from tests.scripted import Backend
+
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
+    console = Console(record=True, width=100, highlight=False, file=io.StringIO())
+    monkeypatch.setattr(terminal, "out", console)
+    monkeypatch.setattr(terminal, "err", console)
+    return console
+
+
+class Loaded:
+    """A model on two workers, which nobody will ask anything."""
+
+    def __init__(self) -> None:
+        self.replicas = Backend(2, 1).replicas
+        self.inputs: Sequence[SignatureTensor] = ()
+        self.outputs: Sequence[SignatureTensor] = ()
+
+    def set_warm_up(self, batches: list[list[InputTensor]], /) -> None:
+        raise AssertionError
+
+    async def unload(self) -> None:
+        raise AssertionError
+
+
+async def _never(artifact: Artifact) -> Loaded:
+    raise AssertionError
+
+
+def _unread() -> tuple[Artifact, bytes | None]:
+    raise AssertionError
+
+
+def served(name: str, version: str, policy: BatchPolicy) -> ServedVersion:
+    """Must be called inside a loop."""
+    wanted = WantedVersion(
+        name, version, _unread, _never, None, "auto", None, False, 0.0, (), "split", 1000, 10**6, 30.0
+    )  # fmt: skip
+    found = ServedVersion(wanted)
+    found.settle(ModelSpec(name, version, DIGEST, "onnxruntime_onnx", (), (), policy), Loaded())
+    found.state = ModelState.READY
+    return found
+
+
+def started(*models: tuple[str, BatchPolicy], host: str = "127.0.0.1") -> None:
+    async def show() -> None:
+        versions = [served(name, str(number), policy) for number, (name, policy) in enumerate(models, 1)]
+        terminal.show_started(versions, host, 8000, 8002)
+
+    asyncio.run(show())
+
+
+def test_the_table_tells_every_model(screen: Console) -> None:
+    started(("digits", BatchPolicy(64)), ("mixer", BatchPolicy(8, merge=False)), ("whole", BatchPolicy(0)))
+    lines = screen.export_text().splitlines()
+    header = next(line for line in lines if "digest" in line)
+    assert [word for word in header.split() if word.isalpha()] == [
+        "name", "version", "digest", "workers", "state", "batching"
+    ]  # fmt: skip
+    for name, version, batching in (
+        ("digits", "1", "up to 64 rows"), ("mixer", "2", "requests run alone"), ("whole", "3", "off")
+    ):  # fmt: skip
+        (row,) = [line for line in lines if name in line]
+        cells = [cell.strip() for cell in row.split("│")[1:-1]]
+        assert cells == [name, version, "sha256:0123456789ab…", "onnx-1, onnx-2", "READY", batching]
+    assert "inference   http://127.0.0.1:8000/v2" in lines
+    assert any(line.startswith("operations  http://127.0.0.1:8002/ ") for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_brackets_in_a_name_are_not_markup(screen: Console) -> None:
+    started(("a[red]b[/red][/]", BatchPolicy(0)))
+    assert "a[red]b[/red][/]" in screen.export_text()
+
+
+def test_a_long_name_is_shown_whole_and_costs_no_other_column(screen: Console) -> None:
+    name = "".join(f"{number:03d}" for number in range(30))
+    started((name, BatchPolicy(0)))
+    rows = [line.split("│")[1:-1] for line in screen.export_text().splitlines() if line.startswith("│")]
+    assert "".join(row[0].strip() for row in rows) == name
+    assert [cell.strip() for cell in rows[0][1:]] == ["1", "sha256:0123456789ab…", "onnx-1, onnx-2", "READY", "off"]
+
+
+def test_an_ipv6_address_stands_in_brackets(screen: Console) -> None:
+    started(("m", BatchPolicy(0)), host="::1")
+    assert "http://[::1]:8000/v2" in screen.export_text()
+
+
+def test_faults_are_lines_with_place_and_remedy(screen: Console) -> None:
+    faults = [
+        Fault("gateway.yaml", 3, "models[0].name", "'[/x]' cannot be a model name; use letters"),
+        Fault("command line", 0, "", "no model to serve: name a SOURCE " + "x" * 120),
+    ]
+    terminal.show_faults(ConfigError(faults))
+    lines = screen.export_text().splitlines()
+    assert lines[0] == "error: gateway.yaml:3: models[0].name: '[/x]' cannot be a model name; use letters"
+    assert lines[1] == "error: command line: no model to serve: name a SOURCE " + "x" * 120, "long lines are not cut"
+    assert len(lines) == 2
+
+
+def test_progress_takes_any_name_and_leaves_nothing(screen: Console) -> None:
+    with terminal.progress(2) as advance:
+        advance("a[/b]")
+        advance("[")
+    assert screen.export_text().strip() == ""
+
+
+def test_no_escape_codes_where_the_output_is_not_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=stream, highlight=False, width=100))
+    terminal.show_error("the port is taken")
+    assert stream.getvalue() == "error: the port is taken\n"
+
+
+class OneAnswer(http.server.BaseHTTPRequestHandler):
+    """A gateway as far as the demo asks for one."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["inputs"]
+        outputs = [
+            {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["[/bold]"]},
+            {"name": "scores", "datatype": "FP32", "shape": [1, 12], "data": [0.123456] * 12},
+        ]
+        body = json.dumps({"model_name": "m", "model_version": "1", "outputs": outputs}).encode()
+        self.send_response(200)
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "X-Request-Id": "01937c5e-8f3a-7c2e-b1d4-2f6f0a9c1e77",
+            "Inference-Model": f'"digits";version="3";digest="{DIGEST}"',
+            "Inference-Backend": '"onnx-1";attempt=1, "onnx-2";attempt=2',
+            "Inference-Batch": '"a1f3-000042";size=64;row=0, "a1f3-000043";size=9;row=3',
+            "Server-Timing": "queue;dur=0.81, infer;dur=1.43, total;dur=2.40",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with http.server.HTTPServer(("127.0.0.1", 0), OneAnswer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_demo_shows_answers_with_their_provenance(screen: Console, port: int) -> None:
+    terminal.show_demo("127.0.0.1", port, 8002)
+    text = screen.export_text()
+    for model in ("digits", "digits_cnn"):
+        assert f"{model} text=[[/bold]] scores=[{', '.join(['0.123'] * 10)}, …]" in " ".join(text.split())
+    assert text.count(f"  model    digits version 3 {DIGEST}\n") == 2
+    assert "executed by onnx-1, attempt 1, batch a1f3-000042 of 64 rows, row 0" in text
+    assert "executed by onnx-2, attempt 2, batch a1f3-000043 of 9 rows, row 3" in text
+    assert "request  01937c5e-8f3a-7c2e-b1d4-2f6f0a9c1e77   queue 0.81 ms, infer 1.43 ms, total 2.40 ms\n" in text
+    assert f"curl -i http://127.0.0.1:{port}/v2/models/digits\n" in text
+    assert "http://127.0.0.1:8002/metrics" in text
+    assert text.rstrip().endswith("Ctrl-C stops.")
