@@ -107,6 +107,8 @@ class ServedVersion:
         self.scheduler: Scheduler | None = None
         self.codec: Any = None
         """Belongs to the ingress: decoder and encoder made for this version's signature."""
+        self.split_rows = 0
+        """A request of more rows than this is cut, and its answer put together again; 0: no request is."""
         self._spec: ModelSpec | None = None
 
     @property
@@ -129,6 +131,7 @@ class ServedVersion:
 
     def settle(self, spec: ModelSpec, loaded: LoadedModel) -> None:
         self._spec = spec
+        self.split_rows = spec.policy.max_batch_size
         self.loaded = loaded
         self.scheduler = Scheduler(spec, loaded.replicas, self.statistics)
 

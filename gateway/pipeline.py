@@ -39,9 +39,8 @@ class Pipeline:
         if scheduler is None:
             raise NotReady(f"Request for unavailable model: '{version.spec.name}' version {version.spec.version}")
         # More rows than one batch holds, and the model's owner lets the gateway cut: several requests, one answer.
-        limit = version.spec.policy.max_batch_size
-        if limit and request.rows > limit:
-            SplitRequest(version, request, limit).submit()
+        if request.rows > version.split_rows > 0:
+            SplitRequest(version, request, version.split_rows).submit()
             return
         # Admission and queueing; from here on the scheduler owns the request until it settles it.
         scheduler.submit(request)

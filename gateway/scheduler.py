@@ -55,6 +55,7 @@ class Scheduler:
         """`clock`: monotonic seconds, the one that requests' `received` is read from."""
         self.spec = spec
         self.statistics = statistics
+        self._policy = spec.policy
         self._loop = asyncio.get_running_loop()
         self._queue = BatchQueue()
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
@@ -93,13 +94,13 @@ class Scheduler:
         if refusal is not None:
             self.statistics.reject(refusal.reason)
             raise type(refusal)(str(refusal))
-        rejected = admit(self._queue, self.spec.policy, request)
+        rejected = admit(self._queue, self._policy, request)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
             raise Overloaded(rejected.message)
 
     def _accept(self, request: InferRequest) -> None:
-        request.deadline = deadline_of(self.spec.policy, request)
+        request.deadline = deadline_of(self._policy, request)
         self._queue.push(request)
         if not self._pumping:
             self._pumping = True
@@ -167,7 +168,7 @@ class Scheduler:
             members = dispatcher.next_isolated() if dispatcher.isolated else None
             isolated, reason = members is not None, Reason.WORKER_FREE
             if members is None:
-                decision = decide(queue, self.spec.policy, now, dispatcher.execute_s)
+                decision = decide(queue, self._policy, now, dispatcher.execute_s)
                 if isinstance(decision, WaitUntil):
                     wake = decision.instant
                     break

@@ -28,18 +28,29 @@ from gateway.scheduler import Scheduler
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
 
 
+BUSY_TURNS = 20_000
+
+
 class NothingLeft(Exception):
     """The test waits for something that cannot happen any more."""
+
+
+class BusyLoop(Exception):
+    """The loop turns and turns without time passing."""
 
 
 class _Selector(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
+        self._busy = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise NothingLeft
+        self._busy = self._busy + 1 if timeout <= 0 else 0
+        if self._busy > BUSY_TURNS:
+            raise BusyLoop
         self.now += max(0.0, timeout)
         return super().select(0)
 

@@ -25,8 +25,6 @@ from gateway.workers.pool import WorkerPool
 __all__ = ["LoadOptions", "LoadedModel", "OnnxPool", "OnnxReplica", "PoolEvent"]
 
 
-
-
 class _OnnxAttempt(Attempt):
     __slots__ = ("_batch", "_outputs", "_replica")
 

@@ -11,9 +11,9 @@ before the heap is twice as long as what matters, and so are the ghosts of remov
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
 from gateway.core.request import QUEUED, RUNNING, SETTLED, InferRequest
@@ -77,12 +77,18 @@ class BatchQueue:
         self._sequence += 1
         self._unsettled += 1
         request.place = place = [request.deadline, self._sequence, request]
-        heapq.heappush(self._deadlines, place)
-        if len(self._deadlines) > 2 * self._unsettled + _SLACK:
-            self._deadlines = [entry for entry in self._deadlines if entry[2] is not None]
-            heapq.heapify(self._deadlines)
-        self._group(request).requests.append(request)
-        self._count(request, 1)
+        deadlines = self._deadlines
+        heappush(deadlines, place)
+        if len(deadlines) > 2 * self._unsettled + _SLACK:
+            self._deadlines = [entry for entry in deadlines if entry[2] is not None]
+            heapify(self._deadlines)
+        group = self.groups.get(request.key) or self._group(request)
+        group.requests.append(request)
+        group.count += 1
+        group.rows += request.rows
+        self.rows += request.rows
+        self.nbytes += request.nbytes
+        self.count += 1
 
     def push_front(self, requests: list[InferRequest]) -> None:
         """Requests of a dissolved batch, oldest first, ahead of everyone else in their groups."""
@@ -141,7 +147,7 @@ class BatchQueue:
         found = []
         heap = self._deadlines
         while heap and (heap[0][2] is None or heap[0][0] <= now):
-            request = heapq.heappop(heap)[2]
+            request = heappop(heap)[2]
             if request is not None:
                 found.append(request)
         return found
@@ -150,7 +156,7 @@ class BatchQueue:
         """The earliest deadline of an unsettled request."""
         heap = self._deadlines
         while heap and heap[0][2] is None:
-            heapq.heappop(heap)
+            heappop(heap)
         return heap[0][0] if heap else None
 
     def waiting(self) -> list[InferRequest]:

@@ -6,6 +6,7 @@ A path is matched whole; the query string is ignored; segments are percent-decod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -21,6 +22,8 @@ from gateway.ingress.http_server import Exchange
 from gateway.ingress.oip_http import JSON, HttpCodec, request_id_header
 from gateway.pipeline import Pipeline
 from gateway.protocol.http1 import Head, response_head
+
+log = logging.getLogger("gateway.http")
 
 SERVER_NAME: Final = "oip-gateway"
 EXTENSIONS: Final = ("binary_tensor_data", "parameters")
@@ -122,7 +125,9 @@ class OipApplication:
             request = codec.decode(head, body, exchange)
             exchange.on_abort = partial(self._pipeline.abort, version, request)
             self._pipeline.infer(version, request)
-        except GatewayError as error:
+        except Exception as error:
+            if not isinstance(error, GatewayError):
+                log.exception("a request to model %s failed in a way nobody foresaw", route.model)
             exchange.on_abort = None
             codec.refuse(exchange, error)
 

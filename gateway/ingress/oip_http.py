@@ -68,7 +68,10 @@ class HttpCodec:
             InvalidRequest: malformed, or does not fit the model.
         """
         raw_length = head.inference_header_length
-        request = self.decoder.decode(body, None if raw_length is None else _header_length(raw_length, len(body)))
+        if raw_length is None:
+            request = self.decoder.decode(body)
+        else:
+            request = self.decoder.decode(body, _header_length(raw_length, len(body)))
         if head.request_timeout_ms is not None:
             timeout_s = _timeout_s(head.request_timeout_ms)
             request.timeout_s = min(request.timeout_s or timeout_s, timeout_s)

@@ -251,15 +251,11 @@ def decode_run(payload: memoryview) -> Run:
 def encode_result(generation: int, identity: int, result: Result) -> bytes:
     """Raises FrameTooLargeError."""
     parts = [
-        _result_head.pack(
-            result.output_size, result.input_ns, result.infer_ns, result.output_ns, len(result.outputs)
-        )
+        _result_head.pack(result.output_size, result.input_ns, result.infer_ns, result.output_ns, len(result.outputs))
     ]
     for output in result.outputs:
         rank = len(output.shape)
-        parts.append(
-            _result_output.pack(output.index, output.datatype.code, rank, output.offset, output.nbytes)
-        )
+        parts.append(_result_output.pack(output.index, output.datatype.code, rank, output.offset, output.nbytes))
         parts.append(_dims[rank].pack(*output.shape))
     return encode(RESULT, generation, identity, b"".join(parts))
 

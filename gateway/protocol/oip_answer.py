@@ -111,7 +111,7 @@ class BatchEncoder:
         """What `json_outputs` says of each single row; None where a row cannot be JSON or rows mean nothing."""
         texts = [self._texts(index) for index in outputs]
         bodies: list[bytes] | None = None
-        if self._spec.batched and not any([None in column for column in texts]):
+        if self._spec.batched and not any(None in column for column in texts):
             heads = [self._head(index, 1, binary=False) for index in outputs]
             if len(outputs) == 1:
                 head = heads[0]

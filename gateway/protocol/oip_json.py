@@ -370,7 +370,7 @@ def _members(item: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if not isinstance(value, (simdjson.Object, simdjson.Array)):
         return value
-    text = value.mini
+    text: Any = value.mini  # bytes; its stub says otherwise
     if len(text) > _MAX_BESIDE_DATA:
         raise ValueError("not data, but large")
     return _parse_small(text)

@@ -108,7 +108,8 @@ class Planner:
         datatype = DATATYPE.get(datatype_name)
         if datatype is None:
             raise InvalidRequest(
-                f"invalid datatype for input {tensor.name}: '{shown(datatype_name)}'; write one of {', '.join(DATATYPE)}"
+                f"invalid datatype for input {tensor.name}: '{shown(datatype_name)}'; write one of "
+                f"{', '.join(DATATYPE)}"
             )
         if datatype is not tensor.datatype:
             raise InvalidRequest(
@@ -124,8 +125,8 @@ class Planner:
         elements = element_count(shape)
         if any(dim > MAX_ELEMENTS for dim in shape) or elements * max(datatype.itemsize, 1) > MAX_ELEMENTS:
             raise InvalidRequest(
-                f"input '{tensor.name}': shape {shown(_dims(shape))} causes total element count to exceed maximum size of "
-                f"{MAX_ELEMENTS}"
+                f"input '{tensor.name}': shape {shown(_dims(shape))} causes total element count to exceed maximum "
+                f"size of {MAX_ELEMENTS}"
             )
         self._check_dims(tensor, shape)
         return InputPlan(place, tensor.name, datatype, shape, elements)

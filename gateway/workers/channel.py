@@ -172,9 +172,7 @@ class Channel:
         self.in_flight[self._identity] = attempt
         self._sweep.watch(deadline)
 
-    def _prepare(
-        self, number: int, buffer: Buffer, inputs: Sequence[BatchInput], outputs: tuple[int, ...]
-    ) -> bytes:
+    def _prepare(self, number: int, buffer: Buffer, inputs: Sequence[BatchInput], outputs: tuple[int, ...]) -> bytes:
         """Write the inputs into shared memory; returns the RUN frame."""
         places = []
         size = end = 0

@@ -263,9 +263,7 @@ class WorkerPool(Generic[R]):
             model = instance.model
             if model.failed and instance.channel is not None:
                 model.reason = ""
-                self.emit(
-                    PoolEvent("model_recovered", worker=keeper.name, model=model.name, version=model.version)
-                )
+                self.emit(PoolEvent("model_recovered", worker=keeper.name, model=model.name, version=model.version))
 
     def _isolate(self, model: Model) -> None:
         """Move every instance to a worker of its own. Where one still serves elsewhere it does so until then."""

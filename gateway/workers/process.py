@@ -73,9 +73,7 @@ class Host:
         frame = memoryview(bytearray(ipc.FRAME_LIMIT))
         try:
             while True:
-                size, ancillary, flags, _ = self._socket.recvmsg_into(
-                    [frame], _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-                )
+                size, ancillary, flags, _ = self._socket.recvmsg_into([frame], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
                 if size == 0:
                     os._exit(0)
                 if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -121,9 +119,7 @@ class Host:
         os.close(fds[0])
         try:
             session = Session(model, load.intra_op_threads)
-            reply = ipc.encode(
-                ipc.LOADED, self._generation, identity, ipc.encode_signature(session.signature)
-            )
+            reply = ipc.encode(ipc.LOADED, self._generation, identity, ipc.encode_signature(session.signature))
         except (ModelRefusedError, ipc.FrameTooLargeError) as error:
             self._answer(ipc.FAILED, identity, str(error).encode())
             return

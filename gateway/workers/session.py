@@ -105,9 +105,7 @@ class Session:
         if datatype.kind == "bytes":
             return _strings(tensor.name, count, data).reshape(shape)
         if len(data) != count * datatype.itemsize:
-            raise RunError(
-                f"input {tensor.name}: {len(data)} bytes do not make up shape {list(shape)} of {datatype}"
-            )
+            raise RunError(f"input {tensor.name}: {len(data)} bytes do not make up shape {list(shape)} of {datatype}")
         array = np.frombuffer(data, datatype.numpy).reshape(shape)
         if not self._bf16:
             return array

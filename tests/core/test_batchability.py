@@ -59,7 +59,7 @@ HONEST: dict[str, Callable[[Array], Array]] = {
 }
 MIXING: dict[str, Callable[[Array], Array]] = {
     "minus the batch's mean": lambda x: x - x.mean(axis=0),
-    "a little of the batch's mean": lambda x: x + 0.05 * x.mean(axis=0),
+    "a hundredth of the batch's mean": lambda x: x + 0.01 * x.mean(axis=0),
     "softmax over the batch": lambda x: np.exp(x) / np.exp(x).sum(axis=0),
     "running sum": lambda x: np.cumsum(x, axis=0),
     "the row before": lambda x: np.roll(x, 1, axis=0),

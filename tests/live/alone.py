@@ -70,7 +70,7 @@ def check(request: Request, answer: Answer, alone: Alone, tolerance: float = 0.0
     if document["model_name"] != request.model or "parameters" in document:
         raise Wrong(f"not the answer of {request.model}: {str(document)[:300]}")
     expected = alone.run(request)
-    wanted = {name: binary for name, binary in request.outputs or ()} or dict.fromkeys(alone.outputs, None)
+    wanted = dict(request.outputs or ()) or dict.fromkeys(alone.outputs, None)
     outputs = decode(answer)
     if set(outputs) != set(wanted):
         raise Wrong(f"outputs {list(outputs)} where {list(wanted)} were asked for")

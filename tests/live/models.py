@@ -47,7 +47,7 @@ def model(
 
 def identity(datatype: str, trailing: str | int = "n") -> bytes:
     """`x` → `y`, shape [batch, trailing]."""
-    shape = ["batch", trailing]
+    shape: list[int | str | None] = ["batch", trailing]
     return model(
         [helper.make_node("Identity", ["x"], ["y"])], [value("x", datatype, shape)], [value("y", datatype, shape)]
     )

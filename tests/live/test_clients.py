@@ -205,9 +205,7 @@ def curl(*arguments: str, body: bytes = b"") -> tuple[bytes, str]:
 
 def linear_body(rows: int) -> bytes:
     data = row(0.25, rows).ravel().tolist()
-    return json.dumps(
-        {"inputs": [{"name": "x", "shape": [rows, 16], "datatype": "FP32", "data": data}]}
-    ).encode()
+    return json.dumps({"inputs": [{"name": "x", "shape": [rows, 16], "datatype": "FP32", "data": data}]}).encode()
 
 
 def test_curl_is_told_to_continue_before_a_large_body(served: GatewayProcess) -> None:
@@ -236,7 +234,7 @@ def test_curl_reuses_one_connection_and_sees_plain_errors(served: GatewayProcess
     output, story = curl(base, f"{base}/nope", f"{base}/models/linear/infer", f"{base}/health/live")
     assert re.findall(r"< HTTP/1.1 (\d+)", story) == ["200", "404", "405", "200"]
     assert "Content-Type: application/json\r\n" in story
-    assert len(re.findall(r"^\* Connected to", story, re.M)) == 1
+    assert len(re.findall(r"^\* Connected to", story, re.MULTILINE)) == 1
     assert b'{"live":true}' in output
 
 
@@ -259,12 +257,12 @@ async def test_a_thousand_pipelined_requests_are_answered_in_order(served: Gatew
         stream.append(request.encode())
     async with connect(served.port) as connection:
         connection.writer.write(b"".join(stream))
-        for request in asked:
+        for expected in asked:
             answer = await connection.receive()
-            if request is None:
+            if expected is None:
                 assert answer.status == 404
             else:
-                check(request, answer, alone)
+                check(expected, answer, alone)
 
 
 # -- provenance ------------------------------------------------------------------------------------------------------

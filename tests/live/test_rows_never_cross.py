@@ -12,7 +12,6 @@ import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from gateway.config import Config, ModelEntry, Server
+from gateway.core.assembly import write_parts
 from gateway.core.request import BatchInput
 from gateway.provenance.headers import parse
 from gateway.workers import channel
@@ -269,9 +269,6 @@ def scrambled(batch_input: BatchInput, destination: memoryview) -> None:
         size = batch_input.nbytes // batch_input.shape[0]
         first, second = bytes(destination[:size]), bytes(destination[size : 2 * size])
         destination[:size], destination[size : 2 * size] = second, first
-
-
-write_parts = channel.write_parts
 
 
 def test_one_scrambled_row_is_found(

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_killing_workers_in_turn_is_invisible_to_clients(
                 await load.more(CONNECTIONS)
         assert max(load.attempts) >= 2, "no kill hit a running batch"
         with capsys.disabled():
-            print(
+            print(  # noqa: T201  # the measurement is worth seeing; nothing depends on it
                 f"\n{kills} kills, {load.answered} answers, slowest {load.slowest_s:.2f} s, "
                 f"back after {max(back_s):.2f} s at most"
             )
@@ -179,7 +180,7 @@ def test_kills_from_outside_blame_no_model(tmp_path: Path, alone: dict[str, Alon
         for _ in range(3):
             victim = next(worker for worker in served.workers() if worker["models"] == ["heavy/1"])
             os.kill(victim["pid"], signal.SIGKILL)
-            until(lambda gone=victim["pid"]: dedicated_back(served, gone), BACK_S, "it did not come back")
+            until(partial(dedicated_back, served, victim["pid"]), BACK_S, "it did not come back")
         assert {w["name"]: w["pid"] for w in served.workers() if w["models"] == ["whole/1"]} == shared
         for name, width in (("heavy", 256), ("whole", 6)):
             request = Request(name, [Tensor("x", "FP32", np.ones((1, width), np.float32))])

@@ -11,13 +11,19 @@ import struct
 from typing import Any
 
 import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
 
 from gateway.core.assembly import encode_values
 from gateway.core.batch import FinishedBatch
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import InferRequest, InputTensor, OutputTensor
 from gateway.core.tensor import DATATYPE
-from gateway.protocol.oip_json import LARGE_BYTES
+from gateway.errors import InvalidRequest
+from gateway.protocol.oip_json import LARGE_BYTES, RequestDecoder
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For hypothesis: a slow machine is no failure."""
 
 NUMPY = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
@@ -131,3 +137,56 @@ def batch_of(spec: ModelSpec, rows: int, outputs: list[np.ndarray[Any, Any] | li
             shape, data = content.shape, np.ascontiguousarray(content, place.datatype.numpy).tobytes()
         tensors[index] = OutputTensor(place.name, place.datatype, shape, data)
     return FinishedBatch("a1f3-000001", rows, tensors, "onnx-1", 1, 0.0, 0.0, "full", (0, 0, 0))
+
+
+# -- whole requests ------------------------------------------------------------------------------------------------
+
+ROADS = ["typed", "general", "large", "strict", "large strict"]
+
+
+def by_road(road: str, body: bytes) -> bytes:
+    """The same request, changed so that it takes `road`."""
+    if road == "typed":
+        return body
+    if road == "general":
+        return body[:-1] + b',"unknown":[{"x":1}]}'
+    if road == "large":
+        return padded(body)
+    strict = body[:-1] + b',"unknown":NaN}'
+    return strict if road == "strict" else padded(strict)
+
+
+def of_x(datatype: str = "FP32", **policy: Any) -> ModelSpec:
+    return model([tensor_spec("X", datatype)], **policy)
+
+
+def decode(spec: ModelSpec, body: bytes, header_length: int | None = None) -> InferRequest:
+    return RequestDecoder(spec).decode(body, header_length)
+
+
+def refused(spec: ModelSpec, body: bytes, *words: str, header_length: int | None = None) -> None:
+    decoder = RequestDecoder(spec)
+    for _ in range(2):  # nothing remembered from the first refusal lets the second through
+        with pytest.raises(InvalidRequest) as caught:
+            decoder.decode(body, header_length)
+        assert caught.value.status == 400
+        for word in words:
+            assert word in str(caught.value)
+
+
+def x_of(request: InferRequest) -> bytes:
+    return tensor_bytes(request.inputs[0])
+
+
+def binary_body(
+    *inputs: tuple[str, str, list[int], bytes | str], extra: str = "", blobs: bytes | None = None
+) -> tuple[bytes, int]:
+    """(body, header length); an input whose content is text goes as JSON."""
+    items = []
+    for name, datatype, shape, content in inputs:
+        how = f'"data":{content}' if isinstance(content, str) else f'"parameters":{{"binary_data_size":{len(content)}}}'
+        items.append(f'{{"name":"{name}","shape":{shape},"datatype":"{datatype}",{how}}}')
+    head = f'{{{extra}"inputs":[{",".join(items)}]}}'.encode()
+    if blobs is None:
+        blobs = b"".join(content for *_, content in inputs if isinstance(content, bytes))
+    return head + blobs, len(head)

@@ -96,7 +96,6 @@ def test_an_unknown_kind_is_refused() -> None:
         unframe(ipc.encode(99, GENERATION, 0))
 
 
-
 @given(st.binary(max_size=120))
 def test_payloads_never_raise_anything_but_frame_errors(noise: bytes) -> None:
     for decode in (ipc.decode_run, ipc.decode_result, ipc.decode_load, ipc.decode_number, ipc.decode_hello):

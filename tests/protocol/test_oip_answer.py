@@ -19,15 +19,20 @@ from gateway.errors import InvalidRequest
 from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.protocol.oip_plan import Planner
 
-from .oip_samples import NUMPY, batch_of, model, packed, tensor_spec
+from .oip_samples import NUMPY, PATIENT, batch_of, model, packed, tensor_spec
 
 NUMERIC_JSON = [name for name in NUMPY if name not in {"FP16", "BF16"}]
 
 
 def asked(
-    spec: ModelSpec, row: int, rows: int, wanted: list[tuple[str, bool]] | None = None, *, request_id: str | None = None,
+    spec: ModelSpec,
+    row: int,
+    rows: int,
+    wanted: list[tuple[str, bool]] | None = None,
+    *,
+    request_id: str | None = None,
     all_binary: bool = False,
-) -> InferRequest:  # fmt: skip
+) -> InferRequest:
     form = Planner(spec).response_form(wanted, all_binary)
     request = InferRequest((), rows, 0, None, form.needed, request_id, form)
     request.row = row
@@ -76,7 +81,7 @@ def test_rows_read_back_bit_equal(datatype: str, trailing: tuple[int, ...]) -> N
             assert numbers_of(output) == numbers[row : row + rows].tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(PATIENT, max_examples=200)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=12))
 def test_fp32_is_the_shortest_text_that_reads_back(values: list[float]) -> None:
     spec = model(outputs=[tensor_spec("Y", "FP32", (1,))])
@@ -130,19 +135,25 @@ def test_outputs_stand_in_the_order_asked_for() -> None:
         assert [output["data"] for output in outputs] == [[1.0] if name == "P" else [2.0] for name in wanted]
 
 
-@pytest.mark.parametrize("text", ['"', "\\", "%", "%%", "%d", "%b", "100%", "{}", "é😀", "\n\r\t\0", "\u2028", "a" * 1000, "'"])
+@pytest.mark.parametrize(
+    "text", ['"', "\\", "%", "%%", "%d", "%b", "100%", "{}", "é😀", "\n\r\t\0", "\u2028", "a" * 1000, "'"]
+)
 def test_ids_and_names_with_odd_characters(text: str) -> None:
-    spec = model(outputs=[tensor_spec(text)], name=text, version=text)
-    batch = batch_of(spec, 2, [np.array([[1], [2]], "<f4")])
+    spec = model(outputs=[tensor_spec(text), tensor_spec(text + "2")], name=text, version=text)
+    batch = batch_of(spec, 2, [np.array([[1], [2]], "<f4"), np.array([[3], [4]], "<f4")])
     answer = json.loads(encode(spec, batch, asked(spec, 1, 1, request_id=text))[0])
     assert answer["id"] == answer["model_name"] == answer["model_version"] == answer["outputs"][0]["name"] == text
-    assert answer["outputs"][0]["data"] == [2.0]
+    assert answer["outputs"][1]["name"] == text + "2"
+    assert [output["data"] for output in answer["outputs"]] == [[2.0], [4.0]]
+    (only,) = json.loads(encode(spec, batch, asked(spec, 1, 1, [(text, False)]))[0])["outputs"]
+    assert (only["name"], only["data"]) == (text, [2.0])
     assert json.loads(encode(spec, batch, asked(spec, 0, 1))[0])["model_name"] == text
     body, json_length = encode(spec, batch, asked(spec, 1, 1, request_id=text, all_binary=True))
     head = json.loads(body[:json_length])
     assert head["id"] == head["outputs"][0]["name"] == text
 
 
+@settings(PATIENT)
 @given(st.text(min_size=1))
 def test_id_is_echoed(request_id: str) -> None:
     spec = model()
@@ -169,7 +180,9 @@ def test_nan_and_infinity_stand_only_where_they_are(datatype: str, width: int) -
 
 def test_minus_zero_keeps_its_sign() -> None:
     spec = model(outputs=[tensor_spec("Y", "FP32", (2,))])
-    (output,) = json.loads(encode(spec, batch_of(spec, 1, [np.array([[-0.0, 0.0]], "<f4")]), asked(spec, 0, 1))[0])["outputs"]
+    (output,) = json.loads(encode(spec, batch_of(spec, 1, [np.array([[-0.0, 0.0]], "<f4")]), asked(spec, 0, 1))[0])[
+        "outputs"
+    ]
     assert [math.copysign(1, number) for number in output["data"]] == [-1, 1]
 
 
@@ -254,7 +267,7 @@ def test_bytes_that_are_not_utf8_fail_only_the_request_that_wants_them_as_json()
     assert b"".join(parts)[json_length:] == packed([b"\xff\xfe"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(PATIENT, max_examples=150)
 @given(st.data())
 def test_batch_shared_by_many_requests(data: st.DataObject) -> None:
     """One batch encoder, any sequence of slices, formats and ids: no answer is coloured by the ones before it."""
@@ -269,7 +282,9 @@ def test_batch_shared_by_many_requests(data: st.DataObject) -> None:
         row = data.draw(st.integers(0, total - 1))
         rows = data.draw(st.integers(1, total - row))
         binary = data.draw(st.booleans())
-        request = asked(spec, row, rows, [("Y", binary), ("B", not binary)], request_id=data.draw(st.sampled_from([None, "%"])))
+        request = asked(
+            spec, row, rows, [("Y", binary), ("B", not binary)], request_id=data.draw(st.sampled_from([None, "%"]))
+        )
         parts, length, json_length = encoder.encode(request, shared)
         body = b"".join(parts)
         assert len(body) == length

@@ -55,7 +55,9 @@ def test_every_datatype(datatype: str) -> None:
     assert tensor_bytes(from_checked(plan(datatype, 2, 2), list(data))) == expected
 
 
-@pytest.mark.parametrize("text", ["[1,2,3,4]", "[[1,2],[3,4]]", "[[1],[2,3,4]]", "[[[1]],2,[[],[3]],4]", "[[],[1,2,3,4]]"])
+@pytest.mark.parametrize(
+    "text", ["[1,2,3,4]", "[[1,2],[3,4]]", "[[1],[2,3,4]]", "[[[1]],2,[[],[3]],4]", "[[],[1,2,3,4]]"]
+)
 @pytest.mark.parametrize("datatype", ["FP32", "INT64", "UINT8"])
 def test_any_nesting_is_flattened_in_order(datatype: str, text: str) -> None:
     assert both(datatype, text, 2, 2) == [naive_bytes(datatype, [1, 2, 3, 4])] * 2
@@ -171,9 +173,9 @@ def test_lone_surrogate_in_a_string() -> None:
 
 @pytest.mark.parametrize(
     ("datatype", "text"),
-    [("FP32", "[1,true,3]"), ("FP32", '[1,"2",3]'), ("FP32", "[1,null,3]"), ("INT32", "[1,2.0,3]"), ("UINT8", "[1,-1,3]"),
-     ("BOOL", "[true,1,false]"), ("BYTES", '["a",1,"b"]'), ("FP32", "[1,2]"), ("FP32", "[1,{},3]"),
-     ("INT64", "[1,9223372036854775808,3]")],
+    [("FP32", "[1,true,3]"), ("FP32", '[1,"2",3]'), ("FP32", "[1,null,3]"), ("INT32", "[1,2.0,3]"),
+     ("UINT8", "[1,-1,3]"), ("BOOL", "[true,1,false]"), ("BYTES", '["a",1,"b"]'), ("FP32", "[1,2]"),
+     ("FP32", "[1,{},3]"), ("INT64", "[1,9223372036854775808,3]")],
 )  # fmt: skip
 def test_large_arrays_are_refused_in_the_same_words(datatype: str, text: str) -> None:
     import json

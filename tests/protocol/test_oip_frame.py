@@ -211,7 +211,11 @@ def test_negative_classification_is_the_callers_mistake() -> None:
 
 def test_huge_names_are_not_echoed_whole() -> None:
     huge = "N" * 1_000_000
-    for body in (with_input(name=huge, shape=None), document(parameters={huge: None}), with_input(data={huge: 1}, name=3)):
+    for body in (
+        with_input(name=huge, shape=None),
+        document(parameters={huge: None}),
+        with_input(data={huge: 1}, name=3),
+    ):
         with pytest.raises(InvalidRequest) as caught:
             read_frame(body)
         assert len(str(caught.value)) < 1000

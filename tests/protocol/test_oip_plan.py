@@ -90,9 +90,7 @@ def test_invalid_datatype_of_huge_length_is_not_echoed_whole() -> None:
 
 
 def test_other_datatype() -> None:
-    refused(
-        model(), [("X", "INT32", (1, 3))], "inference input 'X' data-type is 'INT32', but model 'm' expects 'FP32'"
-    )
+    refused(model(), [("X", "INT32", (1, 3))], "inference input 'X' data-type is 'INT32', but model 'm' expects 'FP32'")
 
 
 def test_no_shape() -> None:
@@ -191,6 +189,8 @@ def test_output_named_twice() -> None:
 @pytest.mark.parametrize(("name", "datatype"), [("H", "FP16"), ("B", "BF16")])
 def test_half_precision_output_as_json(name: str, datatype: str) -> None:
     planner = Planner(OUTPUTS)
-    with pytest.raises(InvalidRequest, match=f"sending {datatype} data via JSON is not supported.*'{name}'.*binary_data"):
+    with pytest.raises(
+        InvalidRequest, match=f"sending {datatype} data via JSON is not supported.*'{name}'.*binary_data"
+    ):
         planner.response_form([(name, False)], all_binary=False)
     assert planner.response_form([(name, True)], all_binary=False).any_binary

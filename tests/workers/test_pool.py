@@ -97,7 +97,7 @@ async def test_a_model_that_is_refused_leaves_nothing() -> None:
         for dedicated in (False, True):
             with pytest.raises(ModelError, match="model 'bad' version 1: the file is not an ONNX model"):
                 await pool.load(artifact(b"junk", "bad"), LoadOptions(dedicated=dedicated))
-        assert open_fds() == before
+        assert await settled_fds() <= before
         assert pool.statistics().models == 0
         assert [worker.name for worker in pool.statistics().workers] == ["onnx-1", "onnx-2"]
 
@@ -477,6 +477,7 @@ async def test_a_replacement_that_dies_changes_nothing(monkeypatch: pytest.Monke
 
 
 async def settled_fds() -> int:
+    """Open descriptors. Compare with `<=`: event loops of earlier tests may be closed at any time."""
     gc.collect()
     await asyncio.sleep(0)
     return open_fds()
@@ -495,7 +496,7 @@ async def test_descriptors_return_to_where_they_were() -> None:
             for replica in model.replicas:
                 assert await serves(replica)
             await model.unload()
-        assert await settled_fds() == before
+        assert await settled_fds() <= before
         assert [open_fds(pid) for pid in worker_pids(pool)] == inside
 
 
@@ -510,7 +511,7 @@ async def test_descriptors_return_after_restarts() -> None:
             await until(lambda: not model.replicas[0].available)
             await until(lambda: model.replicas[0].available)
             assert await serves(model.replicas[0])
-        assert await settled_fds() == before
+        assert await settled_fds() <= before
     assert await settled_fds() <= before_all
 
 

@@ -87,9 +87,7 @@ def test_it_answers_a_bad_load_with_the_reason(worker: Worker) -> None:
 
 def run_frame(instance: int = 1, inputs: int = 0, outputs: tuple[int, ...] = (0,)) -> bytes:
     places = [(index + 7, 0, 0, (0,)) for index in range(inputs)]
-    return ipc.encode_run(
-        GENERATION, 1, instance=instance, buffer=1, input_size=0, inputs=places, outputs=outputs
-    )
+    return ipc.encode_run(GENERATION, 1, instance=instance, buffer=1, input_size=0, inputs=places, outputs=outputs)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +122,7 @@ def test_it_works_nowhere(worker: Worker) -> None:
     assert Path(f"/proc/{worker.process.pid}/cwd").readlink().name.endswith("(deleted)")
 
 
-def test_a_module_in_the_working_directory_shadows_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_in_the_working_directory_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit(99)")
     monkeypatch.chdir(tmp_path)
     worker = Worker()
