@@ -94,7 +94,7 @@ class Gateway:
             intra_op_threads=server.intra_op_threads,
             on_event=self._pool_event,
         )
-        self.pipeline = Pipeline(self.catalog)
+        self.pipeline = Pipeline()
         application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.ready)
         limits = server.limits
         self.http = HttpServer(
@@ -137,7 +137,10 @@ class Gateway:
         return EXIT_OK
 
     async def _show_demo(self, port: int) -> None:
-        await asyncio.to_thread(terminal.show_demo, self.config.server.host, port, self.operations.port)
+        try:
+            await asyncio.to_thread(terminal.show_demo, self.config.server.host, port, self.operations.port)
+        except (OSError, ValueError) as error:  # it is stopping, or a proxy stands between; serving goes on
+            terminal.show_error(f"the demo could not ask its models: {error}")
 
     async def _until_stopped(self, loading: Any) -> list[ServedVersion] | None:
         """The versions that failed to load; None if a signal came first."""
@@ -196,9 +199,15 @@ class Gateway:
 
     def _pool_event(self, event: PoolEvent) -> None:
         if event.kind == "model_failed":
+            log.error("model %s version %s failed: %s", event.model, event.version, event.text)
             self.catalog.failed(event.model, event.version, event.text)
         elif event.kind == "model_recovered":
+            log.info("model %s version %s is back", event.model, event.version)
             self.catalog.recovered(event.model, event.version)
+        elif event.kind == "worker_died":
+            log.warning("worker %s (pid %d) died: %s; it is started again", event.worker, event.pid, event.text)
+        elif event.kind == "worker_ready" and event.generation > 1:
+            log.info("worker %s is back (pid %d)", event.worker, event.pid)
 
     async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel[OnnxReplica]:
         options = LoadOptions(settings.instances, settings.dedicated, settings.intra_op_threads)

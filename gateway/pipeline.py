@@ -15,18 +15,15 @@ Nothing here knows a wire format: HTTP today and gRPC later enter through the sa
 
 from __future__ import annotations
 
-from gateway.catalog import Catalog, ServedVersion
+from gateway.catalog import ServedVersion
 from gateway.core import assembly
 from gateway.core.batch import FinishedBatch
 from gateway.core.request import SETTLED, InferRequest
-from gateway.errors import BackendError, Cancelled, Draining, GatewayError, NotReady
+from gateway.errors import BackendError, Cancelled, Draining, NotReady
 
 
 class Pipeline:
     """Entry of every inference request, whatever protocol it came in by."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
 
     def infer(self, version: ServedVersion, request: InferRequest) -> None:
         """Take a decoded request; `received`, `context` and `settle` are set. `settle` is called once, later.
@@ -45,28 +42,21 @@ class Pipeline:
         # Admission and queueing; from here on the scheduler owns the request until it settles it.
         scheduler.submit(request)
 
-    def abort(self, version: ServedVersion, request: InferRequest) -> None:
-        """The caller left before its answer."""
-        split = request.batch if isinstance(request.batch, SplitRequest) else None
-        if split is not None:
-            split.abort()
-        elif version.scheduler is not None:
-            version.scheduler.abort(request)
-
 
 class SplitRequest:
-    """An oversized request on its way as several; settles the original once, when the last part is settled."""
+    """An oversized request on its way as several; settles the original once, when the last part is settled.
 
-    __slots__ = ("_error", "_open", "_original", "_parts", "_version")
+    The parts refer to it from admission on, so it lets go of them when it settles: a cycle would hold the tensors
+    until the garbage collector comes by.
+    """
+
+    __slots__ = ("_open", "_original", "_parts", "_version")
 
     def __init__(self, version: ServedVersion, original: InferRequest, max_rows: int) -> None:
         self._version = version
         self._original = original
-        self._error: GatewayError | None = None
         self._parts = assembly.split_request(original, max_rows)
         self._open = len(self._parts)
-        for part in self._parts:
-            part.settle = self._part_settled
 
     def submit(self) -> None:
         """All parts are let in, or none is and the scheduler's refusal is raised."""
@@ -74,16 +64,20 @@ class SplitRequest:
         if scheduler is None:
             raise Draining(f"model '{self._version.spec.name}' is unloading")
         scheduler.submit_parts(self._original, self._parts)
-        self._original.batch = self
+        for part in self._parts:
+            part.settle = self._part_settled
+        self._original.owner = self
 
-    def abort(self) -> None:
-        self._settle(error=Cancelled("the caller left"))
-        self._give_up()
+    def abort(self, request: InferRequest) -> None:
+        """The caller of the whole left."""
+        if self._original.state != SETTLED:
+            self._give_up(Cancelled("the caller left"))
 
-    def _give_up(self) -> None:
-        scheduler = self._version.scheduler
+    def _give_up(self, error: Exception) -> None:
+        parts, scheduler = self._parts, self._version.scheduler
+        self._settle(error=error)
         if scheduler is not None:
-            for part in self._parts:
+            for part in parts:
                 scheduler.abort(part)
 
     def _part_settled(self, part: InferRequest) -> None:
@@ -91,8 +85,7 @@ class SplitRequest:
             return
         self._open -= 1
         if part.error is not None:
-            self._settle(error=part.error)
-            self._give_up()
+            self._give_up(part.error)
         elif self._open == 0:
             try:
                 self._settle(batch=self._join())
@@ -117,7 +110,9 @@ class SplitRequest:
         return joined
 
     def _settle(self, batch: FinishedBatch | None = None, error: Exception | None = None) -> None:
+        self._parts = []
         original = self._original
+        original.owner = None
         original.state = SETTLED
         original.batch, original.error, original.row = batch, error, 0
         original.settle(original)

@@ -80,16 +80,16 @@ class Scheduler:
             Overloaded: a bound of the queue is reached.
             NotReady, NoBackend, Draining: the model cannot take requests now.
         """
-        self._check(request)
+        self._admit(request)
         self._accept(request)
 
     def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
         """Queue the parts of one request, all of them or none; otherwise as `submit`."""
-        self._check(whole)
+        self._admit(whole)
         for part in parts:
             self._accept(part)
 
-    def _check(self, request: InferRequest) -> None:
+    def _admit(self, request: InferRequest) -> None:
         refusal = self._closed or self._hopeless
         if refusal is not None:
             self.statistics.reject(refusal.reason)
@@ -100,6 +100,7 @@ class Scheduler:
             raise Overloaded(rejected.message)
 
     def _accept(self, request: InferRequest) -> None:
+        request.owner = self
         request.deadline = deadline_of(self._policy, request)
         self._queue.push(request)
         if not self._pumping:

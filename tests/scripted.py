@@ -28,7 +28,7 @@ from gateway.scheduler import Scheduler
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
 
 
-BUSY_TURNS = 20_000
+MANY_TURNS = 100_000
 
 
 class NothingLeft(Exception):
@@ -36,20 +36,20 @@ class NothingLeft(Exception):
 
 
 class BusyLoop(Exception):
-    """The loop turns and turns without time passing."""
+    """The loop turns and turns: something ticks that should wait."""
 
 
 class _Selector(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self._busy = 0
+        self._turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise NothingLeft
-        self._busy = self._busy + 1 if timeout <= 0 else 0
-        if self._busy > BUSY_TURNS:
+        self._turns += 1
+        if self._turns > MANY_TURNS:
             raise BusyLoop
         self.now += max(0.0, timeout)
         return super().select(0)

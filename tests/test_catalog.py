@@ -192,6 +192,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(rig: Rig) -> None:
 
 def test_an_error_nobody_foresaw_fails_one_version_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     models.repository(rig.root, {"good": LINEAR, "odd": MIXES})
+
     def surprising(path: Path, name: str, *rest: Any) -> Artifact:
         if name == "odd":
             raise ZeroDivisionError("surprise")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.backends.interface import FailureKind, Success
-from gateway.catalog import Catalog, ServedVersion
+from gateway.catalog import ServedVersion
 from gateway.core.model import BatchPolicy, ModelSpec
 from gateway.core.request import OutputTensor
 from gateway.errors import BackendError, Cancelled, DeadlineExceeded, ModelError, NotReady, Overloaded
@@ -28,6 +28,7 @@ class Version:
 
     spec: ModelSpec
     scheduler: Scheduler | None
+    split_rows: int
 
 
 class Road:
@@ -36,8 +37,8 @@ class Road:
     def __init__(self, policy: BatchPolicy | None = None, replicas: int = 1) -> None:
         self.bench = Bench(policy or BatchPolicy(4, oversize="split"), replicas)
         self.backend = self.bench.backend
-        self.version = Version(self.bench.spec, self.bench.scheduler)
-        self.pipeline = Pipeline(cast("Catalog", None))
+        self.version = Version(self.bench.spec, self.bench.scheduler, self.bench.policy.max_batch_size)
+        self.pipeline = Pipeline()
         self.callers: list[Caller] = []
 
     def send(self, rows: int, **kwargs: Any) -> Caller:
@@ -47,7 +48,7 @@ class Road:
         return caller
 
     def abort(self, caller: Caller) -> None:
-        self.pipeline.abort(cast("ServedVersion", self.version), caller.request)
+        caller.request.abort()
 
     async def finish(self) -> None:
         await self.bench.scheduler.drained()

@@ -70,6 +70,12 @@ class Settle(Protocol):
     def __call__(self, request: InferRequest, /) -> None: ...
 
 
+class Owner(Protocol):
+    """Whoever has taken a request, and will settle it."""
+
+    def abort(self, request: InferRequest, /) -> None: ...
+
+
 QUEUED: Final = 0
 RUNNING: Final = 1
 SETTLED: Final = 2
@@ -91,6 +97,7 @@ class InferRequest:
         "key",
         "nbytes",
         "outputs",
+        "owner",
         "place",
         "received",
         "request_id",
@@ -140,6 +147,8 @@ class InferRequest:
         """The finished batch (scheduler.FinishedBatch) once settled with an answer."""
         self.row = 0
         """First row of this request in `batch`."""
+        self.owner: Owner | None = None
+        """Who has it until it is settled."""
         self.place: Any = None
         """Belongs to the queue."""
         self.error: Exception | None = None
@@ -147,3 +156,8 @@ class InferRequest:
         self.context: Any = None
         """Belongs to the caller (the ingress): what it needs to write the answer."""
         self.settle: Settle
+
+    def abort(self) -> None:
+        """The caller left: its rows are not needed any more. Harmless at any time."""
+        if self.owner is not None:
+            self.owner.abort(self)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -123,7 +122,7 @@ class OipApplication:
         codec: HttpCodec = version.codec or self._codec(version)
         try:
             request = codec.decode(head, body, exchange)
-            exchange.on_abort = partial(self._pipeline.abort, version, request)
+            exchange.on_abort = request.abort
             self._pipeline.infer(version, request)
         except Exception as error:
             if not isinstance(error, GatewayError):

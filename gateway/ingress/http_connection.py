@@ -29,6 +29,7 @@ from gateway.ingress.http_exchange import UNREAD_HEAD, AdaptedExchange, Applicat
 from gateway.protocol.http1 import (
     CONTINUE,
     Event,
+    Head,
     Heads,
     Held,
     HttpLimits,
@@ -77,6 +78,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_address",
+        "_clock",
         "_closing",
         "_continue_owed",
         "_eof",
@@ -88,6 +90,7 @@ class Connection(asyncio.Protocol):
         "_read_at",
         "_receive",
         "_scheduled",
+        "_take_whole",
         "_unread_bytes",
         "_unread_since",
         "attention",
@@ -135,6 +138,8 @@ class Connection(asyncio.Protocol):
         self.write = self.transport.write
         self.receiver = Receiver(shared.heads, shared.held, now)
         self._receive = self.receiver.receive
+        self._take_whole = self.receiver.take_whole
+        self._clock = shared.clock
         self._read_at = now
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) else ""
@@ -209,26 +214,33 @@ class Connection(asyncio.Protocol):
     # -- in --------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        shared = self.shared
         pending = self.pending
-        self._read_at = now = shared.clock()
+        self._read_at = now = self._clock()
+        if not pending:
+            # The usual case: one whole request with a remembered head, and nothing before it.
+            head = self._take_whole(data)
+            if head is not None:
+                self._hand_over(head, data[-head.length :] if head.length else b"", now)
+                return
         for event in self._receive(data, now, self.room - len(pending)):
             if type(event) is Request and not self._closing:
-                head = event.head
-                body = event.body
-                kind = AdaptedExchange if head.uncommon else Exchange
-                exchange = kind(self, head, now, len(body))
-                pending.append(exchange)
-                shared.requests += 1
-                try:
-                    shared.handle(head, body, exchange)
-                except Exception:
-                    self._failed(exchange)
+                self._hand_over(event.head, event.body, now)
             else:
                 self._uncommon_event(event, now)
         if self.receiver.more or len(pending) >= self.room:
             self._pause_reading()
             self._schedule()
+
+    def _hand_over(self, head: Head, body: bytes, now: float) -> None:
+        kind = AdaptedExchange if head.uncommon else Exchange
+        exchange = kind(self, head, now, len(body))
+        self.pending.append(exchange)
+        shared = self.shared
+        shared.requests += 1
+        try:
+            shared.handle(head, body, exchange)
+        except Exception:
+            self._failed(exchange)
 
     def _uncommon_event(self, event: Event, now: float) -> None:
         if isinstance(event, Request):  # behind one that ended the connection

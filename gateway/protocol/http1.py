@@ -11,7 +11,7 @@ Rules and invariants:
   of it is counted in `Held` until the shell says the request is over.
 - Time is an argument. `expired` says whether the client has been too slow.
 
-The usual case, one whole request with a remembered head in one read, takes the few lines at the top of `receive`.
+The usual case, one whole request with a remembered head in one read, takes the few lines of `take_whole`.
 """
 
 from __future__ import annotations
@@ -170,7 +170,16 @@ class Receiver:
 
         `limit`: how many requests to return at most; input beyond it waits (see `more`). Never raises.
         """
-        if self._state == _IDLE and limit > 0:
+        if limit > 0:
+            head = self.take_whole(data)
+            if head is not None:
+                return [Request(head, data[-head.length :] if head.length else b"")]
+        return self._advance(data, now, limit)
+
+    def take_whole(self, data: bytes) -> Head | None:
+        """The head, if `data` is one whole request with a remembered head and nothing was held before it: its body
+        is the last `length` bytes, and it counts as handed over. None: nothing was taken, `receive` must see it."""
+        if self._state == _IDLE:
             end = data.find(b"\r\n\r\n") + 4
             head = self._remembered.get(data[:end])
             if head is not None and len(data) - end == head.length:
@@ -178,8 +187,8 @@ class Receiver:
                 used = held.used_bytes + head.length
                 if head.keep_alive and used <= held.limit_bytes:
                     held.used_bytes = used
-                    return [Request(head, data[end:])]
-        return self._advance(data, now, limit)
+                    return head
+        return None
 
     def _advance(self, data: bytes, now: float, limit: int) -> list[Event]:
         events: list[Event] = []

@@ -131,18 +131,15 @@ class RequestDecoder:
             Unsupported: it asks for something this gateway does not offer.
         """
         try:
-            return self._decode(body, header_length)
+            if header_length is not None and header_length != len(body):
+                return self._decode_binary(body, header_length)
+            if self._typed is not None and len(body) < LARGE_BYTES:
+                request = self._decode_typed(body)
+                if request is not None:
+                    return request
+            return self._decode_general(body)
         except RecursionError as error:
             raise InvalidRequest("request body is nested too deeply") from error
-
-    def _decode(self, body: bytes, header_length: int | None) -> InferRequest:
-        if header_length is not None and header_length != len(body):
-            return self._decode_binary(body, header_length)
-        if self._typed is not None and len(body) < LARGE_BYTES:
-            request = self._decode_typed(body)
-            if request is not None:
-                return request
-        return self._decode_general(body)
 
     # -- road 1 ------------------------------------------------------------------------------------------------
 
@@ -159,7 +156,7 @@ class RequestDecoder:
             return None
         only = inputs[0] if len(inputs) == 1 else None
         # A bare -0 came out as 0; where both could be, a closer look is worth its price.
-        if b"-0" in body and (only is None or 0.0 in only.data) and _MINUS_ZERO.search(body):
+        if (only is None or 0.0 in only.data) and b"-0" in body and _MINUS_ZERO.search(body):
             return None
         if only is not None:
             known = self._single.get((only.name, only.datatype, *only.shape))

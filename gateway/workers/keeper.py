@@ -115,22 +115,22 @@ class Keeper:
 
     async def _keep(self) -> None:
         while True:
-            await self._live()
+            crash = await self._live()
             self.channel = None
             if self.retired:
                 return
             self._to(WorkerEvent.DIED)
             self.restarts += 1
-            await asyncio.sleep(self._backoff.died(self._now(), self._overseer.rng))
+            await asyncio.sleep(self._backoff.died(self._now(), self._overseer.rng, crash=crash))
             self._to(WorkerEvent.RETRY)
 
-    async def _live(self) -> None:
-        """One process from start to end (and the ones that replaced it in peace)."""
+    async def _live(self) -> bool:
+        """One process from start to end (and the ones that replaced it in peace). Returns whether it crashed."""
         try:
             channel = self._spawn()
         except OSError as error:
             self._never_up(f"worker {self.name} could not be started: {error.strerror}")
-            return
+            return True
         try:
             await self._greet(channel)
             async with self._lock:
@@ -140,7 +140,7 @@ class Keeper:
             channel = await self._serve(channel)
         except WorkerLost as error:
             self._never_up(str(error))
-        await self._bury(channel)
+        return await self._bury(channel)
 
     def _never_up(self, text: str) -> None:
         if not self._first.done():
@@ -205,18 +205,20 @@ class Keeper:
             self._recycle.clear()
             channel = await self._replace(channel)
 
-    async def _bury(self, channel: Channel) -> None:
-        """Wait until the process is gone and say what it died of."""
+    async def _bury(self, channel: Channel) -> bool:
+        """Wait until the process is gone and say what it died of. Returns whether it crashed."""
         exit_code = await asyncio.shield(channel.ended)
         self._channels.discard(channel)
         if channel.closing:
-            return
+            return False
         text = describe_exit(exit_code)
         text = f"{channel.cause} ({text})" if channel.killed else text
         self._emit("worker_died", channel, text)
         out_of_memory = out_of_memory_kills() > channel.out_of_memory_kills
-        if is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory):
+        crash = is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory)
+        if crash:
             self._overseer.crashed(channel.suspects, f"worker {self.name} died: {text}")
+        return crash
 
     async def stop(self, timeout_s: float) -> None:
         """End the processes: in peace, after `timeout_s` by force. Attempts in flight are broken."""

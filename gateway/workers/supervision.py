@@ -2,7 +2,7 @@
 
 - The life of one worker is a table.
 - Backoff: the first restart is immediate, then 0.5·2^k seconds, at most 30, full jitter; forgotten after a worker
-  has been healthy for 60 seconds.
+  has been healthy for 60 seconds. A serving worker that somebody killed is started again at once, however often.
 - Blame: a crash is charged to the models that were executing or loading in the process. A model seen at two
   crashes within a minute gets processes of its own, so that the next crash names the culprit and spares its
   neighbours. A model that crashes alone more than five times within a minute has failed; it is tried again every
@@ -83,8 +83,11 @@ class Backoff:
         """The worker serves since `now`."""
         self._up_since = now
 
-    def died(self, now: float, rng: random.Random) -> float:
-        """Seconds to wait before the next start."""
+    def died(self, now: float, rng: random.Random, *, crash: bool = True) -> float:
+        """Seconds to wait before the next start. `crash`: see `is_crash`."""
+        if not crash and self._up_since is not None:
+            self._up_since = None
+            return 0.0
         if self._up_since is not None and now - self._up_since >= HEALTHY_AFTER_S:
             self._deaths = 0
         self._up_since = None

@@ -30,7 +30,8 @@ from gateway.ingress.listener import Listener, listen
 from gateway.pipeline import Pipeline
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
-ILLEGIBLE, POISON = 1313, 6666
+ILLEGIBLE, POISON = -13, -66
+MAX_QUEUE_ROWS = 15_000
 PATIENCE_S = 30.0
 
 
@@ -162,7 +163,7 @@ class Bench:
     def __init__(self) -> None:
         self.ready = True
         self.catalog = Catalog()
-        self.pipeline = Pipeline(self.catalog)
+        self.pipeline = Pipeline()
         self.application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, lambda: self.ready)
         self.server = HttpServer(self.application)
         self.listener: Listener
@@ -189,7 +190,7 @@ class Bench:
         artifact = Artifact(name, version, "test", files, "sha256:" + "12" * 32, b"model")
         wanted = WantedVersion(
             name, version, lambda: (artifact, sidecar), load, None, "auto", max_batch_size, True, 0.0, (),
-            "split" if oversize else "reject", 100_000, 10**8, 30.0,
+            "split" if oversize else "reject", MAX_QUEUE_ROWS, 10**8, 30.0,
         )  # fmt: skip
         found = await self.catalog.load(wanted)
         assert (found.state is ModelState.FAILED) == (refuse is not None), found.reason

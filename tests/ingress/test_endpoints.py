@@ -283,13 +283,14 @@ async def test_a_route_that_was_remembered_means_the_newest_version_at_each_requ
     async with oip_bench() as bench:
         client = await bench.client()
         seen = []
-        for act in (lambda: None, lambda: bench.catalog.failed("numbers", "2", "crashes")):
-            act()
+        for event in ("", "failed", "recovered"):
+            if event == "failed":
+                bench.catalog.failed("numbers", "2", "crashes")
+            elif event == "recovered":
+                bench.catalog.recovered("numbers", "2")
             answer = await client.ask(infer([1]))
             check(answer, [1])
             seen.append(answer.document["model_version"])
-        bench.catalog.recovered("numbers", "2")
-        seen.append((await client.ask(infer([1]))).document["model_version"])
         assert seen == ["2", "1", "2"]
         assert bench.server.statistics().remembered_heads == 1
 

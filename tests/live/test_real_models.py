@@ -1,4 +1,4 @@
-"""Real models over the served API: one made by others (magika's file types, from its PyPI package), and our own digits."""
+"""Real models over the served API: one made by others (file types, from the PyPI package magika), and our digits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import magika
 import numpy as np
 import pytest
 
-import gateway.demo as demo
+from gateway import demo
 from tests.live.alone import Alone, check
 from tests.live.gateway_process import GatewayProcess, gateway
 from tests.live.in_process import gather_all
@@ -129,7 +129,11 @@ def test_digits_never_seen_in_training_are_read(
     async def story() -> dict[int, int]:
         parts = [range(start, len(pixels), 12) for start in range(12)]
         labels = await gather_all([client(part) for part in parts])
-        return {number: label for part, own in zip(parts, labels, strict=True) for number, label in zip(part, own, strict=True)}
+        return {
+            number: label
+            for part, own in zip(parts, labels, strict=True)
+            for number, label in zip(part, own, strict=True)
+        }
 
     read = asyncio.run(story())
     assert len(read) == len(held_out["labels"])

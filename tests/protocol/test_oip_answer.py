@@ -289,8 +289,16 @@ def test_batch_shared_by_many_requests(data: st.DataObject) -> None:
         body = b"".join(parts)
         assert len(body) == length
         first, second = json.loads(body[:json_length])["outputs"]
+        assert first["shape"] == [rows, *trailing]
+        assert second["shape"] == [rows, 1]
         blob = body[json_length:] if json_length is not None else b""
         expected = numbers[row : row + rows].tobytes()
+        everything, _, json_length = encoder.encode(asked(spec, row, rows, [("Y", True)]), shared)
+        body = b"".join(everything)
+        (only,) = json.loads(body[:json_length])["outputs"]
+        assert only["parameters"]["binary_data_size"] == len(expected)
+        assert only["shape"] == [rows, *trailing]
+        assert body[json_length:] == expected
         if binary:
             assert blob == expected
             assert second["data"] == [element.decode() for element in strings[row : row + rows]]

@@ -141,12 +141,32 @@ def test_remembered_headers_are_bounded_and_never_mix_requests() -> None:
 
 
 def test_remembered_header_still_checks_the_blobs() -> None:
-    decoder = RequestDecoder(of_x("BOOL"))
-    body, length = binary_body(("X", "BOOL", [1, 3], b"\0\1\1"))
-    decoder.decode(body, length)
-    for wrong in (body[:length] + b"\0\1\2", body[:-1], body + b"\0"):
-        with pytest.raises(InvalidRequest):
-            decoder.decode(wrong, length)
+    for datatype, blob, bad in (
+        ("BOOL", b"\0\1\1", b"\0\1\2"),
+        ("BYTES", packed([b"a", b"", b"b"]), packed([b"a", b"c"])),
+        ("INT16", bytes(6), b""),
+        ("FP32", bytes(12), bytes(8)),
+        ("FP16", bytes(6), bytes(8)),
+    ):
+        decoder = RequestDecoder(of_x(datatype))
+        body, length = binary_body(("X", datatype, [1, 3], blob))
+        for _ in range(2):
+            assert x_of(decoder.decode(body, length)) == blob
+            for wrong in (body[:length] + bad, body[:-1], body + b"\0", body[:length]):
+                with pytest.raises(InvalidRequest):
+                    decoder.decode(wrong, length)
+
+
+def test_remembered_header_of_many_inputs() -> None:
+    spec = model([tensor_spec("A"), tensor_spec("B", "INT8", optional=True), tensor_spec("C", "FP64")])
+    decoder = RequestDecoder(spec)
+    for number in range(4):
+        c, a = struct.pack("<d", number), struct.pack("<ff", number, -number)
+        body, length = binary_body(("C", "FP64", [1, 1], c), ("A", "FP32", [1, 2], a), extra='"id":"n",')
+        request = decoder.decode(body, length)
+        assert decoded(spec, request) == {"A": ((1, 2), a), "C": ((1, 1), c)}
+        assert request.inputs[1] is None
+        assert request.request_id == "n"
 
 
 def test_raw_request() -> None:

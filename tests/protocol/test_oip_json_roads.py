@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.core.model import ModelSpec
 from gateway.errors import InvalidRequest
-from gateway.protocol.oip_json import LARGE_BYTES, RequestDecoder
+from gateway.protocol.oip_json import LARGE_BYTES, REMEMBERED_FORMS, RequestDecoder
 
 from .oip_samples import (
     INTEGERS,
@@ -30,6 +30,7 @@ from .oip_samples import (
     padded,
     refused,
     request_body,
+    tensor_bytes,
     tensor_spec,
     x_of,
 )
@@ -141,6 +142,62 @@ def test_minus_zero_keeps_its_sign(road: str, text: str, after: str) -> None:
     for datatype in ("FP32", "FP64"):
         body = by_road(road, request_body(datatype, f"[{text}{after},0,[{text}{after}]]"))
         assert x_of(decode(of_x(datatype), body)) == naive_bytes(datatype, [-0.0, 0.0, -0.0])
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_minus_zero_in_plain_requests(road: str) -> None:
+    """Flat data is what the typed road accepts, and what it remembers forms of."""
+    two = model([tensor_spec("X"), tensor_spec("Z")])
+    item = b'{"name":"%b","shape":[1,2],"datatype":"FP32","data":[%b]}'
+    both = b'{"inputs":[%b,%b]}' % (item % (b"X", b"1,2"), item % (b"Z", b"0,-0"))
+    decoder = RequestDecoder(two)
+    for _ in range(2):
+        assert tensor_bytes(decoder.decode(by_road(road, both)).inputs[1]) == naive_bytes("FP32", [0.0, -0.0])
+    decoder = RequestDecoder(of_x())
+    for data, numbers in (
+        ("[0,1,2]", [0.0, 1.0, 2.0]),
+        ("[-0,0,1]", [-0.0, 0.0, 1.0]),
+        ("[-0.5,0,-0]", [-0.5, 0.0, -0.0]),
+    ):
+        assert x_of(decoder.decode(by_road(road, request_body(data=data)))) == naive_bytes("FP32", numbers)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    ("datatype", "good", "bad"),
+    [
+        ("FP32", "[1,2,3]", ["[1,2]", "[1,2,3,4]", "[]", "[1,true,3]", "[1e400,2,3]"]),
+        ("BOOL", "[true,false,true]", ["[true]", "[true,false,true,true]", "[true,1,false]"]),
+        ("INT8", "[1,2,3]", ["[1,2,300]", "[1,2,-129]", "[1,2]", "[1,2,3.0]"]),
+        ("UINT64", "[1,2,3]", ["[1,2,-1]", "[1,2,18446744073709551616]", "[1,2,3,4]"]),
+        ("BYTES", '["a","b","c"]', ['["a","b"]', '["a","b",1]', '["a","b","\\ud800"]']),
+    ],
+)
+def test_an_accepted_request_weakens_no_check_of_the_next(road: str, datatype: str, good: str, bad: list[str]) -> None:
+    decoder = RequestDecoder(of_x(datatype))
+    for data in bad:
+        for _ in range(2):
+            decoder.decode(by_road(road, request_body(datatype, good)))
+            with pytest.raises(InvalidRequest):
+                decoder.decode(by_road(road, request_body(datatype, data)))
+
+
+def test_remembered_forms_keep_requests_apart() -> None:
+    decoder = RequestDecoder(of_x())
+    for extra, request_id in (("", None), ('"id":"a",', "a"), ('"id":"",', None), ('"id":"b",', "b")):
+        for width in (1, 2, 3):
+            for rows in (1, 2):
+                data = [float(number) for number in range(rows * width)]
+                request = decoder.decode(request_body(data=str(data), shape=f"[{rows},{width}]", extra=extra))
+                assert decoded(decoder.spec, request) == {"X": ((rows, width), naive_bytes("FP32", data))}
+                assert (request.rows, request.request_id) == (rows, request_id)
+
+
+def test_remembered_forms_are_bounded() -> None:
+    decoder = RequestDecoder(of_x())
+    for width in range(REMEMBERED_FORMS + 20):
+        decoder.decode(request_body(data=str([1] * width), shape=f"[1,{width}]"))
+    assert len(decoder._single) <= REMEMBERED_FORMS
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -58,6 +58,18 @@ def test_a_healthy_minute_forgets_earlier_deaths() -> None:
     assert backoff.died(260.0, Highest()) == 0.0
 
 
+def test_a_serving_worker_that_somebody_killed_is_started_again_at_once_however_often() -> None:
+    backoff = Backoff()
+    for second in range(20):
+        backoff.up(float(second))
+        assert backoff.died(second + 0.5, Highest(), crash=False) == 0.0
+    # ... and kills do not hide crashes, nor a worker that is killed before it ever serves.
+    backoff.up(30.0)
+    assert backoff.died(30.1, Highest(), crash=True) == 0.0
+    assert backoff.died(30.2, Highest(), crash=False) > 0.0
+
+
+
 @given(st.integers(0, 2**32), st.integers(1, 2000))
 def test_jitter_is_full_and_bounded(seed: int, deaths: int) -> None:
     backoff, rng = Backoff(), random.Random(seed)

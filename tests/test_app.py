@@ -1,0 +1,129 @@
+"""What the composition root says of its parts, and passes between them. Its life as a process: tests/live."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gateway import terminal
+from gateway.app import EXIT_CONFIG, Gateway
+from gateway.backends.onnx import PoolEvent
+from gateway.config import Config
+from gateway.core.model import ModelState
+from gateway.errors import ModelError
+from tests.ingress.oip_bench import check, infer, oip_bench, replica_of
+
+
+@asynccontextmanager
+async def gateway() -> AsyncIterator[Gateway]:
+    """Serves `numbers` (two versions) from scripted replicas and knows a model that could not be loaded."""
+    async with oip_bench() as bench:
+        await bench.serve("broken", refuse=ModelError("the graph is odd"))
+        found = Gateway(Config())
+        found.catalog = bench.catalog
+        yield found
+
+
+async def test_the_status_of_every_version() -> None:
+    async with gateway() as subject:
+        broken, old, new = subject._model_statuses()
+        assert (broken.name, broken.state, broken.reason) == ("broken", "FAILED", "the graph is odd")
+        assert (broken.backends, broken.max_batch_size, broken.batching) == ([], 0, "")
+        assert broken.digest == "sha256:" + "12" * 32, "its files were read before it was refused"
+        assert (old.version, new.version, new.state, new.reason) == ("1", "2", "READY", "")
+        assert (new.max_batch_size, new.digest) == (8, "sha256:" + "12" * 32)
+        assert new.batching.startswith("batches up to 8 rows")
+        assert [(b.name, b.available, b.in_flight) for b in new.backends] == [("onnx-1", True, 0)]
+
+
+async def test_metrics_are_of_versions_that_have_served() -> None:
+    async with gateway() as subject:
+        views = subject._model_views()
+        assert [(view.name, view.version) for view in views] == [("numbers", "1"), ("numbers", "2")]
+        assert [replica.state for replica in views[1].replicas] == ["ready"]
+        replica_of(subject.catalog.find("numbers", "2")).available = False
+        assert [replica.state for replica in subject._model_views()[1].replicas] == ["starting"]
+        subject.catalog.failed("numbers", "2", "crashes")
+        assert [replica.state for replica in subject._model_views()[1].replicas] == ["failed"]
+
+
+async def test_ready_means_loaded_and_not_stopping_and_every_model_able_to_answer() -> None:
+    async with oip_bench() as bench:
+        subject = Gateway(Config())
+        subject.catalog = bench.catalog
+        assert not subject.ready(), "nothing is loaded yet"
+        subject._loaded = True
+        assert subject.ready()
+        replica = replica_of(bench.catalog.find("numbers", "1"))
+        replica.available = False
+        assert not subject.ready()
+        replica.available = True
+        subject._draining = True
+        assert not subject.ready()
+
+
+async def test_what_happens_to_workers_reaches_the_catalog_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway() as subject:
+        version = subject.catalog.find("numbers", "2")
+        with caplog.at_level(logging.INFO, "gateway"):
+            subject._pool_event(PoolEvent("worker_died", worker="onnx-1", pid=42, text="signal SIGSEGV"))
+            assert version.state is ModelState.READY
+            subject._pool_event(PoolEvent("model_failed", model="numbers", version="2", text="it crashes"))
+            assert (version.state, version.reason) == (ModelState.FAILED, "it crashes")
+            subject._pool_event(PoolEvent("model_recovered", model="numbers", version="2"))
+            assert (version.state, version.reason) == (ModelState.READY, "")
+            subject._pool_event(PoolEvent("worker_ready", worker="onnx-1", pid=43, generation=2))
+        for said in (
+            "onnx-1 (pid 42) died: signal SIGSEGV",
+            "numbers version 2 failed: it crashes",
+            "is back (pid 43)",
+        ):
+            assert said in caplog.text
+
+
+async def test_pending_counts_what_was_accepted() -> None:
+    async with oip_bench() as bench:
+        subject = Gateway(Config())
+        subject.catalog = bench.catalog
+        replica = replica_of(bench.catalog.find("numbers", "2"))
+        replica.held = []
+        client = await bench.client()
+        client.send(infer([1]))
+        while not replica.held:
+            await client.writer.drain()
+        assert subject.pending() == 1
+        replica.release()
+        check(await client.answer(), [1])
+        assert subject.pending() == 0
+
+
+async def test_faults_of_the_models_end_it_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "show_error", said.append)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    subject = Gateway(Config().with_sources([str(tmp_path / "one"), str(tmp_path / "two")]))
+    assert await subject.serve(demo=False) == EXIT_CONFIG
+    assert [str(tmp_path / name) in text for name, text in zip(("one", "two"), said, strict=True)] == [True, True]
+    assert not hasattr(subject, "pool")
+
+
+async def test_a_demo_that_cannot_ask_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "show_error", said.append)
+
+    class Nobody:
+        port = 0
+
+    subject = Gateway(Config())
+    subject.operations = Nobody()  # type: ignore[assignment]
+    await subject._show_demo(0)
+    (line,) = said
+    assert line.startswith("the demo could not ask its models: ")
+    assert "\n" not in line
