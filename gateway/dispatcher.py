@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ ATTEMPT_TIMEOUT_FLOOR_S: Final = 5.0
 ATTEMPT_TIMEOUT_FACTOR: Final = 10.0
 """... times the longest run seen, peak-sensitive and slowly forgotten."""
 PEAK_DECAY: Final = 0.99
+RUN_WEIGHT: Final = 0.1
+"""Share of the newest batch in the mean run time."""
 
 _PROCESS_TAG: Final = os.urandom(2).hex()
 _BATCH_NUMBERS: Final = itertools.count(1)
@@ -90,6 +93,8 @@ class Dispatcher:
         self.statistics = statistics
         self.execute_s = 0.0
         """The longest recent run, seconds: peak-sensitive, slowly decaying."""
+        self.run_s = float("inf")
+        """Seconds that batches spend inside the backend: a moving mean; infinite before the first."""
         self.running = 0
         self._owner = owner
         self._now = clock
@@ -152,6 +157,8 @@ class Dispatcher:
         now = self._now()
         execute_s = now - batch.dispatched
         self.execute_s = max(execute_s, self.execute_s * PEAK_DECAY)
+        spent_s = (outcome.compute_input_ns + outcome.compute_infer_ns + outcome.compute_output_ns) / 1e9
+        self.run_s = spent_s if math.isinf(self.run_s) else self.run_s + RUN_WEIGHT * (spent_s - self.run_s)
         finished = FinishedBatch(
             f"{_PROCESS_TAG}-{next(_BATCH_NUMBERS):06d}",
             batch.rows,

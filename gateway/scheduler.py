@@ -20,7 +20,7 @@ from gateway.backends.interface import Replica
 from gateway.core.admission import admit, deadline_of
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
-from gateway.core.batching import Dispatch, Reason, WaitUntil, decide
+from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time
 from gateway.core.model import ModelSpec
 from gateway.core.request import RUNNING, SETTLED, InferRequest
 from gateway.dispatcher import Dispatcher
@@ -61,6 +61,8 @@ class Scheduler:
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
         self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self)
         self._pumping = False
+        self._let_more_in = False
+        """Whether the pump should let the loop turn once more before it decides."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_instant = 0.0
         self._closed: GatewayError | None = None
@@ -157,12 +159,18 @@ class Scheduler:
 
     def _pump(self) -> None:
         """Hand out batches while replicas have room and the core says so; then arm the timer."""
+        if self._let_more_in:
+            self._let_more_in = False
+            self._loop.call_soon(self._pump)
+            return
         self._pumping = False
         queue, dispatcher = self._queue, self._dispatcher
         now = self._now()
         self._expire(now)  # first: rows of a caller whose time is up never reach a replica
         wake: float | None = None
         while queue.count or dispatcher.isolated:
+            if dispatcher.running and not dispatcher.isolated and self._one_at_a_time():
+                break
             replica = dispatcher.free_replica()
             if replica is None:
                 break
@@ -182,6 +190,9 @@ class Scheduler:
                 replica = dispatcher.free_replica(members[0].avoid) or replica
             dispatcher.dispatch(members, reason, replica, isolated)
         self._arm(wake)
+
+    def _one_at_a_time(self) -> bool:
+        return one_at_a_time(self._dispatcher.run_s, self._queue.rows, max(self._policy.max_batch_size, 1))
 
     def _arm(self, wake: float | None) -> None:
         deadline = self._queue.next_deadline()
@@ -225,9 +236,12 @@ class Scheduler:
     # -- what the dispatcher reports -------------------------------------------------------------------------------
 
     def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None:
-        # The next batch first: the replica starts on it while this one's answers are written.
         if self._queue.count or self._dispatcher.isolated:
-            self._pump()
+            if self._one_at_a_time():
+                # Short runs: write the answers, read once what clients send next, and let that join the next batch.
+                self._let_more_in = True
+            else:
+                self._pump()  # the replica starts on the next batch while this one's answers are written
         settled = self._queue.settled
         dispatched = batch.dispatched
         answered, waited_s, row = 0, 0.0, 0

@@ -104,8 +104,8 @@ class ScriptedBatch:
         self.ended = False
         self._batch = batch
 
-    def reply(self, tamper: Callable[[list[int]], list[int]] | None = None) -> None:
-        """Answer every row; `tamper` changes the answers on the way."""
+    def reply(self, tamper: Callable[[list[int]], list[int]] | None = None, infer_ns: int = 10) -> None:
+        """Answer every row; `tamper` changes the answers on the way. `infer_ns`: how long the run is said to be."""
         answers = [answer_to(number) for number in self.numbers]
         if tamper is not None:
             answers = tamper(answers)
@@ -113,7 +113,7 @@ class ScriptedBatch:
             0: OutputTensor("triple", INT64, (len(answers), 1), np.array(answers, "<i8").tobytes()),
             1: OutputTensor("name", BYTES, (len(answers), 1), pack_bytes([b"n%d" % a for a in answers])),
         }
-        self._end(Success([outputs[index] for index in self._batch.outputs], 1, 10, 1))
+        self._end(Success([outputs[index] for index in self._batch.outputs], 1, infer_ns, 1))
 
     def fail(self, kind: FailureKind, message: str = "scripted") -> None:
         self._end(Failure(kind, message))

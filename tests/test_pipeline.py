@@ -80,10 +80,11 @@ async def test_the_joined_answer_is_the_unsplit_one(as_values: bool) -> None:
     caller = road.send(10, as_values=as_values, outputs=(0, 1))
     batches = [await road.backend.expect_batch(rows=4), await road.backend.expect_batch(rows=4)]
     batches[1].reply()  # out of order
-    last = await road.backend.expect_batch(rows=2)
-    last.reply()
+    await turns()
     assert caller.settled == 0
     batches[0].reply()
+    last = await road.backend.expect_batch(rows=2)
+    last.reply()
     await road.finish()
     assert caller.answered
     batch = caller.request.batch

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 from gateway.core.batch_queue import BatchQueue, Group
 from gateway.core.model import BatchPolicy
@@ -35,6 +36,20 @@ class Reason(enum.Enum):
     DEADLINE = "deadline"
     SHAPE = "shape"
     """Closed early because the next request in line could not join: it would not fit."""
+
+
+SHORT_RUN_S: Final = 0.0005
+"""A run shorter than this costs less than what surrounds it: waking a worker, reading its answer, one more batch's
+worth of per-batch work in the gateway. Measured: about 0.2 ms in all on one core."""
+
+
+def one_at_a_time(run_s: float, waiting_rows: int, limit: int) -> bool:
+    """Whether requests should wait for the batch that is running although another replica is free.
+
+    Idle replicas fragment batches: with runs this short (`run_s`: seconds inside the backend) the gateway is the
+    bottleneck, and twice the batches would cost it more than the replica could save. The wait is bounded by the
+    run that is under way. A batch that is full goes anyway."""
+    return run_s < SHORT_RUN_S and waiting_rows < limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 from gateway.provenance.headers import Member, parse
 from tests.live import models
 from tests.live.alone import Alone, check
-from tests.live.gateway_process import GatewayProcess, gateway
+from tests.live.gateway_process import GatewayProcess, gateway, until
 from tests.live.in_process import gather_all
 from tests.live.oip_wire import Answer, Request, Tensor, connect
 
@@ -23,6 +23,7 @@ MODELS = {
     "stated": models.whole_linear(),
     "patient": models.whole_linear(),
     "delayed": models.whole_linear(),
+    "lingering": models.whole_linear(),
     "shapes": models.identity("INT64"),
 }
 CONFIGS = {
@@ -31,6 +32,7 @@ CONFIGS = {
         "max_batch_size: 8\ndynamic_batching { preferred_batch_size: [4] max_queue_delay_microseconds: 600000 }\n"
     ),
     "delayed": "max_batch_size: 8\ndynamic_batching { max_queue_delay_microseconds: 600000 }\n",
+    "lingering": "max_batch_size: 8\ndynamic_batching { max_queue_delay_microseconds: 20000000 }\n",
     "shapes": "max_batch_size: 8\ndynamic_batching { max_queue_delay_microseconds: 600000 }\n",
 }
 DELAY_S = 0.6
@@ -219,6 +221,35 @@ def test_full_batches_do_not_wait(served: GatewayProcess, alone: dict[str, Alone
         check(request, answer, alone["delayed"])
         assert members(answer)[0].size == 8
     assert reasons(served, "delayed") - before == {"full": 4}
+
+
+def test_rows_of_a_caller_who_left_are_never_executed(served: GatewayProcess, alone: dict[str, Alone]) -> None:
+    """Two callers wait in the queue, one vanishes: the batch that later goes is not its."""
+    stays, fills = whole("lingering", 2, 50), whole("lingering", 6, 70)
+
+    async def waiting(rows: int) -> None:
+        await asyncio.to_thread(
+            until, lambda: served.metric("gateway_queue_rows", model="lingering") == rows, 15, "it is not noticed"
+        )
+
+    async def story() -> tuple[Answer, Answer]:
+        async with connect(served.port) as left, connect(served.port) as first, connect(served.port) as second:
+            await left.send(whole("lingering", 3).encode())
+            await waiting(3)
+            await first.send(stays.encode())
+            await waiting(5)
+            left.abort()
+            await waiting(2)
+            answer = await second.ask(fills)
+            return await first.receive(), answer
+
+    answers = asyncio.run(story())
+    for request, answer, row in zip((stays, fills), answers, (0, 2), strict=True):
+        check(request, answer, alone["lingering"])
+        assert [(member.size, member.row) for member in members(answer)] == [(8, row)]
+    assert served.metric("nv_inference_count", model="lingering") == 8
+    assert executions(served, "lingering") == 1
+    assert served.metric("nv_inference_request_failure", model="lingering", reason="CANCELED") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ checked too: with one row scrambled on purpose it must complain.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from gateway.config import Config, ModelEntry, Server
@@ -189,43 +190,53 @@ def check_batch(request: Request, headers: list[tuple[str, str]]) -> None:
 
 
 def play_mix(gateway: InProcess, mix: list[Caller], alone: dict[str, Alone]) -> int:
-    """All callers at once; afterwards nothing may be left of them."""
+    """All callers at once; returns how many answers were checked."""
 
     async def callers() -> list[int]:
         async with asyncio.timeout(120):
             return await gather_all([play(gateway.port, caller, alone) for caller in mix])
 
+    checked = sum(asyncio.run(callers()))
+    assert checked >= sum(len(caller.requests) for caller in mix if caller.leaves_after is None)
+    return checked
+
+
+@contextlib.contextmanager
+def nothing_left(gateway: InProcess) -> Iterator[None]:
+    """After the block no row, byte, batch or request of it may be anywhere, and the workers are the same as before."""
     workers = [worker.pid for worker in gateway.call(gateway.pool.statistics).workers]
-    checked = asyncio.run(callers())
+    yield
     until(lambda: not gateway.call(gateway.residue), 60, f"left behind: {gateway.call(gateway.residue)}")
     after = gateway.call(gateway.pool.statistics).workers
     assert [worker.pid for worker in after] == workers
     assert {worker.state for worker in after} == {"ready"}
-    return sum(checked)
 
 
 GENTLE = settings(
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
-@seed(20_261_123)
-@settings(GENTLE, max_examples=40, phases=[Phase.generate, Phase.shrink])
-@given(mix=MIXES)
-def test_every_answer_is_the_callers_own(gateway: InProcess, alone: dict[str, Alone], mix: list[Caller]) -> None:
-    checked = play_mix(gateway, mix, alone)
-    assert checked >= sum(len(caller.requests) for caller in mix if caller.leaves_after is None)
+def test_every_answer_is_the_callers_own(gateway: InProcess, alone: dict[str, Alone]) -> None:
+    @seed(20_261_123)
+    @settings(GENTLE, max_examples=40)
+    @given(mix=MIXES)
+    def holds(mix: list[Caller]) -> None:
+        play_mix(gateway, mix, alone)
+
+    with nothing_left(gateway):
+        holds()
 
 
 @pytest.mark.slow
-@settings(GENTLE, max_examples=600)
-@given(mix=MIXES)
-def test_every_answer_is_the_callers_own_at_length(
-    gateway: InProcess, alone: dict[str, Alone], mix: list[Caller]
-) -> None:
-    play_mix(gateway, mix, alone)
+def test_every_answer_is_the_callers_own_at_length(gateway: InProcess, alone: dict[str, Alone]) -> None:
+    @settings(GENTLE, max_examples=600)
+    @given(mix=MIXES)
+    def holds(mix: list[Caller]) -> None:
+        play_mix(gateway, mix, alone)
+
+    with nothing_left(gateway):
+        holds()
 
 
 def crowd(model: str, callers: int, each: int, rng: np.random.Generator) -> list[Caller]:
@@ -245,7 +256,8 @@ def test_a_crowd_shares_batches_and_nobody_notices(gateway: InProcess, alone: di
     statistics = gateway.catalog.resolve("whole", None).statistics
     runs, rows = statistics.execution_count, statistics.inference_count
     mix = crowd("whole", 24, 20, np.random.default_rng(1))
-    assert play_mix(gateway, mix, alone) == 480
+    with nothing_left(gateway):
+        assert play_mix(gateway, mix, alone) == 480
     sent = sum(request.inputs[0].array.shape[0] for caller in mix for request in caller.requests)
     assert statistics.inference_count - rows == sent
     assert statistics.execution_count - runs < 240, "hardly anything was batched, so nothing was put to the test"
@@ -256,7 +268,8 @@ def test_callers_who_leave_do_not_disturb_the_others(gateway: InProcess, alone: 
     leaving = random.Random(2)
     for caller in mix[::2]:
         caller.leaves_after = leaving.randrange(20)
-    assert play_mix(gateway, mix, alone) >= 240
+    with nothing_left(gateway):
+        play_mix(gateway, mix, alone)
 
 
 # -- the checker itself ----------------------------------------------------------------------------------------------
@@ -279,5 +292,5 @@ def test_one_scrambled_row_is_found(
     with pytest.raises(Wrong, match="instead of"):
         play_mix(gateway, mix, alone)
     monkeypatch.undo()
-    until(lambda: not gateway.call(gateway.residue), 60, "left behind")
-    play_mix(gateway, crowd("whole", 4, 4, np.random.default_rng(4)), alone)
+    with nothing_left(gateway):
+        play_mix(gateway, crowd("whole", 4, 4, np.random.default_rng(4)), alone)
