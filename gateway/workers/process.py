@@ -31,13 +31,15 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from gateway.protocol import ipc
-from gateway.workers.session import RUNTIME_VERSION, ModelRefusedError, Output, RunError, Session, clean_text
+from gateway.workers.session import RUNTIME_VERSION, Feed, ModelRefusedError, Output, RunError, Session, clean_text
 from gateway.workers.shm import AreaError, Buffer, read_file
 
 EXIT_BAD_FRAME: Final = 70
 """sysexits.h EX_SOFTWARE."""
 
 _PR_SET_PDEATHSIG: Final = 1
+PLANS_KEPT: Final = 256
+"""Distinct RUN payloads remembered: batch sizes times buffers."""
 _ANCILLARY: Final = socket.CMSG_SPACE(8 * array.array("i").itemsize)
 
 
@@ -52,6 +54,44 @@ class Hosted:
         self.lock = threading.Lock()
 
 
+class Plan:
+    """A RUN, worked out: which session, which outputs, and its inputs as views of shared memory.
+
+    The same payload means the same memory in the same form, so a plan serves every batch with that payload as long
+    as its buffer stays mapped. Only inputs that are views can: strings are read out of the memory anew each time.
+
+    Raises:
+        FrameError: the batch names inputs or outputs that the model does not have.
+        RunError: shapes and bytes contradict each other.
+    """
+
+    __slots__ = ("_feeds", "_run", "_session", "buffer", "hosted", "lasting", "names", "outputs")
+
+    def __init__(self, run: ipc.Run, hosted: Hosted, buffer: Buffer) -> None:
+        session = hosted.session
+        if max((item.index for item in run.inputs), default=0) >= max(1, len(session.signature.inputs)):
+            raise ipc.FrameError("RUN names an input that the model does not have")
+        if max(run.outputs, default=0) >= len(session.signature.outputs):
+            raise ipc.FrameError("RUN names an output that the model does not have")
+        self.hosted = hosted
+        self.buffer = buffer
+        self.outputs = run.outputs
+        self.names = session.output_names(run.outputs)
+        self.lasting = session.views_only
+        self._run = run
+        self._session = session
+        self._feeds = self._read() if self.lasting else None
+
+    def feeds(self) -> dict[str, Feed]:
+        return self._read() if self._feeds is None else self._feeds
+
+    def _read(self) -> dict[str, Feed]:
+        view = self.buffer.input.view
+        return self._session.feeds(
+            [(item.index, item.shape, view[item.offset : item.offset + item.nbytes]) for item in self._run.inputs]
+        )
+
+
 class Host:
     """Everything the process holds. `serve` is run by every thread."""
 
@@ -61,6 +101,7 @@ class Host:
         self._generation = generation
         self._hosted: dict[int, Hosted] = {}
         self._buffers: dict[int, Buffer] = {}
+        self._plans: dict[bytes, Plan] = {}
         self._threads = 1
         self._growing = threading.Lock()
 
@@ -94,13 +135,15 @@ class Host:
     def _obey(self, frame: memoryview, fds: list[int]) -> None:
         kind, identity, payload = ipc.decode(frame, self._generation)
         if kind == ipc.RUN:
-            self._run(identity, ipc.decode_run(payload), fds)
+            self._run(identity, payload, fds)
         elif kind == ipc.LOAD:
             self._load(identity, ipc.decode_load(payload), fds)
         elif kind == ipc.UNLOAD:
+            self._plans.clear()
             self._hosted.pop(ipc.decode_number(payload), None)
             self._answer(ipc.UNLOADED, identity)
         elif kind == ipc.DETACH:
+            self._plans.clear()
             buffer = self._buffers.pop(ipc.decode_number(payload), None)
             if buffer is not None:
                 buffer.close()
@@ -137,18 +180,32 @@ class Host:
 
     # --- Running --------------------------------------------------------------------------------------
 
-    def _run(self, identity: int, run: ipc.Run, fds: list[int]) -> None:
-        buffer = self._buffer(run, fds)
-        hosted = self._hosted.get(run.instance)
-        if hosted is None:
-            raise ipc.FrameError(f"RUN names instance {run.instance}, which is not loaded")
+    def _run(self, identity: int, payload: memoryview, fds: list[int]) -> None:
+        began = time.perf_counter_ns()
+        form = bytes(payload)
+        plan = None if fds else self._plans.get(form)
         try:
-            with hosted.lock:
-                reply = _execute(hosted.session, run, buffer, self._generation, identity)
+            if plan is None:
+                plan = self._plan(form, fds)
+            with plan.hosted.lock:
+                reply = _execute(plan, began, self._generation, identity)
         except (RunError, ipc.FrameTooLargeError) as error:
             self._answer(ipc.FAILED, identity, str(error).encode())
             return
         self._socket.send(reply)
+
+    def _plan(self, form: bytes, fds: list[int]) -> Plan:
+        run = ipc.decode_run(memoryview(form))
+        buffer = self._buffer(run, fds)
+        hosted = self._hosted.get(run.instance)
+        if hosted is None:
+            raise ipc.FrameError(f"RUN names instance {run.instance}, which is not loaded")
+        plan = Plan(run, hosted, buffer)
+        if plan.lasting:
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.clear()
+            self._plans[form] = plan
+        return plan
 
     def _buffer(self, run: ipc.Run, fds: list[int]) -> Buffer:
         if fds:
@@ -157,7 +214,9 @@ class Host:
             self._buffers[run.buffer] = Buffer.adopt(run.buffer, *fds)
         try:
             buffer = self._buffers[run.buffer]
-            buffer.input.follow(run.input_size)
+            if run.input_size > buffer.input.size:
+                self._plans.clear()  # they look at the old mapping
+                buffer.input.follow(run.input_size)
         except KeyError:
             raise ipc.FrameError(f"RUN names buffer {run.buffer}, which is not attached") from None
         except AreaError as error:
@@ -165,27 +224,18 @@ class Host:
         return buffer
 
 
-def _execute(session: Session, run: ipc.Run, buffer: Buffer, generation: int, identity: int) -> bytes:
-    """Run one batch and leave its outputs in the buffer; returns the RESULT frame.
+def _execute(plan: Plan, began: int, generation: int, identity: int) -> bytes:
+    """Run one batch and leave its outputs in the buffer; returns the RESULT frame. `began`: `perf_counter_ns`.
 
     Raises:
         RunError, FrameTooLargeError: the batch failed, the instance is unharmed.
-        FrameError: the batch names inputs or outputs that the model does not have.
     """
-    if max((item.index for item in run.inputs), default=0) >= max(1, len(session.signature.inputs)):
-        raise ipc.FrameError("RUN names an input that the model does not have")
-    if max(run.outputs, default=0) >= len(session.signature.outputs):
-        raise ipc.FrameError("RUN names an output that the model does not have")
-    began = time.perf_counter_ns()
-    view = buffer.input.view
-    feeds = {
-        item.index: session.feed(item.index, item.shape, view[item.offset : item.offset + item.nbytes])
-        for item in run.inputs
-    }
+    session, buffer = plan.hosted.session, plan.buffer
+    feeds = plan.feeds()
     fed = time.perf_counter_ns()
-    values = session.run(feeds, run.outputs)
+    values = session.run(feeds, plan.names)
     inferred = time.perf_counter_ns()
-    places = _store(session.collect(run.outputs, values), buffer)
+    places = _store(session.collect(plan.outputs, values), buffer)
     stored = time.perf_counter_ns()
     result = ipc.Result(buffer.output.size, fed - began, inferred - fed, stored - inferred, places)
     return ipc.encode_result(generation, identity, result)

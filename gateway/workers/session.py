@@ -87,6 +87,8 @@ class Session:
         self._output_names = [tensor.name for tensor in self.signature.outputs]
         datatypes = {tensor.datatype for tensor in self.signature.inputs + self.signature.outputs}
         self._bf16 = _BF16 in datatypes
+        self.views_only = not self._bf16 and all(t.datatype.kind != "bytes" for t in self.signature.inputs)
+        """Whether what `feed` makes are views of the bytes: fed again, they say what the bytes say by then."""
         if self._bf16 and DATATYPE["BYTES"] in datatypes:
             raise ModelRefusedError(
                 "the model mixes bfloat16 and string tensors, which onnxruntime cannot run from Python: "
@@ -113,19 +115,25 @@ class Session:
             return OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BF16_ONNX)
         return OrtValue.ortvalue_from_numpy(array)
 
-    def run(self, feeds: dict[int, Feed], outputs: Sequence[int]) -> list[Any]:
-        """Execute. `feeds`: by input index. Returns raw values for `collect`, in the order of `outputs`.
+    def feeds(self, inputs: Sequence[tuple[int, tuple[int, ...], memoryview]]) -> dict[str, Feed]:
+        """What `run` takes, from (index, shape, bytes) of each input. Raises as `feed`."""
+        signature = self.signature.inputs
+        return {signature[index].name: self.feed(index, shape, data) for index, shape, data in inputs}
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """What `run` takes for these outputs."""
+        return [self._output_names[index] for index in outputs]
+
+    def run(self, feeds: dict[str, Feed], names: list[str]) -> list[Any]:
+        """Execute. Returns raw values for `collect`, in the order of `names`.
 
         Raises:
             RunError: with onnxruntime's reason.
         """
-        names = [self._output_names[index] for index in outputs]
-        inputs = self.signature.inputs
         try:
-            by_name = {inputs[index].name: feed for index, feed in feeds.items()}
             if self._bf16:
-                return list(self._session.run_with_ort_values(names, by_name))
-            return list(self._session.run(names, by_name))
+                return list(self._session.run_with_ort_values(names, feeds))
+            return list(self._session.run(names, feeds))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise RunError(clean_text(str(error))) from None
 

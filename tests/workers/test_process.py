@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gateway.protocol import ipc
-from gateway.workers.process import EXIT_BAD_FRAME, Host, Hosted
+from gateway.workers.process import EXIT_BAD_FRAME, Host, Hosted, Plan
 from gateway.workers.session import Session
 from gateway.workers.shm import Buffer, sealed_file
 from gateway.workers.spawn import spawn
@@ -131,6 +131,11 @@ def test_a_module_in_the_working_directory_shadows_nothing(tmp_path: Path, monke
     assert worker.end() == 0
 
 
+def run_payload(generation: int) -> memoryview:
+    frame = ipc.encode_run(generation, 1, instance=1, buffer=1, input_size=0, inputs=[], outputs=(0,))
+    return ipc.decode(memoryview(frame), generation)[2]
+
+
 def test_one_instance_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     host = Host("test", theirs, GENERATION)
@@ -140,13 +145,14 @@ def test_one_instance_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     inside: list[int] = []
     release = threading.Event()
 
-    def execute(session: Session, run: ipc.Run, buffer: Buffer, generation: int, identity: int) -> bytes:
+    def execute(plan: Plan, began: int, generation: int, identity: int) -> bytes:
         inside.append(identity)
         assert release.wait(PATIENCE_S)
         return b"answer"
 
     monkeypatch.setattr("gateway.workers.process._execute", execute)
-    runs = [threading.Thread(target=host._run, args=(n, ipc.Run(1, 1, 0, (), (0,)), [])) for n in range(2)]
+    payload = run_payload(host._generation)
+    runs = [threading.Thread(target=host._run, args=(n, payload, [])) for n in range(2)]
     for thread in runs:
         thread.start()
     time.sleep(0.05)  # long enough for a second one to get in, if anything lets it

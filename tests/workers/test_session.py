@@ -79,9 +79,10 @@ def test_external_data_is_refused_with_the_remedy() -> None:
 
 
 def run(session: Session, *feeds: tuple[tuple[int, ...], bytes]) -> list[tuple[tuple[int, ...], bytes]]:
-    fed = {index: session.feed(index, shape, memoryview(data)) for index, (shape, data) in enumerate(feeds)}
+    fed = session.feeds([(index, shape, memoryview(data)) for index, (shape, data) in enumerate(feeds)])
     outputs = tuple(range(len(session.signature.outputs)))
-    return [(output.shape, bytes(output.data)) for output in session.collect(outputs, session.run(fed, outputs))]
+    values = session.run(fed, session.output_names(outputs))
+    return [(output.shape, bytes(output.data)) for output in session.collect(outputs, values)]
 
 
 def test_dynamic_output_size() -> None:
