@@ -107,6 +107,31 @@ def lookup(size: int = 8) -> bytes:
     )
 
 
+def looper() -> bytes:
+    """`turns` INT64 [batch] → `y` INT64 [batch], the same; runs a loop of max(turns) turns, so a large one never ends."""
+    scalar: list[int | str | None] = []
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["still"]),
+            helper.make_node("Mul", ["state", "three"], ["tripled"]),
+            helper.make_node("Add", ["tripled", "turn"], ["next"]),
+        ],
+        "body",
+        [value("turn", "INT64", scalar), value("go", "BOOL", scalar), value("state", "INT64", scalar)],
+        [value("still", "BOOL", scalar), value("next", "INT64", scalar)],
+        [numpy_helper.from_array(np.array(3, np.int64), "three")],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["turns"], ["most"], keepdims=0),
+        helper.make_node("Loop", ["most", "", "zero"], ["end"], body=body),
+        helper.make_node("Mul", ["end", "zero"], ["nothing"]),
+        helper.make_node("Add", ["turns", "nothing"], ["y"]),
+    ]
+    shape: list[int | str | None] = ["batch"]
+    weights = {"zero": np.array(0, np.int64)}
+    return model(nodes, [value("turns", "INT64", shape)], [value("y", "INT64", shape)], weights)
+
+
 def slow(width: int = 768, layers: int = 24) -> bytes:
     """`x` FP32 [batch, width] through `layers` square matrices: milliseconds a run."""
     rng = np.random.default_rng(3)
