@@ -55,7 +55,8 @@ class RunningBatch:
     """A batch on its way; fits `backends.interface.Batch`."""
 
     __slots__ = (
-        "attempt", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs", "reason", "replica", "rows",
+        "attempt", "backend", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs", "reason",
+        "rows",
     )  # fmt: skip
 
     def __init__(
@@ -65,7 +66,8 @@ class RunningBatch:
         self.members = members
         self.rows = rows
         self.reason = reason
-        self.replica = replica
+        self.backend = replica.name
+        """Who executes it. The replica may move to another worker, and be named after it, while the batch runs."""
         self.outputs = members[0].outputs
         self.inputs = assembly.concat(members, rows, dispatcher.spec.batched)
         self.dispatched = 0.0
@@ -163,7 +165,7 @@ class Dispatcher:
             f"{_PROCESS_TAG}-{next(_BATCH_NUMBERS):06d}",
             batch.rows,
             dict(zip(batch.outputs, outcome.outputs, strict=True)),
-            batch.replica.name,
+            batch.backend,
             batch.attempt,
             batch.dispatched,
             now,
@@ -173,7 +175,7 @@ class Dispatcher:
         self._owner.batch_succeeded(batch.members, finished)
 
     def _failed(self, batch: RunningBatch, failure: Failure) -> None:
-        self.statistics.attempt(batch.replica.name, failure.kind.value)
+        self.statistics.attempt(batch.backend, failure.kind.value)
         members = [member for member in batch.members if member.state != SETTLED]
         if not members:
             self._owner.batch_returned([], True)
@@ -184,13 +186,13 @@ class Dispatcher:
                 member.attempt -= 1  # nothing was executed
         broken = int(counts(failure.kind))
         for member in members:
-            member.avoid = batch.replica.name
+            member.avoid = batch.backend
             member.broken += broken
         most = max([member.broken for member in members])
         verdict = after_failure(FailedBatch(len(members), most, failure.kind))
         log.info(
             "model %s: batch of %d requests on %s failed (%s: %s): %s",
-            self.spec.name, len(members), batch.replica.name, failure.kind.value, failure.message, verdict.value,
+            self.spec.name, len(members), batch.backend, failure.kind.value, failure.message, verdict.value,
         )  # fmt: skip
         self._carry_out(verdict, members, batch.isolated, failure, taken)
 

@@ -212,7 +212,7 @@ class Keeper:
         if channel.closing:
             return False
         text = describe_exit(exit_code)
-        text = f"{channel.cause} ({text})" if channel.killed else text
+        text = channel.cause if channel.killed else text  # how it ended then is our own doing
         self._emit("worker_died", channel, text)
         out_of_memory = out_of_memory_kills() > channel.out_of_memory_kills
         crash = is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory)

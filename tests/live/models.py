@@ -108,7 +108,7 @@ def lookup(size: int = 8) -> bytes:
 
 
 def looper() -> bytes:
-    """`turns` INT64 [batch] → `y` INT64 [batch], the same; runs a loop of max(turns) turns, so a large one never ends."""
+    """`turns` INT64 [batch] → `y` INT64 [batch], the same, after a loop of max(turns) turns: a large one never ends."""
     scalar: list[int | str | None] = []
     body = helper.make_graph(
         [

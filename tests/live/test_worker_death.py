@@ -20,7 +20,7 @@ from tests.live import models
 from tests.live.alone import Alone, check
 from tests.live.gateway_process import GatewayProcess, gateway, until
 from tests.live.in_process import gather_all
-from tests.live.oip_wire import Connection, Request, Tensor, connect
+from tests.live.oip_wire import Answer, Connection, Request, Tensor, connect, decode
 
 MODELS = {"whole": models.whole_linear(), "heavy": models.slow(256, 12)}
 CONNECTIONS = 16
@@ -85,7 +85,7 @@ class Load:
 
     def _request(self, rng: np.random.Generator) -> Request:
         request_id = str(next(self._numbers))
-        if rng.random() < 0.7:
+        if "heavy" in self._alone and rng.random() < 0.7:
             array = rng.standard_normal((int(rng.integers(1, 4)), 256)).astype(np.float32)
             return Request("heavy", [Tensor("x", "FP32", array, binary=True)], request_id=request_id)
         array = rng.integers(-99, 100, (int(rng.integers(1, 4)), 6)).astype(np.float32)
@@ -210,6 +210,37 @@ def test_a_frozen_worker_is_replaced_and_its_batch_answered_elsewhere(
         assert served.metric("gateway_backend_attempts_total", outcome="timeout") >= 1
 
     run(story())
+
+
+@pytest.mark.slow
+def test_input_that_never_returns_harms_nobody_else(tmp_path: Path) -> None:
+    """One request sends its model into an endless loop: it fails alone, its batch-mates and neighbours are answered,
+    and the model gets workers of its own so that the next time costs nobody anything."""
+    root = models.repository(tmp_path, {"looper": models.looper(), "whole": models.whole_linear()})
+    alone = {"whole": Alone(models.whole_linear())}
+    poison = 5
+
+    async def ask(port: int, number: int) -> Answer:
+        turns = np.array([2**62 if number == poison else number])
+        async with connect(port) as connection:
+            return await connection.ask(Request("looper", [Tensor("turns", "INT64", turns)], request_id=str(number)))
+
+    async def story(served: GatewayProcess) -> list[Answer]:
+        async with Load(served.port, alone, connections=2):
+            return await gather_all([ask(served.port, number) for number in range(12)])
+
+    with gateway("serve", str(root), "--workers", "2") as served:
+        answers = asyncio.run(story(served))
+        for number, answer in enumerate(answers):
+            if number == poison:
+                assert answer.status == 502
+                assert "every attempt failed" in answer.error
+            else:
+                assert decode(answer)["y"][1].tolist() == [number]
+        homes = {name: worker["name"] for worker in served.workers() for name in worker["models"]}
+        assert homes["looper/1"].startswith("onnx-looper")
+        assert not homes["whole/1"].startswith("onnx-looper")
+        assert asyncio.run(ask(served.port, 3)).status == 200
 
 
 @pytest.mark.slow

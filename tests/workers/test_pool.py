@@ -199,7 +199,7 @@ async def test_a_hanging_worker_times_out_and_takes_its_other_batches_along() ->
         assert await serves(slow.replicas[0])
         assert not alive(pid)
         died = next(event for event in events if event.kind == "worker_died")
-        assert died.text == "did not answer in time (signal SIGKILL)"
+        assert died.text == "did not answer in time"
 
 
 async def test_a_short_pause_is_not_a_hang() -> None:
