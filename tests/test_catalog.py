@@ -362,6 +362,16 @@ def test_a_version_that_crashes_hands_over_to_the_next_and_comes_back(rig: Rig) 
         assert rig.catalog.resolve("m", None).version == meant
 
 
+def test_where_none_is_ready_the_highest_number_tells_why(rig: Rig) -> None:
+    versions(rig, "9", "10")
+    rig.load()
+    for number in ("9", "10"):
+        rig.catalog.failed("m", number, f"crash of {number}")
+    assert rig.catalog.find("m", None).version == "10"
+    with pytest.raises(NotReady, match="version 10, which is not at ready state: crash of 10"):
+        rig.catalog.resolve("m", None)
+
+
 # -- batching ------------------------------------------------------------------------------------------------------
 
 FIXED = models.model(

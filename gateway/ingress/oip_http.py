@@ -7,6 +7,7 @@ for the head, one join for the body.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Final
@@ -20,6 +21,8 @@ from gateway.protocol.http1 import Head, response_head
 from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.protocol.oip_json import RequestDecoder
 from gateway.provenance import headers
+
+log = logging.getLogger("gateway.http")
 
 JOINED_BYTES: Final = 65_536
 """Up to this size copying a body behind its head is cheaper than handing the transport several pieces."""
@@ -88,10 +91,13 @@ class HttpCodec:
             self.refuse(exchange, request.error)
             return
         batch: FinishedBatch = request.batch
-        memo: BatchMemo = batch.memo or self._memo(batch)
         try:
+            memo: BatchMemo = batch.memo or self._memo(batch)
             parts, length, json_length = self._encoder.encode(request, memo.encoded)
-        except GatewayError as error:
+        except Exception as error:
+            # Whatever went wrong, the caller gets an answer: nobody else will settle this request.
+            if not isinstance(error, GatewayError):
+                log.exception("an answer of model %s could not be encoded", self._spec.name)
             self.refuse(exchange, error)
             return
         received = request.received

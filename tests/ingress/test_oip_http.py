@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from gateway.ingress.http_connection import Connection
 from gateway.ingress.http_server import Exchange
 from gateway.ingress.oip_http import JOINED_BYTES, HttpCodec
 from gateway.protocol.http1 import Head
+from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.provenance.headers import Member, ModelReference, Provenance, parse
 from tests.ingress.oip_bench import (
     ILLEGIBLE,
@@ -302,6 +304,20 @@ async def test_the_models_own_failure_is_a_500_for_its_caller_only() -> None:
         assert codes(bench) == {200: 3, 500: 1}
 
 
+async def test_an_answer_that_cannot_be_encoded_is_a_500_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with oip_bench() as bench:
+        client = await bench.client()
+        for owner in (AnswerEncoder, BatchEncoder):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, "encode" if owner is AnswerEncoder else "__init__", lambda *_: 1 / 0)
+                refused(await client.ask(infer([1])), 500, "the gateway failed on this request")
+        assert "ZeroDivisionError" in caplog.text
+        check(await client.ask(infer([2])), [2])
+        assert codes(bench) == {500: 2, 200: 1}
+
+
 async def test_malformed_and_refused_requests_are_counted_by_their_code() -> None:
     async with oip_bench() as bench:
         client = await bench.client()
@@ -359,9 +375,11 @@ async def test_durations_are_recorded_per_answer() -> None:
 class Wire(asyncio.Transport):
     """A transport that keeps what is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Connection) -> None:
         super().__init__()
         self.written: list[bytes] = []
+        self.lost = functools.partial(connection.connection_lost, None)
+        connection.connection_made(self)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written.append(bytes(data))
@@ -382,8 +400,11 @@ class Wire(asyncio.Transport):
     def resume_reading(self) -> None:
         pass
 
+    def close(self) -> None:
+        self.abort()
+
     def abort(self) -> None:
-        pass
+        asyncio.get_running_loop().call_soon(self.lost)
 
 
 WARMING, MEASURED = 5, 40
@@ -432,14 +453,12 @@ async def test_a_request_leaves_no_cycles(status: int, data: bytes) -> None:
         split = await bench.serve("split", max_batch_size=8, oversize=True)
         if status == 503 and split.scheduler is not None:
             split.scheduler.close(NotReady("closing time"))
-        wire = Wire()
         connection = bench.server.protocol()
-        connection.connection_made(wire)
+        wire = Wire(connection)
         assert await _left_behind(bench, lambda: connection.data_received(data)) == 0
         heads = [head for head in wire.written if head.startswith(b"HTTP/1.1 ")]
         assert {head[9:12] for head in heads} == {b"%d" % status}
         assert len(heads) == WARMING + MEASURED
-        connection.connection_lost(None)
 
 
 @pytest.mark.parametrize("model", ["numbers", "split"])
@@ -449,9 +468,10 @@ async def test_a_caller_that_leaves_leaves_no_cycles(model: str) -> None:
 
         def come_and_go() -> None:
             connection = bench.server.protocol()
-            connection.connection_made(Wire())
+            wire = Wire(connection)
             connection.data_received(infer([1, 2, 3, 4, 5], model=model))
-            connection.connection_lost(None)
+            wire.lost()
+            del wire.lost  # the transport's own cycle, not the gateway's
 
         assert await _left_behind(bench, come_and_go) == 0
 
