@@ -173,9 +173,7 @@ def _measure(
     interleave(outcome, plan.rounds, measures | (others or {}))
 
 
-def _triton_flags(
-    plan: Plan, scenario: str, work: Workload, cores: str, post: Callable[..., Round]
-) -> Flags | None:
+def _triton_flags(plan: Plan, scenario: str, work: Workload, cores: str, post: Callable[..., Round]) -> Flags | None:
     """Triton's flags for a scenario, searched first where the plan says so; None: it does not take part."""
     if not plan.has("triton"):
         return None

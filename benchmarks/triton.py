@@ -32,7 +32,7 @@ WHEEL: Final = "nvidia-pytriton==0.7.0"
 HOME: Final = CACHE / "triton"
 FLAGS_FILE: Final = Path(__file__).parent / "triton_flags.json"
 
-MODEL_PY: Final = '''\
+MODEL_PY: Final = """\
 import json
 import os
 import sys
@@ -62,7 +62,7 @@ class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse(output_tensors=[tensor]))
             first += len(x)
         return responses
-'''
+"""
 
 CONFIG: Final = """\
 name: "{model}"

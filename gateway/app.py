@@ -22,13 +22,14 @@ import uvloop
 from gateway import plan, terminal
 from gateway.backends.interface import Replica
 from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
-from gateway.catalog import Catalog, ServedVersion, WantedVersion
+from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config, ModelSettings
 from gateway.core.model import Artifact, ModelState
 from gateway.errors import BindError, ConfigError
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
+from gateway.loading import WantedVersion
 from gateway.observe import log as log_setup
 from gateway.observe.loop_lag import LoopLag
 from gateway.observe.metrics import HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels

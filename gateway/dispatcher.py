@@ -123,9 +123,7 @@ class Dispatcher:
                 return members
         return None
 
-    def dispatch(
-        self, members: list[InferRequest], reason: Reason, replica: Replica, isolated: bool = False
-    ) -> None:
+    def dispatch(self, members: list[InferRequest], reason: Reason, replica: Replica, isolated: bool = False) -> None:
         """Execute `members` (equal keys, not settled) on `replica`, which has a free slot."""
         now = self._now()
         rows = 0

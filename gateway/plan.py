@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gateway.catalog import LoadedModel, ServedVersion, WantedVersion
+from gateway.catalog import ServedVersion
 from gateway.config import Config, ModelEntry, ModelSettings
 from gateway.config_models import find_models
 from gateway.core.model import Artifact
 from gateway.errors import ConfigError, Fault, NotReady
+from gateway.loading import LoadedModel, WantedVersion
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
 from gateway.registry.digest import read_artifact
 from gateway.registry.directory import FoundModel

@@ -21,13 +21,14 @@ from gateway import plan
 from gateway.backends.interface import Success
 from gateway.backends.one_shot import run_once
 from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica
-from gateway.catalog import CHOSEN_MAX_BATCH_SIZE, Catalog, ServedVersion, WantedVersion
+from gateway.catalog import Catalog, ServedVersion
 from gateway.config import ModelSettings
 from gateway.config import load as load_config
 from gateway.core.model import Artifact, ModelState
 from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import DATATYPE
 from gateway.errors import NotFound, NotReady
+from gateway.loading import CHOSEN_MAX_BATCH_SIZE, WantedVersion
 from gateway.registry.digest import read_artifact
 from tests.live import models
 from tests.workers.rig import PATIENCE_S, pid_of

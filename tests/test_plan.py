@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from gateway import plan
-from gateway.catalog import LoadedModel, ServedVersion, WantedVersion
+from gateway.catalog import ServedVersion
 from gateway.config import Config, ModelSettings
 from gateway.config import load as load_config
 from gateway.core.model import Artifact
 from gateway.errors import ConfigError, NotReady
+from gateway.loading import LoadedModel, WantedVersion
 from tests.live import models
 
 LINEAR = models.linear()

@@ -247,9 +247,7 @@ async def test_two_breaks_make_singles_and_only_the_culprit_fails() -> None:
     bench = Bench(replicas=2)
     callers = [bench.send() for _ in range(4)]
     poison = callers[2].numbers[0]
-    bench.backend.respond = lambda batch: (
-        batch.fail(FailureKind.BROKEN) if poison in batch.numbers else batch.reply()
-    )
+    bench.backend.respond = lambda batch: batch.fail(FailureKind.BROKEN) if poison in batch.numbers else batch.reply()
     await bench.finish()
     assert [batch.rows for batch in bench.backend.executed] == [4, 4, 1, 1, 1, 1]
     assert [caller.answered for caller in callers] == [True, True, False, True]

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from gateway import terminal
-from gateway.catalog import ServedVersion, WantedVersion
+from gateway.catalog import ServedVersion
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import Artifact, BatchPolicy, ModelSpec, ModelState
 from gateway.core.request import InputTensor
 from gateway.errors import ConfigError, Fault
+from gateway.loading import WantedVersion
 from tests.scripted import Backend
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4

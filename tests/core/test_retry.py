@@ -61,9 +61,7 @@ def test_halving_finds_one_offender_and_everyone_else_is_answered(size: int, dat
     attempts = simulate(
         members, lambda batch: FailureKind.SUSPECT if any(m.number == offender for m in batch) else None
     )
-    assert [m.fate for m in members] == [
-        "fail_model" if number == offender else "answered" for number in range(size)
-    ]
+    assert [m.fate for m in members] == ["fail_model" if number == offender else "answered" for number in range(size)]
     assert attempts - 1 <= 2 * math.ceil(math.log2(size)) + 1
 
 

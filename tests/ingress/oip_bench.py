@@ -17,7 +17,7 @@ import numpy as np
 
 from gateway import plan
 from gateway.backends.interface import Batch, Failure, FailureKind, Success
-from gateway.catalog import Catalog, ServedVersion, WantedVersion
+from gateway.catalog import Catalog, ServedVersion
 from gateway.core.assembly import write_parts
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import Artifact, ArtifactFile, ModelState
@@ -27,6 +27,7 @@ from gateway.errors import GatewayError
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpServer
 from gateway.ingress.listener import Listener, listen
+from gateway.loading import WantedVersion
 from gateway.pipeline import Pipeline
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]

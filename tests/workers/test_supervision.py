@@ -69,7 +69,6 @@ def test_a_serving_worker_that_somebody_killed_is_started_again_at_once_however_
     assert backoff.died(30.2, Highest(), crash=False) > 0.0
 
 
-
 @given(st.integers(0, 2**32), st.integers(1, 2000))
 def test_jitter_is_full_and_bounded(seed: int, deaths: int) -> None:
     backoff, rng = Backoff(), random.Random(seed)
