@@ -29,6 +29,7 @@ from gateway.errors import BindError, ConfigError
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
+from gateway.ingress.oip_http import request_id_header
 from gateway.loading import WantedVersion
 from gateway.observe import log as log_setup
 from gateway.observe.loop_lag import LoopLag
@@ -110,6 +111,7 @@ class Gateway:
                 write_timeout_s=limits.write_timeout_s,
                 min_body_rate_bytes_s=limits.min_body_rate_bytes_s,
             ),
+            error_headers=request_id_header,
         )
         self.loop_lag = LoopLag(lambda: float(self.http.statistics().requests))
         sources = Sources(self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels())

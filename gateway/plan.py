@@ -68,7 +68,9 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
 
 def _read(path: Path, model: FoundModel, version: str) -> tuple[Artifact, bytes | None]:
     artifact = read_artifact(path, model.name, version, model.model_file, str(path))
-    return artifact, _read_sidecar(path)
+    sidecar = _read_sidecar(path)
+    manifest(artifact, {}, sidecar)  # a broken sidecar is known at load, not when somebody asks
+    return artifact, sidecar
 
 
 async def _load(load: Load, settings: ModelSettings, artifact: Artifact) -> LoadedModel:

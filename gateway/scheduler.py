@@ -24,7 +24,7 @@ from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_
 from gateway.core.model import ModelSpec
 from gateway.core.request import RUNNING, SETTLED, InferRequest
 from gateway.dispatcher import Dispatcher
-from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend, Overloaded
+from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend
 from gateway.observe.record import ModelStatistics
 
 log = logging.getLogger("gateway.scheduler")
@@ -99,7 +99,7 @@ class Scheduler:
         rejected = admit(self._queue, self._policy, request)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
-            raise Overloaded(rejected.message)
+            raise rejected.error(rejected.message)
 
     def _accept(self, request: InferRequest) -> None:
         request.owner = self

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gateway.core.batch_queue import BatchQueue
 from gateway.core.model import BatchPolicy
 from gateway.core.request import InferRequest
+from gateway.errors import GatewayError, Overloaded, TooLarge
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Rejected:
     reason: str
     """Metric label."""
     message: str
+    error: type[GatewayError] = Overloaded
 
 
 MAX_TIMEOUT_S = 120.0
@@ -25,6 +27,13 @@ MAX_TIMEOUT_S = 120.0
 
 def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Rejected | None:
     """None: let in. The bounds on the queue are also what one caller may occupy."""
+    if request.rows > policy.max_queue_rows or request.nbytes > policy.max_queue_bytes:
+        return Rejected(
+            "too_large",
+            f"the request holds {request.rows} rows and {request.nbytes} bytes, but only {policy.max_queue_rows} rows "
+            f"and {policy.max_queue_bytes} bytes may wait for this model; send smaller requests",
+            TooLarge,
+        )
     if queue.rows + request.rows > policy.max_queue_rows:
         return Rejected(
             "queue_rows", f"Exceeds maximum queue size: {queue.rows} of {policy.max_queue_rows} rows wait; retry later"

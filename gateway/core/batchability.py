@@ -50,7 +50,7 @@ def obstacle(inputs: tuple[SignatureTensor, ...], outputs: tuple[SignatureTensor
     for role, tensors in (("input", inputs), ("output", outputs)):
         for tensor in tensors:
             if not tensor.shape:
-                return f"{role} '{tensor.name}' is a scalar"
+                return f"{role} '{tensor.name}' has no dimensions"
             if tensor.shape[0] is not None:
                 return f"the first dimension of {role} '{tensor.name}' is fixed to {tensor.shape[0]}"
     return None

@@ -149,7 +149,9 @@ class OipApplication:
     def _refuse(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         assert route.error is not None  # noqa: S101  # a refusing route is only made with its error
         extra = request_id_header()
-        if isinstance(route.error, MethodNotAllowed):
+        if isinstance(route.error, Unsupported):
+            extra += b"Accept-Encoding: identity\r\n"
+        elif isinstance(route.error, MethodNotAllowed):
             extra += b"Allow: %b\r\n" % route.model.encode()
         exchange.send_error(route.error, extra)
 

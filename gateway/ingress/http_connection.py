@@ -51,8 +51,15 @@ _TCP_CLOSE: Final = 7
 class Shared:
     """What all connections of one server have in common."""
 
-    def __init__(self, application: Application, limits: HttpLimits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        limits: HttpLimits,
+        clock: Callable[[], float],
+        error_headers: Callable[[], bytes],
+    ) -> None:
         self.limits = limits
+        self.error_headers = error_headers
         self.clock = clock
         self.handle = application.handle
         self.heads = Heads(limits, application.resolve)
@@ -169,7 +176,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self.shared.refused.add(self)
-        self.write(error_response(error, keep_alive=False))
+        self.write(error_response(error, self.shared.error_headers(), keep_alive=False))
         self._linger = True
         self.finish()
 
@@ -260,12 +267,13 @@ class Connection(asyncio.Protocol):
         exchange.keep_alive = not close
         self._linger = close
         self.pending.append(exchange)
-        exchange.send_error(error)
+        exchange.send_error(error, self.shared.error_headers())
 
     def _failed(self, exchange: Exchange) -> None:
         _log.exception("a request failed in a way nobody foresaw: %r", exchange.head)
         if not exchange.answered:
-            exchange.send_error(GatewayError("the gateway failed on this request; its log says why"))
+            error = GatewayError("the gateway failed on this request; its log says why")
+            exchange.send_error(error, self.shared.error_headers())
 
     def eof_received(self) -> bool:
         """The client sends no more. It may have closed its half only, so what it asked for is answered first."""

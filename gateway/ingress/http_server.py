@@ -53,12 +53,17 @@ class HttpServer:
     """`protocol` is the factory to give to `loop.create_server`; `ingress.listener.listen` does."""
 
     def __init__(
-        self, application: Application, limits: HttpLimits | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        application: Application,
+        limits: HttpLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        error_headers: Callable[[], bytes] = bytes,
     ) -> None:
-        """`clock`: monotonic seconds; `Exchange.received` is read from it."""
+        """`clock`: monotonic seconds; `Exchange.received` is read from it. `error_headers`: what each refusal made
+        here carries besides, whole lines."""
         self.limits = limits or HttpLimits()
         self._application = application
-        self._shared = Shared(application, self.limits, clock)
+        self._shared = Shared(application, self.limits, clock, error_headers)
         self._shared.opened = self._arm
         self._shared.closed = self._connection_closed
         self._listeners: list[Closable] = []

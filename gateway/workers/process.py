@@ -294,7 +294,8 @@ def main(arguments: list[str]) -> NoReturn:
     connection.setblocking(True)
     connection.set_inheritable(False)
     host = Host(name, connection, int(generation))
-    host.greet()
+    with contextlib.suppress(ConnectionError):  # a gateway that is gone already: `serve` sees it too
+        host.greet()
     host.serve()
 
 

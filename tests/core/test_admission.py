@@ -8,6 +8,7 @@ from gateway.core.admission import MAX_TIMEOUT_S, admit, deadline_of
 from gateway.core.batch_queue import BatchQueue
 from gateway.core.model import BatchPolicy
 from gateway.core.request import InferRequest
+from gateway.errors import Overloaded, TooLarge
 from tests.scripted import request_of
 
 POLICY = BatchPolicy(8, max_queue_rows=10, max_queue_bytes=1000)
@@ -33,12 +34,23 @@ def test_the_queue_never_exceeds_its_bounds_and_refuses_only_what_would(sizes: l
     assert queue.nbytes <= 1000
 
 
-@pytest.mark.parametrize(("rows", "nbytes", "reason"), [(11, 0, "queue_rows"), (1, 1001, "queue_bytes")])
+@pytest.mark.parametrize(("rows", "nbytes", "reason"), [(6, 0, "queue_rows"), (1, 501, "queue_bytes")])
 def test_a_refusal_says_which_bound(rows: int, nbytes: int, reason: str) -> None:
+    queue = BatchQueue()
+    queue.push(sized(5, 500))
+    rejected = admit(queue, POLICY, sized(rows, nbytes))
+    assert rejected is not None
+    assert (rejected.reason, rejected.error) == (reason, Overloaded)
+    assert rejected.message.startswith("Exceeds maximum queue size")
+
+
+@pytest.mark.parametrize(("rows", "nbytes"), [(11, 0), (1, 1001)])
+def test_what_can_never_fit_is_not_told_to_come_back(rows: int, nbytes: int) -> None:
     rejected = admit(BatchQueue(), POLICY, sized(rows, nbytes))
     assert rejected is not None
-    assert rejected.reason == reason
-    assert rejected.message.startswith("Exceeds maximum queue size")
+    assert rejected.error is TooLarge
+    assert not rejected.error.retryable
+    assert "send smaller requests" in rejected.message
 
 
 def test_the_bounds_themselves_are_allowed() -> None:

@@ -192,6 +192,6 @@ def test_signatures_that_rule_batching_out() -> None:
     good = SignatureTensor("x", FP32, (None, 4))
     assert obstacle((good,), (good,)) is None
     assert obstacle((), (good,)) == "the model has no inputs"
-    assert obstacle((good,), (SignatureTensor("y", FP32, ()),)) == "output 'y' is a scalar"
+    assert obstacle((good,), (SignatureTensor("y", FP32, ()),)) == "output 'y' has no dimensions"
     fixed = obstacle((SignatureTensor("x", FP32, (1, 4)),), (good,))
     assert fixed == "the first dimension of input 'x' is fixed to 1"
