@@ -42,11 +42,13 @@ clean:
 
 # The stamps depend on pyproject.toml, so a second run installs nothing and a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@echo "installing into $(VENV) (about 20 s) …"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@echo "installing into $(VENV) (about 20 s) …"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/bin/pip:

@@ -25,7 +25,7 @@ from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplic
 from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config, ModelSettings
 from gateway.core.model import Artifact, ModelState
-from gateway.errors import BindError, ConfigError
+from gateway.errors import BindError, ConfigError, NotReady
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
@@ -40,6 +40,7 @@ from gateway.pipeline import Pipeline
 log = logging.getLogger("gateway")
 
 EXIT_OK: Final = 0
+EXIT_AT_ONCE: Final = 1
 EXIT_CONFIG: Final = 2
 EXIT_BIND: Final = 3
 EXIT_MODEL: Final = 4
@@ -62,7 +63,8 @@ class Gateway:
         self.config = config
         self.catalog = Catalog()
         self._stopping = asyncio.Event()
-        self._signals = 0
+        self._delayed = False
+        """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
         self._draining = False
         self._loaded = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -118,21 +120,30 @@ class Gateway:
         self.operations = Operations(Metrics(sources, time.monotonic), self._model_statuses, self._worker_statuses)
 
     async def _serve(self, wanted: Sequence[WantedVersion], listener: Listener, *, demo: bool) -> int:
-        await self.pool.start()
+        try:
+            await self.pool.start()
+        except NotReady as error:
+            terminal.show_error(str(error))
+            return EXIT_MODEL
         with terminal.progress(len(wanted)) as advance:
             failed = await self._until_stopped(self.catalog.load_all(wanted, on_loaded=advance))
         if failed is None:
             return EXIT_OK
         if failed:
-            for version in failed:
-                terminal.show_error(f"model {version.name} version {version.version}: {version.reason}")
+            terminal.show_not_loaded(failed)
             return EXIT_MODEL
         self._loaded = True
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self.loop_lag.start()
-        terminal.show_started(self.catalog.versions(), self.config.server.host, listener.port, self.operations.port)
+        terminal.show_started(
+            self.catalog.versions(),
+            self.config.server.host,
+            listener.port,
+            self.operations.port,
+            plain=self.config.server.log_format == "json",
+        )
         if demo:
             self._spawn(self._show_demo(listener.port))
         await self._stopping.wait()
@@ -160,31 +171,37 @@ class Gateway:
         return None
 
     async def _drain(self, listener: Listener) -> None:
+        server = self.config.server
         self._draining = True
+        if self._delayed:
+            log.info("stopping: not ready any more, still serving for %g s", server.drain_delay_s)
+            await asyncio.sleep(server.drain_delay_s)
         log.info("stopping: answering %d accepted requests", self.pending())
-        timeout_s = self.config.server.drain_timeout_s
         listener.close()
-        await self.http.drain(timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
+        deadline = time.monotonic() + server.drain_timeout_s
+        unanswered = await self.http.drain(server.drain_timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.catalog.drain()
-        except TimeoutError:
-            log.warning("%d requests were still unanswered after %g s", self.pending(), timeout_s)
+        if unanswered:
+            log.warning("%d requests were still unanswered after %g s", unanswered, server.drain_timeout_s)
         self.catalog.stop()
         self.loop_lag.close()
+        log.info("stopped")
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGTERM, self._signalled, self.config.server.drain_delay_s > 0)
+        loop.add_signal_handler(signal.SIGINT, self._signalled, False)
         loop.add_signal_handler(
             signal.SIGHUP, log.warning, "SIGHUP: this version does not reload its configuration; restart it instead"
         )
 
-    def _signalled(self) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            os._exit(1)  # the workers see the end of their stream and follow
+    def _signalled(self, delayed: bool) -> None:
+        if self._stopping.is_set():
+            log.warning("stopping at once")
+            os._exit(EXIT_AT_ONCE)  # the workers see the end of their stream and follow
+        self._delayed = delayed
         self._stopping.set()
 
     def _spawn(self, work: Any) -> None:

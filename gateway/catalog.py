@@ -150,20 +150,28 @@ class Catalog:
         `on_loaded` is called with a model's name when it is done, whichever way.
         """
         gate = asyncio.Semaphore(parallel)
+        # All are known before the first is loaded: who asks for one that waits its turn is told so, not "unknown".
+        versions = [self._register(version) for version in wanted]
 
-        async def one(version: WantedVersion) -> ServedVersion:
+        async def one(version: ServedVersion) -> ServedVersion:
             async with gate:
-                served = await self.load(version)
+                await self._load_registered(version)
             on_loaded(version.name)
-            return served
+            return version
 
-        served = await asyncio.gather(*[one(version) for version in wanted])
+        served = await asyncio.gather(*[one(version) for version in versions])
         return [version for version in served if version.state is ModelState.FAILED]
 
     async def load(self, wanted: WantedVersion) -> ServedVersion:
         """Load one version; the outcome is its state and reason."""
+        return await self._load_registered(self._register(wanted))
+
+    def _register(self, wanted: WantedVersion) -> ServedVersion:
         version = ServedVersion(wanted)
         self._models.setdefault(wanted.name, {})[wanted.version] = version
+        return version
+
+    async def _load_registered(self, version: ServedVersion) -> ServedVersion:
         try:
             await self._load(version)
         except GatewayError as error:

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 import gateway
+from gateway.cli_text import Verb, count
 from gateway.config import Config, json_schema, load
 from gateway.errors import ConfigError, Fault, GatewayError
 
@@ -91,7 +92,7 @@ def _root(
     """What holds for every verb."""
 
 
-@app.command()
+@app.command(cls=Verb)
 def serve(
     sources: SourceArguments = None,
     config: ConfigOption = None,
@@ -110,11 +111,20 @@ def serve(
     """Serve models over the Open Inference Protocol until told to stop."""
     options = {key: value for key, value in locals().items() if key not in ("sources", "config")}
     settings = load(config, options, os.environ).with_sources(sources or [])
-    if not settings.models:
-        where = "command line" if config is None else str(config)
-        hint = "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
-        raise ConfigError([Fault(where, 0, "", hint)])
+    _require_models(settings)
+    _show_notes(settings)
     _run(settings)
+
+
+def _require_models(settings: Config) -> None:
+    if not settings.models:
+        hint = "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
+        raise ConfigError([Fault(settings.file or "command line", 0, "", hint)])
+
+
+def _show_notes(settings: Config) -> None:
+    for note in settings.notes:
+        _say(_console(stderr=True), f"warning: {note}")
 
 
 @app.command()
@@ -133,7 +143,9 @@ def demo(
     if "GATEWAY_LOG_LEVEL" not in os.environ:
         options["log_level"] = log_level or "warning"
     models = Path(gateway.__file__).parent / "demo" / "models"
-    _run(load(None, options, os.environ).with_sources([str(models)]), demo=True)
+    settings = load(None, options, os.environ).with_sources([str(models)])
+    _show_notes(settings)
+    _run(settings, demo=True)
 
 
 def _run(config: Config, *, demo: bool = False) -> None:
@@ -144,25 +156,28 @@ def _run(config: Config, *, demo: bool = False) -> None:
         raise typer.Exit(code)
 
 
-@app.command()
+@app.command(
+    help="Check a configuration file and the models it names; print every fault at once.\n\n"
+    "Reads every config.pbtxt and every model file, and compares the files with the digests that are pinned. "
+    "Loads no model into onnxruntime: a file that is no model, or that contradicts its config.pbtxt, shows when "
+    "serving starts (exit code 4)."
+)
 def check(
     config: Annotated[Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")],
 ) -> None:
-    """Check a configuration file and the models it names; print every fault at once."""
-    from gateway.config_models import find_models  # noqa: PLC0415  # see the header
+    from gateway.config_models import find_models, verify  # noqa: PLC0415  # see the header
 
     settings = load(config, {}, os.environ)
+    _require_models(settings)
     found = find_models(settings)
-    count = sum(len(model.versions) for _, model in found)
-    ignored = [
-        f"note: {model.source}/config.pbtxt: {key} has no effect here"
-        for _, model in found
-        if model.config is not None
-        for key in model.config.ignored
-    ]
-    for note in ignored:
-        _say(_console(stderr=True), note)
-    _say(_console(), f"{config}: no faults; {len(found)} models, {count} versions to serve")
+    verify(settings, found)
+    _show_notes(settings)
+    for _, model in found:
+        for key in model.config.ignored if model.config is not None else ():
+            _say(_console(stderr=True), f"note: {model.source}/config.pbtxt: {key} has no effect here")
+    versions = sum(len(model.versions) for _, model in found)
+    what = f"{count(len(found), 'model')}, {count(versions, 'version')} to serve"
+    _say(_console(), f"{config}: no faults; {what}; no model was loaded")
 
 
 @app.command()

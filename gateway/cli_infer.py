@@ -6,6 +6,7 @@ reads. `-v` goes to standard error, so that the answer can still be piped.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.cli_text import count
 from gateway.client import Answer, ClientError, ServerError, fetch
 from gateway.client_tensors import Output, build_request, read_data, read_outputs
 from gateway.provenance.headers import HeaderError, Provenance, parse
 
 MAX_ROWS_SHOWN: Final = 50
 MAX_VALUES_SHOWN: Final = 10
+SHORT_DIGEST: Final = 19
+"""Characters: `sha256:` and twelve digits."""
 
 
 def infer(out: Console, err: Console, model: str, data: str, url: str, *, verbose: bool, timeout_s: float) -> None:
@@ -79,7 +83,7 @@ def _print_table(out: Console, outputs: Sequence[Output]) -> None:
         table.add_row(str(row), *(escape(_cell(output, row)) for output in outputs))
     out.print(table)
     if rows > MAX_ROWS_SHOWN:
-        out.print(f"… and {rows - MAX_ROWS_SHOWN} more rows; pipe the output to get them all as JSON")
+        out.print(f"… and {count(rows - MAX_ROWS_SHOWN, 'more row')}; pipe the output to get them all as JSON")
 
 
 def _cell(output: Output, row: int) -> str:
@@ -106,8 +110,8 @@ def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
         lines.append(f"model     {model.name} version {model.version}, digest {model.digest}")
     for member in provenance.members:
         lines.append(f"backend   {member.backend} executed it, attempt {member.attempt}")
-        last = f"batch {member.batch_id}: {member.size} rows together, this request's first row is {member.row}"
-        lines.append(f"batch     {last.removeprefix('batch ')}")
+        rows = f"{count(member.size, 'row')} together" if member.size > 1 else "1 row alone"
+        lines.append(f"batch     {member.batch_id}: {rows}, this request's first row is {member.row}")
     words = {
         "queue": "waiting in the queue",
         "infer": "executing the model",
@@ -126,34 +130,58 @@ def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_
         ClientError: no server, an unexpected answer, or no model named `only`.
     """
     try:
-        listed = fetch(url, "/api/models", timeout_s=timeout_s).json()
+        listed = fetch(url, "/api/models", timeout_s=timeout_s, option="--ops-url").json()
     except ServerError as error:
-        raise ClientError(f"{error}; is {url} the operations port (8002 by default)?") from None
+        raise ClientError(f"{error}; is {url} the operations port (8002 by default)? Name it with --ops-url") from None
     if not isinstance(listed, list) or not all(isinstance(model, dict) for model in listed):
-        raise ClientError(f"{url} does not answer as the gateway's operations port (8002 by default)")
+        raise ClientError(
+            f"{url} does not answer as the gateway's operations port (8002 by default); name it with --ops-url"
+        )
     chosen = [model for model in listed if only in (None, model.get("name"))]
     if only is not None and not chosen:
         raise ClientError(f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}")
     headings = ["name", "version", "state", "digest", "backends"]
     headings += ["max_batch_size", "batching", "reason"] if detailed else []
-    rows = [_model_row(model, detailed=detailed) for model in chosen]
+    rows = [_model_row(model, detailed=detailed, short=out.is_terminal and not detailed) for model in chosen]
     if not out.is_terminal:
         for row in rows:
             out.file.write("\t".join(row) + "\n")
-        return
-    table = Table(*headings, show_edge=False)
+    elif detailed:
+        _print_blocks(out, headings, rows)
+    else:
+        table = Table(show_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold", no_wrap=heading in {"version", "state", "digest"})
+        for row in rows:
+            table.add_row(*map(escape, row))
+        out.print(table)
+
+
+def _print_blocks(out: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A block a model: eight columns do not fit on a screen."""
     for row in rows:
-        table.add_row(*map(escape, row))
-    out.print(table)
+        name, version, state, *rest = row
+        out.print(f"{name} version {version} {state}", markup=False, soft_wrap=True)
+        for heading, cell in zip(headings[3:], rest, strict=True):
+            if cell != "-":
+                out.print(f"  {heading:<15} {cell}", markup=False, soft_wrap=True)
 
 
-def _model_row(model: Mapping[str, Any], *, detailed: bool) -> list[str]:
-    backends = model.get("backends") or []
+def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool) -> list[str]:
+    """The cells of one model; `short`: the digest is cut, a program gets all of it."""
+    backends = sorted(model.get("backends") or [], key=lambda backend: _natural(str(backend.get("name"))))
     names = ", ".join(_backend(backend, detailed=detailed) for backend in backends)
     row = [str(model.get(key) or "-") for key in ("name", "version", "state", "digest")] + [names or "-"]
+    if short and len(row[3]) > SHORT_DIGEST:
+        row[3] = row[3][:SHORT_DIGEST] + "…"
     if detailed:
         row += [str(model.get(key) or "-") for key in ("max_batch_size", "batching", "reason")]
     return row
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts onnx-2 before onnx-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _backend(backend: Mapping[str, Any], *, detailed: bool) -> str:

@@ -59,8 +59,9 @@ def fetch(
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 60.0,
+    option: str = "--url",
 ) -> Answer:
-    """GET `url` + `path`, or POST if there is a body.
+    """GET `url` + `path`, or POST if there is a body. `option` is what sets `url`, for advice.
 
     Raises:
         ClientError: the URL is not one.
@@ -77,7 +78,7 @@ def fetch(
         raise Unreachable(f"{url} gave no answer within {timeout_s:g} s; raise --timeout or look at its log") from None
     except (OSError, http.client.HTTPException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        hint = "is the gateway running there? (`gateway serve`, or name its address with --url)"
+        hint = f"is the gateway running there? (`gateway serve`, or name its address with {option})"
         raise Unreachable(f"cannot reach {url}: {what}; {hint}") from None
     finally:
         connection.close()

@@ -5,7 +5,8 @@ Rules:
 - For one model: command line > its entry under `models` > its config.pbtxt > `defaults` > built-in default;
   `Config.settings` is the only place that applies this order.
 - Every fault is reported at once, each with its line (config_faults.py); nothing is guessed.
-- No key is ignored: one of a later version is recognised and refused, never accepted without effect.
+- No key is ignored silently: one of a later version is recognised and refused, or accepted where it asks for
+  nothing more than this version does (config_later.py), with a note if that might surprise.
 - Everything here is immutable. A relative `source` starts at the file's directory.
 """
 
@@ -83,6 +84,8 @@ class Config:
     """Line of each entry of `models` in the file; sources of the command line have none."""
     instances: int | None = None
     """`--instances` or GATEWAY_INSTANCES: holds for every model."""
+    notes: tuple[str, ...] = ()
+    """What the user must be told although it is no fault, each in one line with its place."""
 
     def source(self, entry: ModelEntry) -> Source:
         """The parsed source of an entry of `models`."""
@@ -194,4 +197,5 @@ def load(
         file=str(path) if path is not None else "",
         model_lines=read.model_lines,
         instances=read.instances,
+        notes=read.notes,
     )

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gateway import config_later as later
 from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.errors import ConfigError, Fault
@@ -39,23 +40,8 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Options of `gateway serve` and the key that each sets; `GATEWAY_<OPTION>` is its variable."""
 
-_LATER: Final[dict[tuple[str, str], str]] = {
-    ("server", "grpc_port"): "the gRPC port is not supported in this version; remove it and use http_port",
-    ("server", "processes"): "several front-end processes are not supported in this version; remove it",
-    ("server", "model_control"): "loading models at run time is not supported in this version; remove it",
-    ("models", "backends"): "remote backends are not supported in this version; give a source instead",
-    (
-        "models",
-        "idempotent",
-    ): "belongs to remote backends, which are not supported in this version; remove it",
-    ("defaults", "backends"): "remote backends are not supported in this version; remove it",
-    (
-        "defaults",
-        "idempotent",
-    ): "belongs to remote backends, which are not supported in this version; remove it",
-}
+_TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control")
 _ONE_MODEL: Final = ("name", "source", "digest")
-_SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
 @dataclass(slots=True)
@@ -67,6 +53,8 @@ class Read:
     models: tuple[ModelEntry, ...] = ()
     model_lines: tuple[int, ...] = ()
     instances: int | None = None
+    notes: tuple[str, ...] = ()
+    """What is no fault but must be said: keys without effect, variables that look mistyped."""
 
 
 DEFAULT_SERVER: Final = Server()
@@ -81,6 +69,7 @@ class Loader:
         self._overrides = overrides
         self._environ = environ
         self._faults: list[Fault] = []
+        self._notes: list[str] = []
         self._tree = Tree("")
 
     def read(self) -> Read:
@@ -96,9 +85,11 @@ class Loader:
             models=self._models(root.get("models")),
             model_lines=tuple(self._tree.place(("models", i)).line for i in range(_length(root.get("models")))),
             instances=instances,
+            notes=(*self._notes, *later.unknown_variables(self._environ, OPTIONS)),
         )
         for key in root.keys() - ConfigFile.model_fields.keys():
-            self._fault((key,), unknown_key(str(key), ConfigFile.model_fields))
+            why = later.refusal("", str(key), root[key]) or unknown_key(str(key), ConfigFile.model_fields)
+            self._fault((key,), why)
         self._check_server(root.get("server"))
         if self._faults:
             raise ConfigError(sorted(set(self._faults), key=lambda fault: (fault.file, fault.line, fault.where)))
@@ -110,7 +101,14 @@ class Loader:
         if path in self._tree.faulty:
             return
         place = self._tree.place(path)
+        if place.key:
+            message = message.replace(f"write for example {path[-1]}: ", f"write for example {_assigned(place.key)}")
         self._faults.append(Fault(place.file, place.line, place.key or _dotted(path), message))
+
+    def _note(self, path: tuple[str | int, ...], text: str | None) -> None:
+        if text is not None:
+            place = self._tree.place(path)
+            self._notes.append(str(Fault(place.file, place.line, place.key or _dotted(path), text)))
 
     def _mapping(self, value: object, path: tuple[str | int, ...]) -> dict[str, Any]:
         if value is None:
@@ -142,13 +140,13 @@ class Loader:
         for option in OPTIONS:
             variable = f"GATEWAY_{option.upper()}"
             text = self._environ.get(variable, "")
-            # Kubernetes sets GATEWAY_HTTP_PORT=tcp://10.0.0.1:80 for a service named gateway-http.
-            if text and not _SERVICE_LINK.match(text):
-                typed = text if option in ("host", "log_level", "log_format") else read_scalar(text)
+            if text and not later.is_service_link(text):
+                typed = text if option in _TEXT_OPTIONS else read_scalar(text)
                 yield option, typed, Place("environment", 0, variable)
         for option, value in self._overrides.items():
             if value is not None:
-                yield option, value, Place("command line", 0, "--" + option.replace("_", "-"))
+                typed = value if option in _TEXT_OPTIONS or not isinstance(value, str) else read_scalar(value)
+                yield option, typed, Place("command line", 0, "--" + option.replace("_", "-"))
 
     # Sections
 
@@ -161,8 +159,11 @@ class Loader:
             self._tree.places.update({(*path, key): place for key in keys})
         usable = dict(keys)
         for key in keys:
-            if (later := _LATER.get((str(path[0]), key))) is not None:
-                self._fault((*path, key), later)
+            if later.is_neutral(str(path[0]), key, keys[key]):
+                self._note((*path, key), later.note(key))
+                del usable[key]
+            elif (refusal := later.refusal(str(path[0]), key, keys[key])) is not None:
+                self._fault((*path, key), refusal)
                 del usable[key]
             elif path == ("defaults",) and key in _ONE_MODEL:
                 self._fault((*path, key), "belongs to one model; write it in an entry of models")
@@ -218,8 +219,7 @@ class Loader:
         values = section if isinstance(section, dict) else {}
         port = values.get("http_port", DEFAULT_SERVER.http_port)
         if port == values.get("metrics_port", DEFAULT_SERVER.metrics_port) and port != 0:
-            key = "metrics_port" if "metrics_port" in values else "http_port"
-            self._fault(("server", key), f"http_port and metrics_port are both {port}; give them different ports")
+            self._blame_ports(values, port)
         host = values.get("host", DEFAULT_SERVER.host)
         if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
             message = (
@@ -228,6 +228,20 @@ class Loader:
                 "firewall stands in front"
             )
             self._fault(("server", "host"), message)
+
+    def _blame_ports(self, values: Mapping[str, Any], port: object) -> None:
+        """Both ports are the same: one fault that names both, each as the user wrote it."""
+        written = {key: self._tree.place(("server", key)) for key in ("http_port", "metrics_port") if key in values}
+        outside = [key for key, place in written.items() if place.key]
+        blamed = (outside or list(written))[-1]
+        named = []
+        for key in ("http_port", "metrics_port"):
+            place = written.get(key)
+            origin = " (by default)" if place is None else ""
+            if place is not None and not place.key and outside:
+                origin = f" ({place.file}:{place.line})"
+            named.append(((place.key if place is not None else "") or key) + origin)
+        self._fault(("server", blamed), f"{' and '.join(named)} are both {port}; give them different ports")
 
 
 def source_fault(text: str, base: Path) -> str | None:
@@ -263,6 +277,11 @@ def _is_loopback(host: str) -> bool:
 
 def _length(value: object) -> int:
     return len(value) if isinstance(value, list) else 0
+
+
+def _assigned(name: str) -> str:
+    """An option or variable, up to its value."""
+    return f"{name} " if name.startswith("--") else f"{name}="
 
 
 def _dotted(path: Iterable[str | int]) -> str:

@@ -1,12 +1,14 @@
 """From `models` of a configuration to the models on disk: what `serve` will load, and `check` checks.
 
-Rules: every fault of every entry at once; a name is served from one entry only. Reads config.pbtxt files, no models.
+Rules: every fault of every entry at once; a name is served from one entry only. `find_models` reads config.pbtxt
+files, no models; `verify` reads and hashes every file of the versions to serve, and loads none.
 """
 
 from __future__ import annotations
 
 from gateway.config import Config, ModelEntry
 from gateway.errors import ConfigError, Fault
+from gateway.registry.digest import read_artifact
 from gateway.registry.directory import FoundModel, scan
 from gateway.registry.reference import DirectorySource, ModelFileSource, unservable
 
@@ -40,6 +42,34 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
     if faults:
         raise ConfigError(faults)
     return found
+
+
+def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
+    """Read every version that would be served, and compare it with the digest its entry pins.
+
+    Raises:
+        ConfigError: files that cannot be read, and digests that differ.
+    """
+    faults: list[Fault] = []
+    for entry, model in found:
+        for version, path in model.versions.items():
+            try:
+                digest = read_artifact(path, model.name, version, model.model_file).digest
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            except OSError as error:
+                faults.append(Fault(str(path), 0, "", f"cannot be read: {error.strerror}; check its permissions"))
+                continue
+            if entry.digest not in (None, digest):
+                message = (
+                    f"the files of model '{model.name}' version {version} have digest {digest}; "
+                    "put the right files there or change the pin"
+                )
+                index = next(i for i, known in enumerate(config.models) if known is entry)
+                faults.append(_fault(config, index, ".digest", message))
+    if faults:
+        raise ConfigError(faults)
 
 
 def _fault(config: Config, index: int, key: str, message: str) -> Fault:

@@ -76,6 +76,9 @@ class Server(Section):
     """ONNX worker processes; by default one per CPU core, at least 2."""
     intra_op_threads: int | None = Field(default=None, ge=1, le=256, examples=[1])
     """Threads onnxruntime uses inside one model instance; by default the cores divided by the workers."""
+    drain_delay_s: float = Field(default=1.0, ge=0, le=3600, allow_inf_nan=False, examples=[5])
+    """Time after SIGTERM in which everything is still served while /v2/health/ready says 503, so that load balancers
+    look elsewhere before the port closes; behind Kubernetes at least its probe period. Ctrl-C does not wait."""
     drain_timeout_s: _Seconds = Field(default=30.0, examples=[30])
     """Time that accepted requests have to be answered after SIGTERM."""
     log_level: LogLevel = Field(default="info", examples=["info"])
@@ -144,7 +147,16 @@ class ConfigFile(Section):
     """What is served."""
 
 
+_LATER_KEYS: Final[dict[str, Any]] = {
+    "grpc_port": {"const": 8001, "examples": [8001], "description": "Of a later version: gRPC is not served."},
+    "processes": {"const": 1, "examples": [1], "description": "Of a later version: one front-end process."},
+    "model_control": {"const": "none", "examples": ["none"], "description": "Of a later version: nothing but none."},
+}
+"""Accepted with this value only (config_later.py)."""
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the configuration file, for editors."""
     schema = ConfigFile.model_json_schema()
+    schema["$defs"]["Server"]["properties"].update(_LATER_KEYS)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "gateway.yaml"}

@@ -21,7 +21,7 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.batching import Reason
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Success
-from gateway.core.request import SETTLED, InferRequest
+from gateway.core.request import SETTLED, BatchInput, InferRequest
 from gateway.core.retry import FailedBatch, Verdict, after_failure, counts
 from gateway.core.routing import route
 from gateway.errors import BackendError, GatewayError, ModelError
@@ -32,8 +32,10 @@ log = logging.getLogger("gateway.dispatch")
 ATTEMPT_TIMEOUT_FLOOR_S: Final = 5.0
 """Below this no attempt is given up: a machine that pauses for a second is not a hung model."""
 ATTEMPT_TIMEOUT_FACTOR: Final = 10.0
-"""... times the longest run seen, peak-sensitive and slowly forgotten."""
+"""... times the longest run seen, for its rows: peak-sensitive and slowly forgotten. Before any run was seen, the
+members' deadlines bound it."""
 PEAK_DECAY: Final = 0.99
+LOG_INTERVAL_S: Final = 1.0
 RUN_WEIGHT: Final = 0.1
 """Share of the newest batch in the mean run time."""
 
@@ -47,6 +49,7 @@ class Owner(Protocol):
 
     def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None: ...
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None: ...
+    def call_soon(self, callback: Callable[..., None], *arguments: object) -> object: ...
     def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
         """`members` wait again, and so may others in the isolated lane; `taken`: the replica did take the batch."""
 
@@ -69,7 +72,7 @@ class RunningBatch:
         self.backend = replica.name
         """Who executes it. The replica may move to another worker, and be named after it, while the batch runs."""
         self.outputs = members[0].outputs
-        self.inputs = assembly.concat(members, rows, dispatcher.spec.batched)
+        self.inputs: Sequence[BatchInput] = ()
         self.dispatched = 0.0
         self.attempt = 0
         self.isolated = False
@@ -95,9 +98,14 @@ class Dispatcher:
         self.statistics = statistics
         self.execute_s = 0.0
         """The longest recent run, seconds: peak-sensitive, slowly decaying."""
+        self.last_dispatched = 0.0
+        """When the newest batch was sent, monotonic seconds."""
+        self._row_s = 0.0
+        """Like `execute_s`, per row."""
         self.run_s = float("inf")
         """Seconds that batches spend inside the backend: a moving mean; infinite before the first."""
         self.running = 0
+        self._logged = float("-inf")
         self._owner = owner
         self._now = clock
         self._turn = 0
@@ -125,21 +133,31 @@ class Dispatcher:
 
     def dispatch(self, members: list[InferRequest], reason: Reason, replica: Replica, isolated: bool = False) -> None:
         """Execute `members` (equal keys, not settled) on `replica`, which has a free slot."""
-        now = self._now()
-        rows = 0
-        attempt = 0
+        rows = attempt = 0
         for member in members:
             rows += member.rows
             member.attempt += 1
-            member.started = now
             attempt = max(attempt, member.attempt)
         batch = RunningBatch(self, members, rows, reason, replica)
-        batch.dispatched = now
+        batch.dispatched = self.last_dispatched = now = self._now()
         batch.attempt = attempt
         batch.isolated = isolated
         self._turn += 1
         self.running += 1
-        replica.execute(batch, max(ATTEMPT_TIMEOUT_FLOOR_S, ATTEMPT_TIMEOUT_FACTOR * self.execute_s))
+        try:
+            batch.inputs = assembly.concat(members, rows, self.spec.batched)
+            replica.execute(batch, self._timeout_s(batch, now))
+        except Exception as error:
+            # Whatever it was, these members get an outcome, and the model goes on.
+            log.exception("model %s: a batch could not be put together", self.spec.name)
+            failure = Failure(FailureKind.SUSPECT, f"the batch could not be put together ({type(error).__name__})")
+            self._owner.call_soon(batch.done, failure)
+
+    def _timeout_s(self, batch: RunningBatch, now: float) -> float:
+        if not self.execute_s:
+            return max(ATTEMPT_TIMEOUT_FLOOR_S, max([member.deadline for member in batch.members]) - now)
+        longest = max(self.execute_s, self._row_s * batch.rows)
+        return max(ATTEMPT_TIMEOUT_FLOOR_S, ATTEMPT_TIMEOUT_FACTOR * longest)
 
     def batch_done(self, batch: RunningBatch, outcome: Success | Failure) -> None:
         self.running -= 1
@@ -157,6 +175,7 @@ class Dispatcher:
         now = self._now()
         execute_s = now - batch.dispatched
         self.execute_s = max(execute_s, self.execute_s * PEAK_DECAY)
+        self._row_s = max(execute_s / batch.rows, self._row_s * PEAK_DECAY)
         spent_s = (outcome.compute_input_ns + outcome.compute_infer_ns + outcome.compute_output_ns) / 1e9
         self.run_s = spent_s if math.isinf(self.run_s) else self.run_s + RUN_WEIGHT * (spent_s - self.run_s)
         finished = FinishedBatch(
@@ -188,7 +207,12 @@ class Dispatcher:
             member.broken += broken
         most = max([member.broken for member in members])
         verdict = after_failure(FailedBatch(len(members), most, failure.kind))
-        log.info(
+        # One line a second is enough to know; input that the model refuses must not fill a disk.
+        now = self._now()
+        loud = taken and now - self._logged >= LOG_INTERVAL_S
+        self._logged = now if loud else self._logged
+        log.log(
+            logging.INFO if loud else logging.DEBUG,
             "model %s: batch of %d requests on %s failed (%s: %s): %s",
             self.spec.name, len(members), batch.backend, failure.kind.value, failure.message, verdict.value,
         )  # fmt: skip
@@ -205,7 +229,8 @@ class Dispatcher:
                 members, BackendError(f"model '{self.spec.name}': every attempt failed, the last: {failure.message}")
             )
             return
-        self.statistics.retry(len(members))
+        if taken:
+            self.statistics.retry(len(members))
         if verdict is Verdict.HALVE:
             middle = (len(members) + 1) // 2
             self._isolated += [members[:middle], members[middle:]]

@@ -98,6 +98,8 @@ class Operations:
         app.router.add_get("/healthz", _healthz)
         app.router.add_get("/api/models", self._serve_models)
         app.router.add_get("/api/workers", self._serve_workers)
+        # What clients send is not our error; a malformed request would be logged with a traceback.
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         try:
@@ -205,8 +207,11 @@ def is_loopback(host: str) -> bool:
 def host_name(value: str) -> str:
     """The name in a `Host` header: lower case, without port, brackets of IPv6 removed."""
     if value.startswith("["):
-        return value[1:].partition("]")[0].lower()
-    return value.partition(":")[0].lower()
+        name, _, port = value[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        name, _, port = value.partition(":")
+    return name.lower() if not port or port.isdecimal() else ""
 
 
 def _cause(error: OSError) -> str:

@@ -71,6 +71,8 @@ class SplitRequest:
     def abort(self, request: InferRequest) -> None:
         """The caller of the whole left."""
         if self._original.state != SETTLED:
+            if self._version.scheduler is not None:
+                self._version.scheduler.statistics.fail("CANCELED")
             self._give_up(Cancelled("the caller left"))
 
     def _give_up(self, error: Exception) -> None:
@@ -88,9 +90,13 @@ class SplitRequest:
             self._give_up(part.error)
         elif self._open == 0:
             try:
-                self._settle(batch=self._join())
-            except assembly.AssemblyError as error:
+                joined = self._join()
+            except Exception as error:  # whatever it was, the caller gets an answer
                 self._settle(error=BackendError(f"model '{self._version.spec.name}': {error}"))
+                return
+            if self._version.scheduler is not None:
+                self._version.scheduler.statistics.record_whole(joined.infer_ns)
+            self._settle(batch=joined)
 
     def _join(self) -> FinishedBatch:
         pieces = [(part.batch, part.row) for part in self._parts]

@@ -20,7 +20,7 @@ from gateway.backends.interface import Replica
 from gateway.core.admission import admit, deadline_of
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
-from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time
+from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time, patience_s
 from gateway.core.model import ModelSpec
 from gateway.core.request import RUNNING, SETTLED, InferRequest
 from gateway.dispatcher import Dispatcher
@@ -72,6 +72,8 @@ class Scheduler:
         """What those who wait were told when no replica was left to wait for."""
         for replica in replicas:
             replica.set_listener(self._replica_changed)
+        if not any(replica.available for replica in replicas):
+            self._replica_changed()
 
     # -- what callers do -----------------------------------------------------------------------------------------
 
@@ -112,7 +114,8 @@ class Scheduler:
     def abort(self, request: InferRequest) -> None:
         """The caller left: drop the request, waiting or running. Batch-mates do not notice."""
         if request.state != SETTLED:
-            self.statistics.fail("CANCELED")
+            if not request.part:
+                self.statistics.fail("CANCELED")
             self._settle(request, Cancelled("the caller left"))
 
     def close(self, error: GatewayError) -> None:
@@ -170,7 +173,10 @@ class Scheduler:
         wake: float | None = None
         while queue.count or dispatcher.isolated:
             if dispatcher.running and not dispatcher.isolated and self._one_at_a_time():
-                break
+                patient_until = dispatcher.last_dispatched + patience_s(dispatcher.run_s)
+                if now < patient_until:
+                    wake = patient_until
+                    break
             replica = dispatcher.free_replica()
             if replica is None:
                 break
@@ -233,6 +239,10 @@ class Scheduler:
             self._pumping = True
             self._loop.call_soon(self._pump)
 
+    def call_soon(self, callback: Callable[..., None], *arguments: object) -> object:
+        """For the dispatcher, which knows no loop."""
+        return self._loop.call_soon(callback, *arguments)
+
     # -- what the dispatcher reports -------------------------------------------------------------------------------
 
     def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None:
@@ -250,7 +260,7 @@ class Scheduler:
                 settled(request)
                 request.batch = batch
                 request.row = row
-                answered += 1
+                answered += not request.part
                 waited_s += dispatched - request.received
                 try:
                     request.settle(request)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import shlex
+import shutil
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +28,13 @@ from gateway.provenance.headers import Provenance, parse
 
 SAMPLES: Final = Path(__file__).parent / "demo" / "samples"
 
+SHORT_DIGEST: Final = 19
+"""Characters: `sha256:` and twelve digits."""
+MAX_VALUES: Final = 6
+NEAR_BY_DEFAULT: Final = ("127.0.0.1:8000", "localhost:8000", "0.0.0.0:8000")
+"""Addresses that `gateway infer` finds without --url."""
+
+log = logging.getLogger("gateway")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -51,8 +62,23 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def show_started(versions: Sequence[ServedVersion], host: str, http_port: int, operations_port: int) -> None:
-    """The table of models and the URLs."""
+def show_not_loaded(versions: Sequence[ServedVersion]) -> None:
+    """One line a version that could not be loaded. Reasons that name the version themselves are not doubled."""
+    for version in versions:
+        place = f"model '{version.name}' version {version.version}"
+        reason = version.reason
+        show_error(reason if reason.startswith(place) else f"{place}: {reason}")
+
+
+def show_started(
+    versions: Sequence[ServedVersion], host: str, http_port: int, operations_port: int, *, plain: bool = False
+) -> None:
+    """The table of models and the URLs; `plain`: one record of the log instead, where programs read the output."""
+    if plain:
+        names = ", ".join(f"{version.name} version {version.version}" for version in versions)
+        inference, operations = _address(host, http_port), _address(host, operations_port)
+        log.info("serving %s; inference http://%s/v2, operations http://%s/", names, inference, operations)
+        return
     table = Table(title="models", title_justify="left", expand=False)
     for column in ("name", "version", "digest", "workers", "state", "batching"):
         table.add_column(column, overflow="fold", no_wrap=column in {"version", "digest", "state"})
@@ -60,14 +86,23 @@ def show_started(versions: Sequence[ServedVersion], host: str, http_port: int, o
         table.add_row(
             escape(version.name),
             escape(version.version),
-            version.spec.digest[:19] + "…",
-            escape(", ".join(replica.name for replica in version.replicas)),
+            _short(version.spec.digest),
+            escape(", ".join(sorted((replica.name for replica in version.replicas), key=_natural))),
             f"[green]{version.state.value}[/green]",
             _batching(version),
         )
     out.print(table)
     out.print(f"inference   http://{_address(host, http_port)}/v2")
     out.print(f"operations  http://{_address(host, operations_port)}/  (metrics, models, workers)")
+
+
+def _short(digest: str) -> str:
+    return digest[:SHORT_DIGEST] + "…" if len(digest) > SHORT_DIGEST else digest
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sorts onnx-2 before onnx-10."""
+    return len(name), name
 
 
 def _batching(version: ServedVersion) -> str:
@@ -85,14 +120,30 @@ def show_demo(host: str, http_port: int, operations_port: int) -> None:
             continue
         url = f"http://{_address(host, http_port)}/v2/models/{sample.stem}/infer"
         answer, provenance = _post(url, request["request"])
-        out.print(f"\n[bold]{escape(sample.stem)}[/bold]  {escape(_brief(answer))}")
+        _show_answer(sample.stem, answer)
         _show_provenance(provenance)
-    name = _near(SAMPLES / "digits.json")
+    name = shlex.quote(str(_near(SAMPLES / "digits.json")))
+    address = _address(host, http_port)
+    elsewhere = "" if address in NEAR_BY_DEFAULT else f" --url http://{address}"
     out.print("\ntry next:")
-    out.print(f"  curl -i http://{_address(host, http_port)}/v2/models/digits")
-    out.print(f"  gateway infer digits @{name} -v", soft_wrap=True)
-    out.print(f"  curl http://{_address(host, operations_port)}/metrics")
+    for line in (
+        f"curl -i http://{address}/v2/models/digits",
+        f"{_program()} infer digits @{name} -v{elsewhere}",
+        f"curl http://{_address(host, operations_port)}/metrics",
+    ):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
     out.print("Ctrl-C stops.")
+
+
+def _program() -> str:
+    """How this installation's `gateway` can be called from the working directory."""
+    beside = Path(sys.executable).parent / "gateway"
+    found = shutil.which("gateway")
+    if found is not None and (not beside.exists() or Path(found).samefile(beside)):
+        return "gateway"
+    if beside.exists():
+        return shlex.quote(str(_near(beside)))
+    return f"{shlex.quote(str(_near(Path(sys.executable))))} -m gateway"
 
 
 def _near(path: Path) -> Path:
@@ -107,26 +158,37 @@ def _post(url: str, document: Any) -> tuple[Any, Provenance]:
         return json.load(response), parse(response.headers.items())
 
 
-def _brief(answer: Any) -> str:
-    return "  ".join(f"{output['name']}={_numbers(output['data'])}" for output in answer["outputs"])
+def _show_answer(name: str, answer: Any) -> None:
+    """The first row of each output: a whole batch does not fit on a screen, and a cut one would mislead."""
+    outputs = answer["outputs"]
+    rows = outputs[0]["shape"][0]
+    out.print(f"\n[bold]{escape(name)}[/bold]  {'1 row sent' if rows == 1 else f'{rows} rows sent, row 0 of them:'}")
+    for output in outputs:
+        row = output["data"][: len(output["data"]) // output["shape"][0]]
+        out.print(f"  {output['name']} = {_values(row)}", markup=False, soft_wrap=True)
 
 
-def _numbers(data: list[Any]) -> str:
-    shown = ", ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in data[:10])
-    return f"[{shown}{', …' if len(data) > 10 else ''}]"
+def _values(row: list[Any]) -> str:
+    shown = ", ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row[:MAX_VALUES])
+    return f"[{shown}, … ({len(row)} values)]" if len(row) > MAX_VALUES else shown if len(row) == 1 else f"[{shown}]"
 
 
 def _show_provenance(provenance: Provenance) -> None:
     model = provenance.model
     if model is not None:
-        out.print(f"  model    {model.name} version {model.version} {model.digest}", markup=False, soft_wrap=True)
+        out.print(
+            f"  model    {model.name} version {model.version} {_short(model.digest)}", markup=False, soft_wrap=True
+        )
     for member in provenance.members:
         out.print(
-            f"  executed by {member.backend}, attempt {member.attempt}, batch {member.batch_id} of {member.size} "
-            f"rows, row {member.row}"
+            f"  executed by {member.backend}, attempt {member.attempt}, batch {member.batch_id} of "
+            f"{'1 row' if member.size == 1 else f'{member.size} rows'}, row {member.row}",
+            markup=False,
+            soft_wrap=True,
         )
     timings = ", ".join(f"{name} {ms:.2f} ms" for name, ms in provenance.timings_ms.items())
-    out.print(f"  request  {provenance.request_id}   {timings}", soft_wrap=True)
+    out.print(f"  request  {provenance.request_id}", markup=False, soft_wrap=True)
+    out.print(f"  time     {timings}", markup=False, soft_wrap=True)
 
 
 def _address(host: str, port: int) -> str:

@@ -9,12 +9,15 @@ import types
 from pathlib import Path
 
 import pytest
+import typer
 
 import gateway
 from gateway import cli
 from gateway.cli import main
+from gateway.cli_text import LATER_OPTIONS
 from gateway.config import Config, ModelEntry
 from gateway.errors import ConfigError, Overloaded
+from gateway.registry.digest import read_artifact
 
 
 class Served:
@@ -121,8 +124,9 @@ def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) 
         (["serve", "/", "--host", "0.0.0.0"], "error: command line: --host: '0.0.0.0' can be reached"),
         (["serve", "/", "--http-port", "70000"], "error: command line: --http-port: must be at most 65535"),
         (["serve", "/", "--log-level", "inof"], "did you mean 'info'?"),
-        (["serve", "/", "--grpc-port", "8001"], "error: command line: --grpc-port: the gRPC port is not supported"),
+        (["serve", "/", "--grpc-port", "9001"], "error: command line: --grpc-port: the gRPC port is not supported"),
         (["serve", "/", "--processes", "2"], "--processes: several front-end processes are not supported"),
+        (["serve", "/", "--processes", "x"], "--processes: several front-end processes are not supported"),
         (["serve", "/", "--model-control", "poll"], "--model-control: loading models at run time is not supported"),
         (["models", "load", "m"], "error: 'models load' needs --model-control, which this version does not have"),
         (["models", "unload"], "error: 'models unload' needs --model-control"),
@@ -160,13 +164,66 @@ def test_check_looks_into_the_models_too(models: Path, tmp_path: Path, capsys: S
     file = tmp_path / "g.yaml"
     file.write_text("models: [{source: ./models}]")
     assert main(["check", "-c", str(file)]) == 0
-    assert "no faults; 1 models, 1 versions to serve" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{file}: no faults; 1 model, 1 version to serve; no model was loaded\n"
     (models / "m" / "config.pbtxt").write_text('parameters { key: "team" value { string_value: "x" } }')
     assert main(["check", "-c", str(file)]) == 0
     assert "note:" in capsys.readouterr().err
     (models / "m" / "config.pbtxt").write_text("sequence_batching { }")
     assert main(["check", "-c", str(file)]) == 2
     assert "config.pbtxt:1: sequence_batching: sequences are not supported yet" in capsys.readouterr().err
+
+
+def test_check_hashes_what_is_pinned_and_reads_every_file(models: Path, tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    right = read_artifact(models / "m" / "1", "m", "1").digest
+    file.write_text(f"models:\n  - source: models\n    digest: {right}")
+    assert main(["check", "-c", str(file)]) == 0
+    (models / "m" / "1" / "model.onnx").write_bytes(b"y")
+    assert main(["check", "-c", str(file)]) == 2
+    assert f"error: {file}:2: models[0].digest: the files of model 'm' version 1 have" in capsys.readouterr().err
+    (models / "m" / "1" / "extra").symlink_to("/etc/hostname")
+    assert main(["check", "-c", str(file)]) == 2
+    assert "extra: this link leaves the version directory" in capsys.readouterr().err
+
+
+def test_a_configuration_with_nothing_to_serve_is_a_fault(tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("server: {workers: 2}")
+    for verb in ("check", "serve"):
+        assert main([verb, "-c", str(file)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {file}: nothing to serve; name a SOURCE")
+
+
+def test_what_has_no_effect_is_said(
+    served: Served, models: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("server:\n  grpc_port: 8001\nmodels: [{source: models}]")
+    monkeypatch.setenv("GATEWAY_HTP_PORT", "1")
+    for verb in ("check", "serve"):
+        assert main([verb, "-c", str(file)]) == 0
+        assert capsys.readouterr().err.splitlines() == [
+            f"warning: {file}:2: server.grpc_port: gRPC is not served in this version; the key has no effect",
+            ("warning: environment: GATEWAY_HTP_PORT is not a known variable; did you mean GATEWAY_HTTP_PORT?"),
+        ]
+    assert main(["serve", str(models), "--processes", "1", "--model-control", "none"]) == 0
+    assert served.calls == 2
+
+
+def test_no_option_of_a_later_version_is_suggested(capsys: Said) -> None:
+    assert main(["serve", "--htp-port", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "--http-port" in said
+    assert "--grpc-port" not in said
+    assert main(["serve", "--proceses", "1"]) == 2
+    assert "Possible options" not in capsys.readouterr().err
+    hidden = {
+        name
+        for parameter in typer.main.get_command(cli.app).commands["serve"].params  # type: ignore[attr-defined]
+        for name in parameter.opts
+        if getattr(parameter, "hidden", False)
+    }
+    assert hidden == LATER_OPTIONS
 
 
 def test_schema_prints_json(capsys: Said) -> None:

@@ -126,7 +126,8 @@ def test_no_server_is_one_line_with_a_hint(capsys: Said) -> None:
     assert main(["infer", "m", "[1]", "--url", "http://127.0.0.1:9"]) == 1
     assert "is the gateway running there?" in capsys.readouterr().err
     assert main(["models", "--ops-url", "http://127.0.0.1:9"]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("or name its address with --ops-url)")
 
 
 def test_models_is_one_line_a_model(capsys: Said) -> None:
@@ -142,6 +143,42 @@ def test_models_is_one_line_a_model(capsys: Said) -> None:
         assert "onnx-1 (1 in flight), onnx-2 (unavailable)\t32\trows are independent\t-" in capsys.readouterr().out
         assert main(["models", "list", "nope", "--ops-url", url]) == 1
         assert "no model is named 'nope'; there are: double, broken" in capsys.readouterr().err
+
+
+def test_status_is_a_block_a_model_where_a_person_watches() -> None:
+    text = io.StringIO()
+    out = Console(file=text, force_terminal=True, width=80, color_system=None)
+    with serving(double) as url:
+        cli_infer.models(out, url, detailed=True, only="double", timeout_s=10)
+    assert text.getvalue().splitlines() == [
+        "double version 3 READY",
+        f"  digest          {DIGEST}",
+        "  backends        onnx-1 (1 in flight), onnx-2 (unavailable)",
+        "  max_batch_size  32",
+        "  batching        rows are independent",
+    ]
+
+
+def test_models_is_a_table_where_a_person_watches() -> None:
+    text = io.StringIO()
+    out = Console(file=text, force_terminal=True, width=80, color_system=None)
+    listed = [
+        {
+            "name": "m", "version": "1", "state": "READY", "digest": DIGEST,
+            "backends": [{"name": f"onnx-{n}", "available": True} for n in (10, 2, 1)],
+        }
+    ]  # fmt: skip
+    with serving(lambda *_: (200, {}, json.dumps(listed).encode())) as url:
+        cli_infer.models(out, url, detailed=False, only=None, timeout_s=10)
+    header, _, row = (line.rstrip() for line in text.getvalue().splitlines())
+    assert [cell.strip() for cell in header.split("┃")] == ["name", "version", "state", "digest", "backends"]
+    assert [cell.strip() for cell in row.split("│")] == [
+        "m",
+        "1",
+        "READY",
+        DIGEST[:19] + "…",
+        "onnx-1, onnx-2, onnx-10",
+    ]
 
 
 @pytest.mark.parametrize("reply", [(404, {}, b'{"error":"Not Found"}'), (200, {}, b'{"a": 1}'), (200, {}, b"[1]")])

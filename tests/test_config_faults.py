@@ -56,21 +56,28 @@ CORPUS: list[tuple[str, list[str]]] = [
         "server: {http_port: 9, metrics_port: 9}",
         ["1: server.metrics_port: http_port and metrics_port are both 9"],
     ),
-    ("server: {metrics_port: 8000}", ["1: server.metrics_port: http_port and metrics_port are both 8000"]),
-    ("server: {http_port: 8002}", ["1: server.http_port: http_port and metrics_port are both 8002"]),
+    ("server: {metrics_port: 8000}", ["1: server.metrics_port: http_port (by default) and metrics_port are both 8000"]),
+    ("server: {http_port: 8002}", ["1: server.http_port: http_port and metrics_port (by default) are both 8002"]),
     (
         "server:\n  host: 0.0.0.0",
         ["2: server.host: '0.0.0.0' can be reached from other machines", "insecure: true"],
     ),
     ("server: {host: example.org}", ["1: server.host: 'example.org' can be reached"]),
     ("server: {host: ''}", ["1: server.host: must be of length at least 1, found length 0"]),
-    ("server: {grpc_port: 8001}", ["1: server.grpc_port: the gRPC port is not supported in this version"]),
+    ("server: {grpc_port: 8002}", ["1: server.grpc_port: the gRPC port is not supported in this version"]),
+    ("server: {grpc_port: null}", ["1: server.grpc_port: the gRPC port is not supported in this version"]),
     (
-        "server: {processes: 1}",
+        "server: {processes: 2}",
         ["1: server.processes: several front-end processes are not supported in this version"],
     ),
+    ("server: {processes: true}", ["1: server.processes: several front-end processes are not"]),
+    ("server: {tls: {cert: a}}", ["1: server.tls: 'tls' is not supported in this version; remove it"]),
+    ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
+    ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
+    ("defaults: {compression: gzip}", ["1: defaults.compression: 'compression' is not supported in this version"]),
+    ("models: [{source: ., grpc: 1}]", ["1: models[0].grpc: 'grpc' is not supported in this version"]),
     (
-        "server: {model_control: none}",
+        "server: {model_control: poll}",
         ["1: server.model_control: loading models at run time is not supported"],
     ),
     ("defaults: {backends: []}", ["1: defaults.backends: remote backends are not supported in this version"]),
@@ -171,7 +178,7 @@ def test_all_faults_of_a_file_come_at_once_in_order_of_lines(tmp_path: Path) -> 
         server:
           host: 0.0.0.0
           http_port: "80"
-          grpc_port: 8001
+          grpc_port: 9001
         defaults: {instances: two}
         models:
           - source: ./nope
@@ -213,8 +220,44 @@ def test_faults_of_variables_and_options_name_them() -> None:
     with pytest.raises(ConfigError) as caught:
         load(None, {"http_port": 70000, "grpc_port": "1"}, {"GATEWAY_WORKERS": "x", "GATEWAY_INSTANCES": "0"})
     assert str(caught.value).splitlines() == [
-        "command line: --grpc-port: the gRPC port is not supported in this version; remove it and use http_port",
-        "command line: --http-port: must be at most 65535, found 70000; write for example http_port: 8000",
-        "environment: GATEWAY_INSTANCES: must be at least 1, found 0; write for example instances: 2",
-        'environment: GATEWAY_WORKERS: expected a whole number, found the text "x"; write for example workers: 2',
+        (
+            "command line: --grpc-port: the gRPC port is not supported in this version; remove it, clients can use "
+            "http_port"
+        ),
+        "command line: --http-port: must be at most 65535, found 70000; write for example --http-port 8000",
+        "environment: GATEWAY_INSTANCES: must be at least 1, found 0; write for example GATEWAY_INSTANCES=2",
+        (
+            'environment: GATEWAY_WORKERS: expected a whole number, found the text "x"; '
+            "write for example GATEWAY_WORKERS=2"
+        ),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "expected"),
+    [
+        (
+            {"http_port": 8002},
+            {},
+            "command line: --http-port: --http-port and metrics_port (by default) are both 8002",
+        ),
+        (
+            {"metrics_port": 9},
+            {"GATEWAY_HTTP_PORT": "9"},
+            "command line: --metrics-port: GATEWAY_HTTP_PORT and --metrics-port are both 9",
+        ),
+        (
+            {},
+            {"GATEWAY_HTTP_PORT": "7"},
+            "environment: GATEWAY_HTTP_PORT: GATEWAY_HTTP_PORT and metrics_port (FILE:2) are both 7",
+        ),
+    ],
+)
+def test_equal_ports_blame_both_as_the_user_wrote_them(
+    tmp_path: Path, options: dict[str, int], environ: dict[str, str], expected: str
+) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("server:\n  metrics_port: 7\n" if environ and not options else "")
+    with pytest.raises(ConfigError) as caught:
+        load(file, options, environ)
+    assert str(caught.value) == f"{expected.replace('FILE', str(file))}; give them different ports"

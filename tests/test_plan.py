@@ -82,6 +82,7 @@ def test_a_single_file_is_read_like_a_version_directory(tmp_path: Path) -> None:
 def test_every_fault_of_every_source_at_once(tmp_path: Path) -> None:
     models.repository(tmp_path / "a", {"good": LINEAR, "broken": LINEAR}, {"broken": "max_batch_size: no"})
     (tmp_path / "a" / "unversioned").mkdir()
+    (tmp_path / "a" / "unversioned" / "model.onnx").write_bytes(LINEAR)
     (tmp_path / "a name.onnx").write_bytes(LINEAR)
     (tmp_path / "empty").mkdir()
     config = from_file(tmp_path, "models:\n  - {source: a}\n  - {source: 'a name.onnx'}\n  - {source: empty}\n")

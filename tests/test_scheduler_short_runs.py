@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from gateway.core.batching import SHORT_RUN_S, one_at_a_time
+from typing import Any
+
+import pytest
+
+from gateway.core import assembly
+from gateway.core.batching import MIN_PATIENCE_S, SHORT_RUN_S, one_at_a_time
 from gateway.core.model import BatchPolicy
+from gateway.errors import ModelError
 from tests.scripted import Bench, simulated, turns
 
 LONG_NS = int(SHORT_RUN_S * 2e9)
@@ -88,3 +94,36 @@ def test_the_rule() -> None:
     assert one_at_a_time(SHORT_RUN_S / 2, waiting_rows=3, limit=4)
     assert not one_at_a_time(SHORT_RUN_S / 2, waiting_rows=4, limit=4)
     assert not one_at_a_time(SHORT_RUN_S, waiting_rows=1, limit=4)
+
+
+@simulated
+async def test_a_short_run_that_hangs_holds_nobody_up_for_long() -> None:
+    bench = Bench(BatchPolicy(8), replicas=2)
+    await first_run(bench, infer_ns=1000)
+    bench.send(1)
+    hanging = await bench.backend.expect_batch(rows=1)
+    begun = bench.loop.time()
+    bench.send(2)
+    other = await bench.backend.expect_batch(rows=2)
+    assert bench.loop.time() - begun <= 2 * MIN_PATIENCE_S
+    other.reply()
+    hanging.reply()
+    await bench.finish()
+
+
+@simulated
+async def test_a_batch_that_cannot_be_put_together_stalls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(BatchPolicy(8))
+    whole = assembly.concat
+
+    def short_of_memory(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(assembly, "concat", short_of_memory)
+    unlucky = bench.send(1)
+    await turns()
+    assert isinstance(unlucky.error, ModelError)
+    monkeypatch.setattr(assembly, "concat", whole)
+    bench.send(2)
+    (await bench.backend.expect_batch(rows=2)).reply()
+    await bench.finish()

@@ -6,8 +6,12 @@ import asyncio
 import http.server
 import io
 import json
+import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,8 +148,8 @@ class OneAnswer(http.server.BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["inputs"]
         outputs = [
-            {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["[/bold]"]},
-            {"name": "scores", "datatype": "FP32", "shape": [1, 12], "data": [0.123456] * 12},
+            {"name": "text", "datatype": "BYTES", "shape": [2, 1], "data": ["[/bold]", "b"]},
+            {"name": "scores", "datatype": "FP32", "shape": [2, 12], "data": [0.123456] * 12 + [0.99] * 12},
         ]
         body = json.dumps({"model_name": "m", "model_version": "1", "outputs": outputs}).encode()
         self.send_response(200)
@@ -154,7 +158,7 @@ class OneAnswer(http.server.BaseHTTPRequestHandler):
             "X-Request-Id": "01937c5e-8f3a-7c2e-b1d4-2f6f0a9c1e77",
             "Inference-Model": f'"digits";version="3";digest="{DIGEST}"',
             "Inference-Backend": '"onnx-1";attempt=1, "onnx-2";attempt=2',
-            "Inference-Batch": '"a1f3-000042";size=64;row=0, "a1f3-000043";size=9;row=3',
+            "Inference-Batch": '"a1f3-000042";size=64;row=0, "a1f3-000043";size=1;row=3',
             "Server-Timing": "queue;dur=0.81, infer;dur=1.43, total;dur=2.40",
         }.items():
             self.send_header(name, value)
@@ -181,11 +185,70 @@ def test_the_demo_shows_answers_with_their_provenance(screen: Console, port: int
     terminal.show_demo("127.0.0.1", port, 8002)
     text = screen.export_text()
     for model in ("digits", "digits_cnn"):
-        assert f"{model} text=[[/bold]] scores=[{', '.join(['0.123'] * 10)}, …]" in " ".join(text.split())
-    assert text.count(f"  model    digits version 3 {DIGEST}\n") == 2
-    assert "executed by onnx-1, attempt 1, batch a1f3-000042 of 64 rows, row 0" in text
-    assert "executed by onnx-2, attempt 2, batch a1f3-000043 of 9 rows, row 3" in text
-    assert "request  01937c5e-8f3a-7c2e-b1d4-2f6f0a9c1e77   queue 0.81 ms, infer 1.43 ms, total 2.40 ms\n" in text
+        assert f"\n{model}  2 rows sent, row 0 of them:\n  text = [/bold]\n  scores = [0.12, 0.12," in text
+    assert "  scores = [0.12, 0.12, 0.12, 0.12, 0.12, 0.12, … (12 values)]\n" in text
+    assert "0.99" not in text, "only the first row"
+    assert text.count("  model    digits version 3 sha256:0123456789ab…\n") == 2
+    assert "executed by onnx-1, attempt 1, batch a1f3-000042 of 64 rows, row 0\n" in text
+    assert "executed by onnx-2, attempt 2, batch a1f3-000043 of 1 row, row 3\n" in text
+    assert (
+        "  request  01937c5e-8f3a-7c2e-b1d4-2f6f0a9c1e77\n  time     queue 0.81 ms, infer 1.43 ms, total 2.40 ms\n"
+        in text
+    )
     assert f"curl -i http://127.0.0.1:{port}/v2/models/digits\n" in text
     assert "http://127.0.0.1:8002/metrics" in text
     assert text.rstrip().endswith("Ctrl-C stops.")
+    answers, _ = text.split("try next:")
+    assert max(map(len, answers.splitlines())) <= 80
+
+
+def test_what_the_demo_suggests_can_be_run_as_shown(screen: Console, port: int) -> None:
+    terminal.show_demo("127.0.0.1", port, 8002)
+    (line,) = [line for line in screen.export_text().splitlines() if " infer digits " in line]
+    done = subprocess.run([*shlex.split(line), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    arguments = shlex.split(line)
+    assert arguments[-2:] == ["--url", f"http://127.0.0.1:{port}"]
+    (sample,) = [part[1:] for part in arguments if part.startswith("@")]
+    assert Path(sample).is_file()
+
+
+def test_the_program_is_named_the_way_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binaries = tmp_path / "a venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "gateway").write_text("#!/bin/sh\n")
+    (binaries / "gateway").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(binaries / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert terminal._program() == "'a venv/bin/gateway'"
+    monkeypatch.setenv("PATH", str(binaries))
+    assert terminal._program() == "gateway"
+    (binaries / "gateway").unlink()
+    assert terminal._program() == "'a venv/bin/python' -m gateway"
+
+
+def test_plain_is_one_record_of_the_log(screen: Console, caplog: pytest.LogCaptureFixture) -> None:
+    async def show() -> None:
+        terminal.show_started([served("digits", "3", BatchPolicy(0))], "127.0.0.1", 8000, 8002, plain=True)
+
+    with caplog.at_level("INFO", "gateway"):
+        asyncio.run(show())
+    assert screen.export_text() == ""
+    assert caplog.messages == [
+        "serving digits version 3; inference http://127.0.0.1:8000/v2, operations http://127.0.0.1:8002/"
+    ]
+
+
+def test_a_version_is_named_once_in_its_fault(screen: Console) -> None:
+    async def show() -> None:
+        versions = [served("a", "1", BatchPolicy(0)), served("b", "2", BatchPolicy(0))]
+        versions[0].reason = "model 'a' version 1: not an ONNX file"
+        versions[1].reason = "the files have another digest"
+        terminal.show_not_loaded(versions)
+
+    asyncio.run(show())
+    assert screen.export_text().splitlines() == [
+        "error: model 'a' version 1: not an ONNX file",
+        "error: model 'b' version 2: the files have another digest",
+    ]

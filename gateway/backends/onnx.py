@@ -4,34 +4,38 @@ A replica is one instance of a model in one worker process. What comes back is c
 outputs that were asked for, with the model's datatypes and as many bytes as their shapes say. Each output is copied
 once, out of shared memory.
 
-Mapping of outcomes: the worker is down or cannot be given the batch → NOT_SENT; the model refuses the input →
-SUSPECT; no answer in time → TIMEOUT, and the worker is killed; everything that shared its fate, and answers that fail
-a check → BROKEN.
+Mapping of outcomes: the worker is down or takes nothing more now → NOT_SENT; the batch cannot be made ready or the
+model refuses the input → SUSPECT; no answer in time → TIMEOUT, and the worker is killed; everything that shared its
+fate, and answers that fail a check → BROKEN.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Success
 from gateway.core.request import OutputTensor
 from gateway.core.tensor import element_count, unpack_bytes
 from gateway.protocol.ipc import Result, ResultOutput
-from gateway.workers.channel import Attempt, NotSent
+from gateway.workers.attempt import Attempt, NotSent
 from gateway.workers.hosting import Instance, LoadedModel, LoadOptions, PoolEvent
 from gateway.workers.pool import WorkerPool
 
 __all__ = ["LoadOptions", "LoadedModel", "OnnxPool", "OnnxReplica", "PoolEvent"]
 
+_log = logging.getLogger("gateway.workers")
+
 
 class _OnnxAttempt(Attempt):
-    __slots__ = ("_batch", "_outputs", "_replica")
+    __slots__ = ("_batch", "_outputs", "_replica", "_worker")
 
     def __init__(self, replica: OnnxReplica, batch: Batch, instance: Instance) -> None:
         self._replica = replica
         self._batch = batch
         self._outputs = instance.model.signature.outputs
+        self._worker = replica.name
         self.instance = instance
 
     def result(self, result: Result, memory: memoryview) -> Success | Failure:
@@ -50,7 +54,7 @@ class _OnnxAttempt(Attempt):
         return Success(outputs, result.input_ns, result.infer_ns, result.output_ns)
 
     def _bad(self, text: str) -> Failure:
-        return Failure(FailureKind.BROKEN, f"worker {self._replica.name} answered with {text}")
+        return Failure(FailureKind.BROKEN, f"worker {self._worker} answered with {text}")
 
     def settle(self, outcome: Success | Failure) -> None:
         self._replica.finished()
@@ -83,7 +87,9 @@ class OnnxReplica:
 
     @property
     def name(self) -> str:
-        return self._instance.home.name
+        """The worker that batches go to; while there is none, the one that is to be."""
+        channel = self._instance.channel
+        return self._instance.home.name if channel is None else channel.name
 
     @property
     def available(self) -> bool:
@@ -118,6 +124,11 @@ class OnnxReplica:
             channel.run(attempt, instance.number, batch.inputs, batch.outputs, timeout_s)
         except NotSent as error:
             self._loop.call_soon(attempt.settle, Failure(FailureKind.NOT_SENT, str(error)))
+        except Exception as error:
+            # `run` raises nothing else: this is the batch itself, which could not say what is in it.
+            _log.exception("a batch for worker %s could not be read", self.name)
+            text = f"the batch could not be read: {type(error).__name__}"
+            self._loop.call_soon(attempt.settle, Failure(FailureKind.SUSPECT, text))
 
     def finished(self) -> None:
         """An attempt ended; its slot is free."""

@@ -21,6 +21,8 @@ class Rejected:
     error: type[GatewayError] = Overloaded
 
 
+MAX_GROUPS = 512
+"""Kinds of requests (shapes, wanted outputs) that may wait at once: choosing among them costs time for each."""
 MAX_TIMEOUT_S = 120.0
 """The longest deadline a caller may ask for; more is capped (resilience notes §1.2)."""
 
@@ -33,6 +35,12 @@ def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Reje
             f"the request holds {request.rows} rows and {request.nbytes} bytes, but only {policy.max_queue_rows} rows "
             f"and {policy.max_queue_bytes} bytes may wait for this model; send smaller requests",
             TooLarge,
+        )
+    if len(queue.groups) >= MAX_GROUPS and request.key not in queue.groups:
+        return Rejected(
+            "queue_shapes",
+            f"Exceeds maximum queue size: requests of {MAX_GROUPS} different shapes wait, which cannot share batches; "
+            "retry later",
         )
     if queue.rows + request.rows > policy.max_queue_rows:
         return Rejected(

@@ -7,11 +7,22 @@ The copy made by `write_parts` is the only one between a client's bytes and the 
 
 from __future__ import annotations
 
+from struct import error as struct_error
+from struct import pack_into
+from typing import Any, Final
+
 import numpy as np
 
 from gateway.core.model import ModelSpec
 from gateway.core.request import BatchInput, InferRequest, InputTensor, OutputTensor
-from gateway.core.tensor import Datatype, unpack_bytes
+from gateway.core.tensor import Datatype, element_count, unpack_bytes
+
+PACKED_VALUES: Final = 4096
+"""Up to this many numbers are packed one by one; numpy is faster beyond."""
+_STRUCT_CODE: Final = {
+    "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
+    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP32": "f", "FP64": "d",
+}  # fmt: skip
 
 
 class AssemblyError(Exception):
@@ -26,7 +37,10 @@ def concat(members: list[InferRequest], rows: int, batched: bool) -> list[BatchI
             continue
         parts = [first] if len(members) == 1 else [member.inputs[index] for member in members]
         shape = (rows, *first.shape[1:]) if batched else first.shape
-        nbytes = sum(map(part_nbytes, parts))  # type: ignore[arg-type]  # equal keys: none is None
+        if first.datatype.itemsize:
+            nbytes = element_count(shape) * first.datatype.itemsize
+        else:
+            nbytes = sum(map(part_nbytes, parts))  # type: ignore[arg-type]  # equal keys: none is None
         inputs.append(BatchInput(index, first.datatype, shape, nbytes, parts))  # type: ignore[arg-type]
     return inputs
 
@@ -47,19 +61,36 @@ def write_parts(batch_input: BatchInput, destination: memoryview) -> None:
         AssemblyError: the parts hold more or fewer bytes than announced.
     """
     at = 0
-    run: list[object] = []
+    run: list[Any] = []
     for part in batch_input.parts:
         if part.values is not None:
             run += part.values
             continue
         if run:
-            at = _put(destination, at, encode_values(batch_input.datatype, run), batch_input.nbytes)
+            at = _put_values(destination, at, batch_input, run)
             run = []
         at = _put(destination, at, _buffer(part), batch_input.nbytes)
     if run:
-        at = _put(destination, at, encode_values(batch_input.datatype, run), batch_input.nbytes)
+        at = _put_values(destination, at, batch_input, run)
     if at != batch_input.nbytes:
         raise AssemblyError(f"batch input holds {at} bytes, announced {batch_input.nbytes}")
+
+
+def _put_values(destination: memoryview, at: int, batch_input: BatchInput, values: list[Any]) -> int:
+    datatype = batch_input.datatype
+    end = at + len(values) * datatype.itemsize
+    if end > batch_input.nbytes:
+        raise AssemblyError(f"batch input exceeds the {batch_input.nbytes} bytes announced")
+    code = _STRUCT_CODE.get(datatype.name)
+    if code is None or len(values) > PACKED_VALUES:
+        return _put(destination, at, encode_values(datatype, values), batch_input.nbytes)
+    try:
+        # Half the price of a numpy array at these sizes, and no copy in between.
+        pack_into(f"<{len(values)}{code}", destination, at, *values)
+    except (OverflowError, struct_error):
+        # 1e39 in FP32 is Infinity by the protocol, which only numpy makes of it.
+        return _put(destination, at, encode_values(datatype, values), batch_input.nbytes)
+    return end
 
 
 def encode_values(datatype: Datatype, values: list[object]) -> bytes:
@@ -99,6 +130,7 @@ def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
             request.timeout_s,
         )  # fmt: skip
         part.received = request.received
+        part.part = True
         parts.append(part)
     return parts
 

@@ -43,13 +43,22 @@ SHORT_RUN_S: Final = 0.0005
 worth of per-batch work in the gateway. Measured: about 0.2 ms in all on one core."""
 
 
+MIN_PATIENCE_S: Final = 0.002
+"""Timers have a resolution of a millisecond, and a short run is far below."""
+
+
 def one_at_a_time(run_s: float, waiting_rows: int, limit: int) -> bool:
     """Whether requests should wait for the batch that is running although another replica is free.
 
     Idle replicas fragment batches: with runs this short (`run_s`: seconds inside the backend) the gateway is the
-    bottleneck, and twice the batches would cost it more than the replica could save. The wait is bounded by the
-    run that is under way. A batch that is full goes anyway."""
+    bottleneck, and twice the batches would cost it more than the replica could save. A batch that is full goes
+    anyway, and so does any once the run under way takes longer than `patience_s`."""
     return run_s < SHORT_RUN_S and waiting_rows < limit
+
+
+def patience_s(run_s: float) -> float:
+    """How long after a short run was sent it counts as under way; then it is an outlier, and others go elsewhere."""
+    return max(MIN_PATIENCE_S, 4.0 * run_s)
 
 
 @dataclass(frozen=True, slots=True)

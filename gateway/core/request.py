@@ -98,13 +98,13 @@ class InferRequest:
         "nbytes",
         "outputs",
         "owner",
+        "part",
         "place",
         "received",
         "request_id",
         "row",
         "rows",
         "settle",
-        "started",
         "state",
         "timeout_s",
     )
@@ -134,7 +134,6 @@ class InferRequest:
         self.request_id = request_id
         """The client's own OIP `id`, echoed; None if it sent none."""
         self.received = 0.0
-        self.started = 0.0
         self.deadline = 0.0
         self.state = QUEUED
         self.attempt = 0
@@ -144,9 +143,11 @@ class InferRequest:
         self.avoid: str | None = None
         """Replica on which the last attempt failed."""
         self.batch: Any = None
-        """The finished batch (scheduler.FinishedBatch) once settled with an answer."""
+        """The finished batch (core.batch.FinishedBatch) once settled with an answer."""
         self.row = 0
         """First row of this request in `batch`."""
+        self.part = False
+        """Whether it is part of a larger request, which is counted once, as a whole."""
         self.owner: Owner | None = None
         """Who has it until it is settled."""
         self.place: Any = None

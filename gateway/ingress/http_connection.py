@@ -99,6 +99,7 @@ class Connection(asyncio.Protocol):
         "_scheduled",
         "_take_whole",
         "_unread_bytes",
+        "_unread_held",
         "_unread_since",
         "attention",
         "pending",
@@ -130,6 +131,7 @@ class Connection(asyncio.Protocol):
         self._give_up_at = 0.0
         self._quiet_since = 0.0
         self._unread_bytes = 0
+        self._unread_held = 0
         self._unread_since = 0.0
         self._address = ""
 
@@ -184,6 +186,7 @@ class Connection(asyncio.Protocol):
         shared = self.shared
         self._closing = True
         self.receiver.close()
+        self._release_unread()
         self._abort_pending()
         shared.refused.discard(self)
         if self in shared.connections:
@@ -231,6 +234,7 @@ class Connection(asyncio.Protocol):
                 return
         for event in self._receive(data, now, self.room - len(pending)):
             if type(event) is Request and not self._closing:
+                self._continue_owed = False  # its body came without
                 self._hand_over(event.head, event.body, now)
             else:
                 self._uncommon_event(event, now)
@@ -263,6 +267,7 @@ class Connection(asyncio.Protocol):
             self.write(CONTINUE)
 
     def _refuse(self, error: GatewayError, close: bool, now: float) -> None:
+        self._continue_owed = False
         exchange = Exchange(self, UNREAD_HEAD, now, 0)
         exchange.keep_alive = not close
         self._linger = close
@@ -338,12 +343,18 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client does not take what is written: nothing more is written, read or handed over."""
         self.writable = False
-        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._unread_bytes = self._unread_held = self.transport.get_write_buffer_size()
+        self.shared.held.used_bytes += self._unread_held  # an answer nobody reads fills memory as a request does
         self._unread_since = self.shared.clock()
         self._pause_reading()
 
+    def _release_unread(self) -> None:
+        self.shared.held.used_bytes -= self._unread_held
+        self._unread_held = 0
+
     def resume_writing(self) -> None:
         self.writable = True
+        self._release_unread()
         if not self._closing:
             self._settle()
             self._schedule()
@@ -393,11 +404,15 @@ class Connection(asyncio.Protocol):
             self._sweep_input(now)
 
     def _sweep_unread(self, now: float) -> None:
+        limits = self.shared.limits
+        elapsed = now - self._unread_since
+        if elapsed < limits.write_timeout_s:
+            return
         waiting = self.transport.get_write_buffer_size()
-        if waiting < self._unread_bytes:
+        if self._unread_bytes - waiting >= min(elapsed * limits.min_body_rate_bytes_s, self._unread_bytes / 2):
             self._unread_bytes = waiting
             self._unread_since = now
-        elif now - self._unread_since >= self.shared.limits.write_timeout_s:
+        else:
             self.shared.rejected["unread"] = self.shared.rejected.get("unread", 0) + 1
             self._cut_off()
 

@@ -90,20 +90,24 @@ class HttpCodec:
         if request.error is not None:
             self.refuse(exchange, request.error)
             return
-        batch: FinishedBatch = request.batch
         try:
-            memo: BatchMemo = batch.memo or self._memo(batch)
-            parts, length, json_length = self._encoder.encode(request, memo.encoded)
+            self._answer(request, exchange)
         except Exception as error:
             # Whatever went wrong, the caller gets an answer: nobody else will settle this request.
             if not isinstance(error, GatewayError):
-                log.exception("an answer of model %s could not be encoded", self._spec.name)
-            self.refuse(exchange, error)
-            return
+                log.exception("an answer of model %s could not be written", self._spec.name)
+            if not exchange.answered:
+                self.refuse(exchange, error)
+
+    def _answer(self, request: InferRequest, exchange: Exchange) -> None:
+        batch: FinishedBatch = request.batch
+        memo: BatchMemo = batch.memo or self._memo(batch)
+        parts, length, json_length = self._encoder.encode(request, memo.encoded)
         received = request.received
         now = self._now()
         queue_s, total_s = batch.dispatched - received, now - received
-        if exchange.keep_alive and batch.parts is None and length <= JOINED_BYTES:
+        plain = batch.parts is None and request.attempt == batch.attempt
+        if plain and exchange.keep_alive and length <= JOINED_BYTES:
             timed = (request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
             if json_length is None:
                 exchange.send(memo.json_head % (length, *timed) + parts[0])
@@ -142,9 +146,12 @@ class HttpCodec:
 
     def _provenance(self, request: InferRequest, memo: BatchMemo, queue_ms: float, total_ms: float) -> bytes:
         batch: FinishedBatch = request.batch
-        if batch.parts is None:
+        if batch.parts is None and request.attempt == batch.attempt:
             return headers.finish(memo.provenance, request.row, queue_ms, total_ms, memo.ids.pop())
-        members = [headers.Member(b.backend, b.attempt, b.batch_id, b.rows, row) for b, row in batch.parts]
+        if batch.parts is None:  # shares a rerun with others, but for itself it is another attempt
+            members = [headers.Member(batch.backend, request.attempt, batch.batch_id, batch.rows, request.row)]
+        else:
+            members = [headers.Member(b.backend, b.attempt, b.batch_id, b.rows, row) for b, row in batch.parts]
         infer_ms = (batch.finished - batch.dispatched) * 1e3
         return headers.split_headers(self.model_header, members, queue_ms, infer_ms, total_ms, memo.ids.pop())
 

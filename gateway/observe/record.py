@@ -229,6 +229,11 @@ class ModelStatistics:
         self.rows.add(rows)
         self.execute.add(execute_s)
 
+    def record_whole(self, compute_infer_ns: int) -> None:
+        """A request that was executed in parts is answered: it is one request, charged what its batches ran."""
+        self.success += 1
+        self.compute_infer_ns += compute_infer_ns
+
     def attempt(self, backend: str, outcome: str) -> None:
         """An attempt ended; failed ones only, `record_batch` counts the successful ones."""
         key = (backend, outcome)

@@ -19,6 +19,8 @@ from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count
 from gateway.errors import InvalidRequest
 
 MAX_ELEMENTS: Final = 2**63 - 1
+MAX_EMPTY_ELEMENTS: Final = 2**31
+"""Bound on the product of the other dimensions where one is 0."""
 MAX_INPUTS: Final = 64
 MAX_OUTPUTS: Final = 256
 REMEMBERED: Final = 512
@@ -123,7 +125,9 @@ class Planner:
                 f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {shown(_dims(shape))}"
             )
         elements = element_count(shape)
-        if any(dim > MAX_ELEMENTS for dim in shape) or elements * max(datatype.itemsize, 1) > MAX_ELEMENTS:
+        # A dimension of 0 makes the count 0 whatever the others are; runtimes multiply the others all the same.
+        empty_but_huge = not elements and element_count([max(dim, 1) for dim in shape]) > MAX_EMPTY_ELEMENTS
+        if empty_but_huge or elements * max(datatype.itemsize, 1) > MAX_ELEMENTS:
             raise InvalidRequest(
                 f"input '{tensor.name}': shape {shown(_dims(shape))} causes total element count to exceed maximum "
                 f"size of {MAX_ELEMENTS}"

@@ -4,13 +4,15 @@
     <repository>/<model>/<version>/model.onnx  version: 1, 2, … (no leading zero)
 
 Rules: a directory is one model if it holds a config.pbtxt or version directories, else a repository of models.
-Hidden entries, files beside the models and directories that are not versions are left out, as in Triton. A broken
-model is reported and never hides the others. Which versions are served follows `version_policy` (default: the
-highest). Nothing is read but config.pbtxt; model files are read by digest.py.
+Hidden entries, files beside the models and directories that are not versions are left out, as in Triton, and so is a
+directory that holds nothing of a model (`docs`), with a line in the log. A broken model is reported and never hides
+the others; a repository inside a repository is a fault, because its models would be missed. Which versions are served
+follows `version_policy` (default: the highest). Nothing is read but config.pbtxt; model files are read by digest.py.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from gateway.protocol.model_config import ModelConfig, VersionPolicy, parse
 from gateway.protocol.text_format import MAX_CHARACTERS
 from gateway.registry.digest import MODEL_FILE
 from gateway.registry.reference import name_fault
+
+log = logging.getLogger("gateway.registry")
 
 CONFIG_FILE: Final = "config.pbtxt"
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,18}")
@@ -95,11 +99,35 @@ def _scan_repository(path: Path, name: str | None) -> Scan:
         children = [child for child in children if child.name == name]
         if not children:
             return Scan(faults=(_fault(path, f"holds no model '{name}'; write the name of a directory in it"),))
+    else:
+        children = [child for child in children if _may_be_model(child)]
     if not children:
         loose = next((child.name for child in sorted(path.glob("*.onnx"))), None)
         hint = f"; to serve {loose}, give that file, or move it to <model>/1/{MODEL_FILE}" if loose else ""
         return Scan(faults=(_fault(path, f"holds no model directories (<model>/1/{MODEL_FILE}){hint}"),))
     return _collect([(child, child.name) for child in children])
+
+
+def _may_be_model(path: Path) -> bool:
+    """Whether a directory of a repository is worth reading as a model; what cannot be looked at is, to be reported."""
+    try:
+        if _has_layout(path) or _inner_repository(path) or any(path.glob("*.onnx")) or any(path.glob("*/*.onnx")):
+            return True
+    except OSError:
+        return True
+    log.info("%s holds no model (no %s, no version directory, no .onnx file); it is left out", path, CONFIG_FILE)
+    return False
+
+
+def _has_layout(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file() or bool(_version_directories(path))
+
+
+def _inner_repository(path: Path) -> bool:
+    """Whether `path` is no model itself but holds directories that are."""
+    return not _has_layout(path) and any(
+        _has_layout(child) for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
 
 
 def _collect(candidates: Iterable[tuple[Path, str]]) -> Scan:
@@ -129,6 +157,8 @@ def _is_model(path: Path) -> bool:
 
 def _read_model(path: Path, name: str) -> FoundModel:
     """Raises ConfigError with what is wrong with the model at `path`."""
+    if _inner_repository(path):
+        raise ConfigError([_fault(path, f"is a repository of models, not a model; give {path} instead")])
     if (wrong := name_fault(name)) is not None:
         raise ConfigError([_fault(path, f"{wrong}; rename the directory")])
     config = _read_config(path / CONFIG_FILE)

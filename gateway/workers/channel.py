@@ -10,7 +10,10 @@ Rules:
   already sees the world without this worker.
 - An attempt over its deadline means that the process hangs: it is killed. There is no timer per attempt, only one
   `Sweep` for all channels.
-- An answer that fails a check is worse than none: the process is killed and its attempts are broken.
+- An answer that fails a check, or that this side cannot take in, is worse than none: the process is killed and its
+  attempts are broken.
+- What goes wrong while a batch is made ready is the batch's fault (SUSPECT), not the worker's: it must not be sent
+  around for ever.
 """
 
 from __future__ import annotations
@@ -18,17 +21,20 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from gateway.core.assembly import AssemblyError, write_parts
 from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.request import BatchInput
 from gateway.protocol import ipc
+from gateway.workers.attempt import Attempt, Hosted, LoadRefused, NotSent, WorkerLost, one_line
 from gateway.workers.deadlines import Sweep
 from gateway.workers.shm import AreaError, Buffer
 from gateway.workers.spawn import out_of_memory_kills, spawn
@@ -36,53 +42,8 @@ from gateway.workers.spawn import out_of_memory_kills, spawn
 TRIM_BYTES: Final = 64 * 1024 * 1024
 """A buffer that grew beyond this is given back instead of being kept for the next batch."""
 
+_log = logging.getLogger("gateway.workers")
 _SCM: Final = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-
-
-class WorkerLost(Exception):
-    """The process ended, or never answered, before it did what was asked; the text says which."""
-
-
-class LoadRefused(Exception):
-    """The worker is well, the model is not; the text says why."""
-
-
-class NotSent(Exception):
-    """The batch never left the gateway; the text says why."""
-
-
-class Hosted(Protocol):
-    """What a channel must know of an instance; `hosting.Instance` fits."""
-
-    channel: Channel | None
-    changed: Callable[[], None]
-    """Called when it became unavailable."""
-
-    @property
-    def number(self) -> int:
-        """Names it in frames."""
-
-    @property
-    def model(self) -> Any:
-        """Whom to blame; hashable."""
-
-
-class Attempt:
-    """One batch on its way through one worker. Subclasses say what becomes of the outcome."""
-
-    __slots__ = ("buffer", "deadline", "instance")
-
-    instance: Hosted
-    deadline: float
-    buffer: Buffer
-
-    def result(self, result: ipc.Result, memory: memoryview) -> Success | Failure:
-        """Judge and copy the answer; `memory` is the output area, valid only during this call."""
-        raise NotImplementedError
-
-    def settle(self, outcome: Success | Failure) -> None:
-        """The end of the attempt; called exactly once, and the channel is done with it by then."""
-        raise NotImplementedError
 
 
 class Channel:
@@ -150,27 +111,53 @@ class Channel:
     def run(
         self, attempt: Attempt, number: int, inputs: Sequence[BatchInput], outputs: tuple[int, ...], timeout_s: float
     ) -> None:
-        """Send a batch to instance `number`. Raises NotSent, and then the attempt is not in flight."""
+        """Send a batch to instance `number`.
+
+        A batch that cannot be made ready is settled as SUSPECT, soon and not from inside this call.
+
+        Raises:
+            NotSent: the worker is gone or takes nothing more now. The attempt is not in flight and never settled.
+        """
         if self.lost:
             raise NotSent(f"worker {self.name} is not running")
+        buffer = None
         try:
             buffer = self._free.pop() if self._free else self._new_buffer()
-        except OSError as error:
-            raise NotSent(f"no shared memory for a batch: {error.strerror}") from None
-        try:
             frame = self._prepare(number, buffer, inputs, outputs)
+            deadline = self._loop.time() + timeout_s
+            self._sweep.watch(deadline)
+            self._deliver(frame, buffer)
+        except NotSent:
+            if buffer is not None:
+                self._release(buffer)
+            raise
+        except Exception as error:
+            self._refuse(attempt, buffer, error)
+            return
+        attempt.buffer = buffer
+        attempt.deadline = deadline
+        self.in_flight[self._identity] = attempt
+
+    def _refuse(self, attempt: Attempt, buffer: Buffer | None, error: Exception) -> None:
+        if not isinstance(error, (OSError, MemoryError, AssemblyError, ipc.FrameTooLargeError)):
+            _log.error("a batch for worker %s could not be made ready", self.name, exc_info=error)
+        failure = Failure(FailureKind.SUSPECT, f"the batch could not be made ready: {one_line(error)}")
+        self._loop.call_soon(self._settle, attempt, failure)
+        if buffer is not None:
+            self._discard(buffer)  # it may have grown halfway: nobody knows how much memory it holds
+
+    def _deliver(self, frame: bytes, buffer: Buffer) -> None:
+        """Raises NotSent; OSError: no worker would be given this frame."""
+        try:
             if buffer.announced:
                 self._socket.send(frame)
             else:
                 self._socket.sendmsg([frame], _rights(buffer.input.fd, buffer.output.fd))
-        except (OSError, ValueError, TypeError, OverflowError, AssemblyError, ipc.FrameTooLargeError) as error:
-            self._free.append(buffer)
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise
             raise NotSent(f"worker {self.name} could not be given the batch: {error}") from None
         buffer.announced = True
-        attempt.buffer = buffer
-        attempt.deadline = deadline = self._loop.time() + timeout_s
-        self.in_flight[self._identity] = attempt
-        self._sweep.watch(deadline)
 
     def _prepare(self, number: int, buffer: Buffer, inputs: Sequence[BatchInput], outputs: tuple[int, ...]) -> bytes:
         """Write the inputs into shared memory; returns the RUN frame."""
@@ -198,10 +185,14 @@ class Channel:
 
     def _release(self, buffer: Buffer) -> None:
         if buffer.size > TRIM_BYTES:
-            self._send(ipc.encode(ipc.DETACH, self.generation, 0, ipc.encode_number(buffer.identity)))
-            buffer.close()
+            self._discard(buffer)
         else:
             self._free.append(buffer)
+
+    def _discard(self, buffer: Buffer) -> None:
+        if buffer.announced:
+            self._send(ipc.encode(ipc.DETACH, self.generation, 0, ipc.encode_number(buffer.identity)))
+        buffer.close()
 
     def expire(self, now: float) -> float:
         """Kill the process if an attempt is over its deadline; returns the earliest deadline left."""
@@ -289,34 +280,48 @@ class Channel:
         if size == 0:
             self._lose("died", None)
             return
+        outcome: Success | Failure | None = None
         try:
             kind, identity, payload = ipc.decode(self._frame[:size], self.generation)
             if kind == ipc.RESULT:
-                self._result(identity, ipc.decode_result(payload))
+                outcome = self._result(identity, ipc.decode_result(payload))
             elif kind == ipc.FAILED and identity in self.in_flight:
-                text = str(payload, "utf-8", "replace")
-                self._finish(identity, Failure(FailureKind.SUSPECT, text))
+                outcome = Failure(FailureKind.SUSPECT, str(payload, "utf-8", "replace"))
             else:
                 self._answered(kind, identity, payload)
-        except (ipc.FrameError, AreaError) as error:
-            self.kill(f"sent an answer that cannot be used ({error})", None)
+        except Exception as error:
+            if not isinstance(error, (ipc.FrameError, AreaError, OSError, MemoryError)):
+                _log.error("an answer of worker %s could not be read", self.name, exc_info=error)
+            self.kill(f"sent an answer that cannot be used ({one_line(error)})", None)
+            return
+        if outcome is not None:
+            self._finish(identity, outcome)
 
-    def _result(self, identity: int, result: ipc.Result) -> None:
+    def _result(self, identity: int, result: ipc.Result) -> Success | Failure:
         attempt = self.in_flight.get(identity)
         if attempt is None:
             raise ipc.FrameError("RESULT for a batch that is not in flight")
         area = attempt.buffer.output
         if result.output_size > area.size:
             area.follow(result.output_size)
-        self._finish(identity, attempt.result(result, area.view))
+        return attempt.result(result, area.view)
 
     def _finish(self, identity: int, outcome: Success | Failure) -> None:
         attempt = self.in_flight.pop(identity)
-        # Before the attempt is settled, because settling may send the next batch, which can use the same buffer.
-        self._release(attempt.buffer)
-        if self._drains:
-            self._look_at_drains()
-        attempt.settle(outcome)
+        try:
+            # Before the attempt is settled, because settling may send the next batch, which can use the same buffer.
+            self._release(attempt.buffer)
+            if self._drains:
+                self._look_at_drains()
+        finally:
+            self._settle(attempt, outcome)
+
+    def _settle(self, attempt: Attempt, outcome: Success | Failure) -> None:
+        """What listeners get wrong is no fault of the worker."""
+        try:
+            attempt.settle(outcome)
+        except Exception:
+            _log.exception("the outcome of a batch on worker %s could not be delivered", self.name)
 
     def _answered(self, kind: int, identity: int, payload: memoryview) -> None:
         if kind == ipc.HELLO:
@@ -397,7 +402,7 @@ class Channel:
         self._look_at_drains()
         for identity, attempt in attempts:
             kind = FailureKind.TIMEOUT if identity in expired else FailureKind.BROKEN
-            self._loop.call_soon(attempt.settle, Failure(kind, text))
+            self._loop.call_soon(self._settle, attempt, Failure(kind, text))
 
     def _exited(self) -> None:
         """The pidfd is readable: the process is gone, and can be reaped without waiting."""

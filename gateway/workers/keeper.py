@@ -6,21 +6,26 @@ apart, so that an instance is never loaded twice or forgotten.
 
 Replacing (after many unloads) never fails anything: the fresh process loads and warms every instance first, then all
 of them switch over at once, then the old process finishes what it has and goes.
+
+A fault in the keeper itself costs the process it looked after, never the looking after: it is logged and life starts
+over, after the same backoff as a crash.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from gateway.core.outcome import Failure, Success
+from gateway.core.outcome import Failure
 from gateway.protocol import ipc
 from gateway.workers import supervision
-from gateway.workers.channel import Attempt, Channel, LoadRefused, NotSent, WorkerLost
+from gateway.workers.attempt import LoadRefused, NotSent, WarmUp, WorkerLost
+from gateway.workers.channel import Channel
 from gateway.workers.deadlines import Sweep
 from gateway.workers.hosting import Instance, Model, PoolEvent, WorkerStatistics
 from gateway.workers.spawn import out_of_memory_kills
@@ -29,6 +34,8 @@ from gateway.workers.supervision import Backoff, WorkerEvent, WorkerState, descr
 HELLO_TIMEOUT_S: Final = 60.0
 """From starting a process to its first word. Usually 0.2 s; a machine may be very busy."""
 UNLOAD_TIMEOUT_S: Final = 60.0
+
+_log = logging.getLogger("gateway.workers")
 
 
 class Overseer(Protocol):
@@ -60,21 +67,6 @@ class Overseer(Protocol):
         """All instances that can be loaded are loaded and warm."""
 
 
-class _WarmUp(Attempt):
-    __slots__ = ("outcome",)
-
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.outcome: asyncio.Future[Success | Failure] = asyncio.get_running_loop().create_future()
-
-    def result(self, result: ipc.Result, memory: memoryview) -> Success | Failure:
-        return Success([], result.input_ns, result.infer_ns, result.output_ns)
-
-    def settle(self, outcome: Success | Failure) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
-
-
 class Keeper:
     """See the head of this file. `dedicated`: hosts the instances of one model only."""
 
@@ -90,6 +82,8 @@ class Keeper:
         self.up = asyncio.Event()
         """Set while the worker takes batches."""
         self.retired = False
+        self.stopped = asyncio.Event()
+        """Set for good by `stop`: it will never be up again."""
         self._overseer = overseer
         self._lock = asyncio.Lock()
         self._backoff = Backoff()
@@ -113,9 +107,23 @@ class Keeper:
         """Wait for the first process to be up. Raises WorkerLost: it never was."""
         await asyncio.shield(self._first)
 
+    async def up_or_stopped(self) -> None:
+        """Returns once the worker takes batches, or never will again."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.up, self.stopped)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
     async def _keep(self) -> None:
         while True:
-            crash = await self._live()
+            try:
+                crash = await self._live()
+            except Exception:
+                _log.exception("the supervision of worker %s failed and starts over", self.name)
+                await self._abandon()
+                crash = True
             self.channel = None
             if self.retired:
                 return
@@ -141,6 +149,17 @@ class Keeper:
         except WorkerLost as error:
             self._never_up(str(error))
         return await self._bury(channel)
+
+    async def _abandon(self) -> None:
+        """End every process of this worker, whatever state it is in, so that the next life starts from nothing."""
+        self.up.clear()
+        self._recycle.clear()
+        self._never_up(f"worker {self.name} could not be started: internal error")
+        for channel in list(self._channels):
+            channel.kill("was given up after an internal error", [])
+            channel.make_sure()
+            await asyncio.shield(channel.ended)
+            self._channels.discard(channel)
 
     def _never_up(self, text: str) -> None:
         if not self._first.done():
@@ -223,6 +242,7 @@ class Keeper:
     async def stop(self, timeout_s: float) -> None:
         """End the processes: in peace, after `timeout_s` by force. Attempts in flight are broken."""
         self.retired = True
+        self.stopped.set()
         self.up.clear()
         self._never_up(f"worker {self.name} was stopped")
         tasks = [task for task in (self._task, *self._farewells) if task is not None]
@@ -273,7 +293,9 @@ class Keeper:
                     if instance in self.instances:
                         instance.attach(fresh)
                 self.channel = fresh
-        except (OSError, WorkerLost, LoadRefused):
+        except Exception as error:
+            if not isinstance(error, (OSError, WorkerLost, LoadRefused)):
+                _log.exception("worker %s could not be replaced", self.name)
             # The old process still serves: nothing is lost but the attempt, and the next unloads start another.
             if fresh is not None:
                 self._say_farewell(fresh)
@@ -282,6 +304,7 @@ class Keeper:
             self._say_farewell(old)
             serving = fresh
         self._unloads = 0
+        self._recycle.clear()
         self._to(WorkerEvent.UP)
         self._set_up(serving)
         return serving
@@ -326,27 +349,39 @@ class Keeper:
         except ipc.FrameError as error:
             channel.kill(f"sent an answer that cannot be used ({error})", [model])
             raise WorkerLost(f"worker {self.name} {channel.cause}") from None
-        for batch in model.warm_up:
-            attempt = _WarmUp(instance)
-            try:
-                channel.run(attempt, instance.number, batch, (0,), timeout_s)
-            except NotSent as error:
-                raise WorkerLost(str(error)) from None
-            outcome = await attempt.outcome
-            if isinstance(outcome, Failure) and not channel.lost:
-                raise LoadRefused(f"warm-up failed: {outcome.message}")
+        failure = await self._warm_up(channel, instance)
         if channel.lost:
             raise WorkerLost(f"worker {self.name} {channel.cause}")
+        if failure:
+            await self.free(channel, instance)
+            raise LoadRefused(f"warm-up failed: {failure}")
         return signature
 
+    async def _warm_up(self, channel: Channel, instance: Instance) -> str:
+        """Returns why it failed; empty: it did not."""
+        for batch in instance.model.warm_up:
+            attempt = WarmUp(instance)
+            try:
+                channel.run(attempt, instance.number, batch, (0,), self._overseer.load_timeout_s)
+            except NotSent as error:
+                return str(error)
+            outcome = await attempt.outcome
+            if isinstance(outcome, Failure):
+                return outcome.message
+        return ""
+
     async def unload(self, instance: Instance) -> None:
-        """Forget the instance here; returns when its batches are done and its memory is freed."""
+        """Forget the instance here; returns when its batches are done and its memory is freed.
+
+        An instance that still runs on the worker it is moving from is freed there by the move, not here.
+        """
         async with self._lock:
             self.forget(instance)
             channel = instance.detach()
         if channel is not None:
             instance.changed()
-            await self.free(channel, instance)
+            if channel in self._channels:
+                await self.free(channel, instance)
 
     def forget(self, instance: Instance) -> None:
         """Do not load the instance in later processes."""

@@ -25,7 +25,8 @@ from gateway.core.model import Artifact
 from gateway.errors import ModelError, NotReady
 from gateway.protocol import ipc
 from gateway.workers import supervision
-from gateway.workers.channel import Channel, LoadRefused, WorkerLost
+from gateway.workers.attempt import LoadRefused, WorkerLost
+from gateway.workers.channel import Channel
 from gateway.workers.deadlines import Sweep
 from gateway.workers.hosting import (
     Instance,
@@ -87,6 +88,8 @@ class WorkerPool(Generic[R]):
         self._retries: dict[Model, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._homes: dict[Instance, Keeper] = {}
+        self._moves: dict[Instance, asyncio.Task[None]] = {}
+        """Instances on their way to another worker, until they are freed on the former one."""
         self._numbers = itertools.count(1)
         self._closed = True
 
@@ -120,6 +123,7 @@ class WorkerPool(Generic[R]):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*[keeper.stop(timeout_s) for keeper in self._keepers])
         self._keepers.clear()
+        self._moves.clear()
         for model in self._models:
             _close(model)
         self._models.clear()
@@ -142,10 +146,11 @@ class WorkerPool(Generic[R]):
         if keeper in self._keepers:
             self._keepers.remove(keeper)
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # --- Loading --------------------------------------------------------------------------------------------------
 
@@ -233,6 +238,8 @@ class WorkerPool(Generic[R]):
         homes = {instance: self._homes.pop(instance) for instance in model.instances}
         await asyncio.gather(*[keeper.unload(instance) for instance, keeper in homes.items()])
         await asyncio.gather(*[self._retire(keeper) for keeper in set(homes.values()) if keeper.dedicated])
+        moves = [self._moves[instance] for instance in homes if instance in self._moves]
+        await asyncio.gather(*moves, return_exceptions=True)
         _close(model)
         if model in self._models:
             self._models.remove(model)
@@ -269,9 +276,10 @@ class WorkerPool(Generic[R]):
         """Move every instance to a worker of its own. Where one still serves elsewhere it does so until then."""
         model.dedicated = True
         for instance in model.instances:
-            if not self._homes[instance].dedicated:
+            former = self._homes[instance]
+            if not former.dedicated:
                 old = instance.channel
-                self._background(self._moved(instance, old, self._rehouse(instance)))
+                self._moves[instance] = self._background(self._moved(instance, former, old, self._rehouse(instance)))
 
     def _rehouse(self, instance: Instance) -> Keeper:
         """A dedicated worker that will load this instance, instead of the one it was on."""
@@ -282,11 +290,14 @@ class WorkerPool(Generic[R]):
         keeper.begin()
         return keeper
 
-    async def _moved(self, instance: Instance, old: Channel | None, keeper: Keeper) -> None:
-        """Free the instance's former place, once it has a new one."""
-        await keeper.up.wait()
-        if old is not None and not old.lost and instance.channel is not old:
-            await keeper.free(old, instance)
+    async def _moved(self, instance: Instance, former: Keeper, old: Channel | None, keeper: Keeper) -> None:
+        """Free the instance's former place, once it has a new one or is not to have any."""
+        try:
+            await keeper.up_or_stopped()
+            if old is not None and not old.lost and instance.channel is not old:
+                await former.free(old, instance)
+        finally:
+            self._moves.pop(instance, None)
 
     def _fail(self, model: Model, reason: str) -> None:
         """Take a model out of service everywhere, and try it again later."""

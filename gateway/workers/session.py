@@ -105,10 +105,16 @@ class Session:
         datatype = tensor.datatype
         count = element_count(shape)
         if datatype.kind == "bytes":
-            return _strings(tensor.name, count, data).reshape(shape)
+            try:
+                return _strings(tensor.name, count, data).reshape(shape)
+            except (ValueError, OverflowError, MemoryError) as error:
+                raise RunError(f"input {tensor.name}: shape {list(shape)} is not possible: {error}") from None
         if len(data) != count * datatype.itemsize:
             raise RunError(f"input {tensor.name}: {len(data)} bytes do not make up shape {list(shape)} of {datatype}")
-        array = np.frombuffer(data, datatype.numpy).reshape(shape)
+        try:
+            array = np.frombuffer(data, datatype.numpy).reshape(shape)
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise RunError(f"input {tensor.name}: shape {list(shape)} is not possible: {error}") from None
         if not self._bf16:
             return array
         if datatype is _BF16:

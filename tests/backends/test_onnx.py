@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
+import signal
 import struct
 from typing import Any
 
@@ -15,6 +19,7 @@ from gateway.backends.interface import Failure, FailureKind, Replica, Success
 from gateway.backends.onnx import LoadOptions, OnnxReplica
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.tensor import DATATYPE, DATATYPES
+from gateway.protocol import ipc
 from gateway.protocol.ipc import Result, ResultOutput
 from tests.workers.rig import (
     MATMUL_WEIGHTS,
@@ -29,10 +34,12 @@ from tests.workers.rig import (
     matmul,
     model_bytes,
     nonzero,
+    open_fds,
     packed,
     pool_of,
     raw_batch,
     run,
+    stop_process,
     value,
 )
 
@@ -173,7 +180,7 @@ async def test_invalid_utf8_is_suspect() -> None:
         assert "not valid UTF-8" in await batch.failure(FailureKind.SUSPECT)
 
 
-async def test_too_many_inputs_for_a_frame_are_not_sent() -> None:
+async def test_too_many_inputs_for_a_frame_are_suspect() -> None:
     async with pool_of() as (pool, _):
         model = await load_one(pool, matmul())
         fp32 = DATATYPE["FP32"]
@@ -181,19 +188,103 @@ async def test_too_many_inputs_for_a_frame_are_not_sent() -> None:
         batch = TestBatch([BatchInput(0, fp32, (1, 4), 16, [tensor])] * 3000)
         model.replicas[0].execute(batch, 30.0)
         assert not batch.outcomes, "done must not be called from inside execute"
-        assert "limit of one frame" in await batch.failure(FailureKind.NOT_SENT)
+        assert "limit of one frame" in await batch.failure(FailureKind.SUSPECT)
         assert model.replicas[0].free_slots == 1
         await run_well(model.replicas[0], array_batch(np.ones((1, 4), np.float32)))
 
 
-async def test_parts_that_are_not_the_batch_announced_are_not_sent() -> None:
+async def test_parts_that_are_not_the_batch_announced_are_suspect() -> None:
     async with pool_of() as (pool, _):
         model = await load_one(pool, matmul())
         fp32 = DATATYPE["FP32"]
         for data, text in ((bytes(8), "holds 8 bytes, announced 16"), (bytes(24), "exceeds the 16 bytes")):
             batch = TestBatch([BatchInput(0, fp32, (1, 4), 16, [InputTensor(fp32, (1, 4), None, data)])])
             model.replicas[0].execute(batch, 30.0)
-            assert text in await batch.failure(FailureKind.NOT_SENT)
+            assert text in await batch.failure(FailureKind.SUSPECT)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (MemoryError(), "MemoryError"),
+        (struct.error("argument\nout of range"), "argument out of range"),
+        (KeyError("x"), "'x'"),
+    ],
+)
+async def test_a_batch_that_cannot_be_made_ready_is_suspect_and_leaves_nothing(
+    error: Exception, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    async with pool_of() as (pool, events):
+        model = await load_one(pool, matmul())
+        replica = model.replicas[0]
+        x = np.ones((1, 4), np.float32)
+        await run_well(replica, array_batch(x))
+        channel = model.instances[0].channel
+        assert channel is not None
+        before = open_fds()
+        for _ in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr("gateway.workers.channel.write_parts", fail)
+                batch = array_batch(x)
+                replica.execute(batch, 30.0)
+            assert not batch.outcomes, "done must not be called from inside execute"
+            assert await batch.failure(FailureKind.SUSPECT) == f"the batch could not be made ready: {text}"
+            assert (replica.in_flight, replica.free_slots, len(channel.in_flight)) == (0, 1, 0)
+        assert open_fds() <= before
+        await run_well(replica, array_batch(x))
+        assert not [event for event in events if event.kind == "worker_died"]
+
+
+async def test_no_memory_for_a_buffer_is_the_batchs_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with pool_of() as (pool, _):
+        model = await load_one(pool, matmul())
+        batch = array_batch(np.ones((1, 4), np.float32))
+        with monkeypatch.context() as patch:
+            patch.setattr("gateway.workers.shm.create_area", fail)
+            model.replicas[0].execute(batch, 30.0)
+        assert "Too many open files" in await batch.failure(FailureKind.SUSPECT)
+        await run_well(model.replicas[0], array_batch(np.ones((1, 4), np.float32)))
+
+
+async def test_a_worker_that_takes_nothing_now_is_not_the_batchs_fault() -> None:
+    async with pool_of() as (pool, _):
+        model = await load_one(pool, matmul())
+        channel = model.instances[0].channel
+        assert channel is not None
+        await stop_process(channel.pid)
+        frame = ipc.encode(ipc.DETACH, channel.generation, 0, ipc.encode_number(99))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                channel._socket.send(frame)
+        batch = array_batch(np.ones((1, 4), np.float32))
+        model.replicas[0].execute(batch, 30.0)
+        await batch.failure(FailureKind.NOT_SENT)
+        assert model.replicas[0].free_slots == 1
+        os.kill(channel.pid, signal.SIGCONT)
+
+
+async def test_nothing_escapes_execute() -> None:
+    class Batch(TestBatch):
+        inputs = property(lambda self: 1 // 0, lambda self, value: None)
+
+        def __init__(self) -> None:
+            good = array_batch(np.ones((1, 4), np.float32))
+            self.outputs, self.rows, self.outcomes, self._done = (0,), 1, [], good._done
+
+    async with pool_of() as (pool, _):
+        model = await load_one(pool, matmul())
+        batch = Batch()
+        model.replicas[0].execute(batch, 30.0)
+        assert not batch.outcomes
+        assert "ZeroDivisionError" in await batch.failure(FailureKind.SUSPECT)
+        assert model.replicas[0].free_slots == 1
 
 
 async def test_the_replica_counts_its_slots() -> None:

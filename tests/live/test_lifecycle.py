@@ -33,8 +33,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(root: Path) -> Iterator[GatewayProcess]:
-    with gateway("serve", str(root), "--workers", "2") as process:
+def served(root: Path, tmp_path: Path) -> Iterator[GatewayProcess]:
+    """Drains at once; what happens in the delay before is tests/live/test_found_by_attack.py's."""
+    config = tmp_path / "gateway.yaml"
+    config.write_text("server: {drain_delay_s: 0}\n")
+    with gateway("serve", str(root), "-c", str(config), "--workers", "2") as process:
         yield process
 
 

@@ -142,9 +142,15 @@ def test_batch_over_a_size_the_gateway_chose_is_let_through_to_be_split() -> Non
     assert Planner(model(oversize="split")).plan((("X", "FP32", (9, 1)),)).rows == 9
 
 
-@pytest.mark.parametrize("shape", [(65, 1), (2**62, 0)])
+@pytest.mark.parametrize("shape", [(65, 1), (2**30, 0)])
 def test_split_request_that_no_queue_could_hold(shape: tuple[int, ...]) -> None:
     refused(model(oversize="split", max_queue_rows=64), [("X", "FP32", shape)], "batch-size must be <= 64", "'m'")
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 2**62), (1, 2**40, 0), (1, 0, 2**16, 2**16)])
+def test_a_zero_hides_no_impossible_dimensions(shape: tuple[int, ...]) -> None:
+    dynamic = model([tensor_spec("X", dims=(-1,) * (len(shape) - 1))])
+    refused(dynamic, [("X", "FP32", shape)], "input 'X'", "exceed maximum size")
 
 
 def test_unequal_batch_dims() -> None:

@@ -78,7 +78,7 @@ def test_broken_models_are_reported_and_the_others_found(tmp_path: Path) -> None
     model(tmp_path / "syntax", "1", config="name: 'x")
     model(tmp_path / "unknown", "1", config="nam: 'x'\nmax_batch_size: -1")
     model(tmp_path / "renamed", "1", config='name: "other"')
-    model(tmp_path / "empty")
+    model(tmp_path / "empty", config="")
     model(tmp_path / "no_file", "1", file="other.onnx")
     model(tmp_path / "gone", "1", config="version_policy { specific { versions: 7 } }")
     model(tmp_path / "bad name", "1")
@@ -113,6 +113,27 @@ def test_only_versions_to_serve_need_their_file(tmp_path: Path) -> None:
     assert list(scan(tmp_path).models[0].versions) == ["2"]
     (tmp_path / "m" / "config.pbtxt").write_text("version_policy { all {} }")
     assert "1/model.onnx: this file is missing; put the ONNX file there" in str(scan(tmp_path).faults[0])
+
+
+def test_a_directory_without_anything_of_a_model_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model(tmp_path / "m", "1")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "docs" / "index.md").write_text("x")
+    with caplog.at_level("INFO", "gateway.registry"):
+        found = scan(tmp_path)
+    assert ([m.name for m in found.models], found.faults) == (["m"], ())
+    assert f"{tmp_path / 'docs'} holds no model" in caplog.text
+    (tmp_path / "docs" / "images" / "net.onnx").write_bytes(b"x")
+    assert "docs: has no version directory" in str(scan(tmp_path).faults[0])
+    assert "docs: has no version directory" in str(scan(tmp_path, "docs").faults[0])
+
+
+def test_one_level_too_high_names_the_repository_to_give(tmp_path: Path) -> None:
+    model(tmp_path / "my models" / "m", "1")
+    (tmp_path / "docs").mkdir()
+    (fault,) = scan(tmp_path).faults
+    inner = tmp_path / "my models"
+    assert str(fault) == f"{inner}: is a repository of models, not a model; give {inner} instead"
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplic
 from gateway.core.model import Artifact
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.tensor import DATATYPE, Datatype
+from gateway.workers.hosting import Instance
 
 ONNX_TYPE = {
     "BOOL": TensorProto.BOOL,
@@ -208,3 +209,20 @@ def open_fds(pid: int | str = "self") -> int:
 
 def packed(*elements: bytes) -> bytes:
     return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+
+
+ROW = np.ones((1, 4), np.float32)
+
+
+async def serves(replica: OnnxReplica) -> bool:
+    return isinstance(await run(replica, array_batch(ROW)), Success)
+
+
+def kinds(events: list[PoolEvent]) -> list[str]:
+    return [event.kind for event in events]
+
+
+def worker_of(instance: Instance) -> int:
+    channel = instance.channel
+    assert channel is not None
+    return channel.pid

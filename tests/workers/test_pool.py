@@ -13,40 +13,33 @@ import numpy as np
 import pytest
 
 from gateway.backends.interface import FailureKind, Success
-from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
+from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica
 from gateway.core.request import InputTensor
 from gateway.core.tensor import DATATYPE
 from gateway.errors import ModelError, NotReady
-from gateway.workers import keeper, supervision
-from gateway.workers.hosting import Instance
+from gateway.workers import supervision
+from gateway.workers.attempt import WarmUp
 from tests.workers.rig import (
+    ROW,
     alive,
     array_batch,
     artifact,
     floats,
     gather,
     identity,
+    kinds,
     load_one,
     matmul,
     open_fds,
     pid_of,
     pool_of,
     run,
+    serves,
     stop_process,
     until,
+    worker_of,
     worker_pids,
 )
-
-ROW = np.ones((1, 4), np.float32)
-
-
-async def serves(replica: OnnxReplica) -> bool:
-    return isinstance(await run(replica, array_batch(ROW)), Success)
-
-
-def kinds(events: list[PoolEvent]) -> list[str]:
-    return [event.kind for event in events]
-
 
 # --- Placement --------------------------------------------------------------------------------------------------------
 
@@ -228,13 +221,13 @@ async def test_a_restarted_worker_warms_up_before_it_is_available(monkeypatch: p
         model = await load_one(pool, matmul())
         model.set_warm_up([[InputTensor(DATATYPE["FP32"], (1, 4), [1.0] * 4, None)]] * 3)
         warm_ups: list[bool] = []
-        original = keeper._WarmUp.settle
+        original = WarmUp.settle
 
-        def settle(self: keeper._WarmUp, outcome: Success) -> None:
+        def settle(self: WarmUp, outcome: Success) -> None:
             warm_ups.append(model.replicas[0].available)
             original(self, outcome)
 
-        monkeypatch.setattr(keeper._WarmUp, "settle", settle)
+        monkeypatch.setattr(WarmUp, "settle", settle)
         os.kill(pid_of(pool, "onnx-1"), signal.SIGKILL)
         await until(lambda: not model.replicas[0].available)
         await until(lambda: model.replicas[0].available)
@@ -253,76 +246,7 @@ async def test_a_model_that_fails_its_warm_up_has_failed() -> None:
         assert not model.replicas[0].available
 
 
-# --- Answers that cannot be believed ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["checksum", "generation", "noise"])
-async def test_a_corrupt_frame_recycles_the_worker(damage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    async with pool_of(1) as (pool, _):
-        model = await load_one(pool, matmul())
-        channel = model.instances[0].channel
-        assert channel is not None
-        await stop_process(channel.pid)
-        batch = array_batch(ROW)
-        model.replicas[0].execute(batch, 60.0)
-        from gateway.protocol import ipc
-
-        frame = bytearray(ipc.encode(ipc.UNLOAD, channel.generation, 1, ipc.encode_number(1)))
-        if damage == "checksum":
-            frame[-1] ^= 1
-        elif damage == "generation":
-            frame = bytearray(ipc.encode(ipc.UNLOAD, channel.generation + 1, 1, ipc.encode_number(1)))
-        else:
-            frame = bytearray(os.urandom(100))
-        channel._socket.send(frame)
-        os.kill(channel.pid, signal.SIGCONT)
-        # The good batch may have been answered by another thread before the bad frame was read.
-        await batch.outcome()
-        await until(lambda: model.instances[0].channel not in {None, channel})
-        assert await serves(model.replicas[0])
-        assert "frame refused" in capfd.readouterr().err
-
-
-async def test_a_corrupt_answer_recycles_the_worker() -> None:
-    async with pool_of(1) as (pool, events):
-        model = await load_one(pool, matmul())
-        channel = model.instances[0].channel
-        assert channel is not None
-        await stop_process(channel.pid)
-        batch = array_batch(ROW)
-        model.replicas[0].execute(batch, 60.0)
-        channel.generation += 1  # from here on, what this process says is stale
-        os.kill(channel.pid, signal.SIGCONT)
-        assert "sent an answer that cannot be used" in await batch.failure(FailureKind.BROKEN)
-        await until(lambda: model.replicas[0].available)
-        assert await serves(model.replicas[0])
-        assert "expected" in next(event.text for event in events if event.kind == "worker_died")
-
-
-async def test_an_answer_in_memory_that_does_not_exist_recycles_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from gateway.protocol import ipc
-
-    async with pool_of(1) as (pool, _):
-        model = await load_one(pool, matmul())
-        decode = ipc.decode_result
-        monkeypatch.setattr(ipc, "decode_result", lambda p: replace(decode(p), output_size=1 << 40))
-        batch = array_batch(ROW)
-        model.replicas[0].execute(batch, 60.0)
-        assert "was announced" in await batch.failure(FailureKind.BROKEN)
-        monkeypatch.undo()
-        await until(lambda: model.replicas[0].available)
-        assert await serves(model.replicas[0])
-
-
 # --- Crash loops ------------------------------------------------------------------------------------------------------
-
-
-def worker_of(instance: Instance) -> int:
-    channel = instance.channel
-    assert channel is not None
-    return channel.pid
 
 
 async def crash(model: LoadedModel[OnnxReplica]) -> None:
@@ -337,12 +261,6 @@ async def crash(model: LoadedModel[OnnxReplica]) -> None:
     os.kill(pid, signal.SIGCONT)
     await batch.outcome()
     await until(lambda: not alive(pid), "dead")
-
-
-@pytest.fixture
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restarts without waiting, so that crash loops take seconds and not minutes."""
-    monkeypatch.setattr(supervision, "FIRST_DELAY_S", 0.0)
 
 
 @pytest.mark.usefixtures("_hasty")

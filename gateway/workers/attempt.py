@@ -1,0 +1,89 @@
+"""What travels through a channel, and the ways in which it does not: shared by channels and by those who use them.
+
+An attempt is one batch in one process. It ends in exactly one `settle`, except when handing it over raised `NotSent`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from gateway.core.outcome import Failure, Success
+from gateway.protocol import ipc
+from gateway.workers.shm import Buffer
+
+if TYPE_CHECKING:
+    from gateway.workers.channel import Channel
+
+TEXT_LIMIT: Final = 500
+"""Characters kept of an exception's text."""
+
+
+class WorkerLost(Exception):
+    """The process ended, or never answered, before it did what was asked; the text says which."""
+
+
+class LoadRefused(Exception):
+    """The worker is well, the model is not; the text says why."""
+
+
+class NotSent(Exception):
+    """The batch never left the gateway; the text says why."""
+
+
+class Hosted(Protocol):
+    """What a channel must know of an instance; `hosting.Instance` fits."""
+
+    channel: Channel | None
+    changed: Callable[[], None]
+    """Called when it became unavailable."""
+
+    @property
+    def number(self) -> int:
+        """Names it in frames."""
+
+    @property
+    def model(self) -> Any:
+        """Whom to blame; hashable."""
+
+
+class Attempt:
+    """One batch on its way through one worker. Subclasses say what becomes of the outcome."""
+
+    __slots__ = ("buffer", "deadline", "instance")
+
+    instance: Hosted
+    deadline: float
+    buffer: Buffer
+
+    def result(self, result: ipc.Result, memory: memoryview) -> Success | Failure:
+        """Judge and copy the answer; `memory` is the output area, valid only during this call."""
+        raise NotImplementedError
+
+    def settle(self, outcome: Success | Failure) -> None:
+        """The end of the attempt; called exactly once, and the channel is done with it by then."""
+        raise NotImplementedError
+
+
+class WarmUp(Attempt):
+    """A batch whose outcome is awaited and whose answer nobody reads."""
+
+    __slots__ = ("outcome",)
+
+    def __init__(self, instance: Hosted) -> None:
+        self.instance = instance
+        self.outcome: asyncio.Future[Success | Failure] = asyncio.get_running_loop().create_future()
+
+    def result(self, result: ipc.Result, memory: memoryview) -> Success | Failure:
+        return Success([], result.input_ns, result.infer_ns, result.output_ns)
+
+    def settle(self, outcome: Success | Failure) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+
+def one_line(error: Exception) -> str:
+    """For people; some exceptions (MemoryError) have no text."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:TEXT_LIMIT] or type(error).__name__
