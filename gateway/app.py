@@ -248,7 +248,13 @@ class Gateway:
 
     def _http_view(self) -> HttpView:
         statistics = self.http.statistics()
-        return HttpView(statistics.open_connections, statistics.held_bytes, statistics.rejected)
+        return HttpView(
+            statistics.open_connections,
+            statistics.held_bytes,
+            statistics.rejected,
+            statistics.requests,
+            statistics.aborted,
+        )
 
     def _model_statuses(self) -> list[ModelStatus]:
         return [_status(version) for version in self.catalog.versions()]

@@ -1,13 +1,13 @@
 """READ THIS FIRST: the path of one inference request.
 
     bytes ─▶ ingress/http_server.py + protocol/http1.py     one request, framed and within limits
-          ─▶ ingress/endpoints.py + protocol/oip_json.py    decoded and checked against the model's signature
+          ─▶ ingress/oip_http.py + protocol/oip_json.py     decoded and checked against the model's signature
           ─▶ Pipeline.infer (here)                          resolved, split if oversized, admitted
           ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
           ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
           ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory
           ─▶ dispatcher.py → scheduler.py                   answer checked, members settled, each exactly once
-          ─▶ ingress/endpoints.py + protocol/oip_answer.py  its rows encoded, provenance headers, bytes
+          ─▶ ingress/oip_http.py + protocol/oip_answer.py   its rows encoded, provenance headers, bytes
           ─▶ observe/record.py                              counted, once per batch where possible
 
 Nothing here knows a wire format: HTTP today and gRPC later enter through the same method.

@@ -135,7 +135,7 @@ def _decide_delayed(queue: BatchQueue, policy: BatchPolicy, now: float, execute_
 
 
 def _urgent(head: InferRequest, execute_s: float) -> float:
-    # Twice the expected run: the estimate is a mean, and an answer after the deadline is worth nothing.
+    # Twice the longest run seen lately: the next may be longer, and an answer after the deadline is worth nothing.
     return head.deadline - 2.0 * execute_s
 
 

@@ -32,7 +32,8 @@ class BatchPolicy:
     max_batch_size: int
     """Rows; 0: the model is not batched, each request runs alone."""
     merge: bool = True
-    """False: rows of different requests never share a run, because the proof at load failed (core/batchability.py)."""
+    """False: rows of different requests never share a run, because the proof at load failed (core/batchability.py)
+    or somebody switched batching off."""
     max_queue_delay_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
     oversize: Oversize = "reject"

@@ -65,7 +65,7 @@ class BatchInput:
 
 
 class Settle(Protocol):
-    """Completes a caller; called exactly once per request, by the scheduler only."""
+    """Completes a caller; called exactly once per request, by the request's owner only."""
 
     def __call__(self, request: InferRequest, /) -> None: ...
 

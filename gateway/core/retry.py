@@ -55,7 +55,7 @@ def after_failure(batch: FailedBatch) -> Verdict:
     if batch.kind is FailureKind.SUSPECT:
         return Verdict.HALVE if batch.members > 1 else Verdict.FAIL_MODEL
     if batch.kind in (FailureKind.NOT_SENT, FailureKind.OVERLOAD):
-        return Verdict.REQUEUE  # nothing ran: bounded by the deadline alone
+        return Verdict.REQUEUE  # nothing ran: the worker is gone. Tried again after a pause, until the deadline
     if batch.broken >= MAX_ATTEMPTS and batch.members == 1:
         return Verdict.FAIL_BACKEND
     return Verdict.SINGLES if batch.broken >= SINGLES_FROM else Verdict.REQUEUE

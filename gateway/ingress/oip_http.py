@@ -88,7 +88,8 @@ class HttpCodec:
         exchange: Exchange = request.context
         exchange.on_abort = None  # it held the request, and a cycle would wait for the garbage collector
         if request.error is not None:
-            self.refuse(exchange, request.error)
+            executed = headers.backend_header(request.avoid, request.attempt) if request.avoid is not None else b""
+            self.refuse(exchange, request.error, executed)
             return
         try:
             self._answer(request, exchange)
@@ -121,13 +122,13 @@ class HttpCodec:
             exchange.send_parts([response_head(200, content_type, length, provenance, exchange.keep_alive), *parts])
         self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
 
-    def refuse(self, exchange: Exchange, error: Exception) -> None:
-        """Write an error, with what is known of its provenance."""
+    def refuse(self, exchange: Exchange, error: Exception, executed: bytes = b"") -> None:
+        """Write an error, with what is known of its provenance. `executed`: header line of the last attempt."""
         known = error if isinstance(error, GatewayError) else GatewayError("the gateway failed on this request")
         self._statistics.count(known.status)
         if isinstance(known, Cancelled):
             return  # nobody is there to read it
-        exchange.send_error(known, self.model_header + request_id_header())
+        exchange.send_error(known, self.model_header + executed + request_id_header())
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:
         template = headers.batch_template(

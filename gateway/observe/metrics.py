@@ -65,6 +65,9 @@ class HttpView:
     """Request bodies being received or not yet answered."""
     rejected: Mapping[str, int]
     """Requests refused before they reached a model, by the error's `reason`."""
+    requests: int = 0
+    aborted: int = 0
+    """Requests whose client left before the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,8 @@ class Scrape:
     def _describe_process(self) -> None:
         self._family("gateway_http_open_connections", "gauge", "Open connections to the data port")
         self._family("gateway_http_held_bytes", "gauge", "Bytes of request bodies being received or processed")
+        self._family("gateway_http_requests_total", "counter", "Requests received whole on the data port, on any path")
+        self._family("gateway_http_aborted_total", "counter", "Requests whose client left before the answer")
         self._family("gateway_http_rejected_total", "counter", "Requests refused at the data port, by reason")
         self._family("gateway_event_loop_lag_seconds", "histogram", "How late the event loop runs what is due")
         self._family("gateway_build_info", "gauge", "Always 1; the labels name the versions running")
@@ -285,6 +290,8 @@ class Scrape:
         family = self._by_name
         family["gateway_http_open_connections"].add("", http.open_connections)
         family["gateway_http_held_bytes"].add("", http.held_bytes)
+        family["gateway_http_requests_total"].add("", http.requests)
+        family["gateway_http_aborted_total"].add("", http.aborted)
         for reason, n in http.rejected.items():
             family["gateway_http_rejected_total"].add(labels(reason=reason), n)
         for process, histogram in lag.items():

@@ -89,6 +89,11 @@ def split_headers(
     return model + text.encode("ascii") + request_id_header(request_id)
 
 
+def backend_header(backend: str, attempt: int) -> bytes:
+    """The `Inference-Backend` line alone, for an error that came out of an execution."""
+    return f"Inference-Backend: {quote(backend)};attempt={attempt}\r\n".encode("ascii")
+
+
 def request_id_header(request_id: bytes) -> bytes:
     """The `X-Request-Id` line alone, for answers that never reached a batch."""
     return b"X-Request-Id: %b\r\n" % request_id
@@ -176,6 +181,8 @@ def _model(items: list[tuple[str, Parameters]]) -> ModelReference | None:
 
 
 def _members(backends: list[tuple[str, Parameters]], batches: list[tuple[str, Parameters]]) -> tuple[Member, ...]:
+    if not batches:  # an error names who failed, and there is no batch to name
+        return ()
     if len(backends) != len(batches):
         raise HeaderError("Inference-Backend and Inference-Batch list different numbers of members")
     return tuple(

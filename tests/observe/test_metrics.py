@@ -86,7 +86,7 @@ def view(
 def metrics(*views: ModelView) -> Metrics:
     lag = Histogram((0.1, 1.0))
     lag.add(0.5)
-    http = HttpView(open_connections=4, held_bytes=17, rejected={"too_large": 2})
+    http = HttpView(open_connections=4, held_bytes=17, rejected={"too_large": 2}, requests=9, aborted=1)
     sources = Sources(lambda: views, lambda: http, {"0": lag}, build_labels())
     return Metrics(sources, lambda: NOW)
 
@@ -161,6 +161,8 @@ def test_both_formats_say_the_same(openmetrics: bool) -> None:
     assert samples[("gateway_requests_total", ("code", "400"), ("model", "m"), ("protocol", "http"), ("version", "1"))] == 1  # fmt: skip  # noqa: E501
     assert samples[("gateway_http_rejected_total", ("reason", "too_large"))] == 2
     assert samples[("gateway_http_open_connections",)] == 4
+    assert samples[("gateway_http_requests_total",)] == 9
+    assert samples[("gateway_http_aborted_total",)] == 1
     count = "nv_inference_count" if openmetrics else "nv_inference_count_total"
     assert samples[count, ("model", "n"), ("version", "2")] == 3
     assert samples[("gateway_build_info", *sorted(build_labels().items()))] == 1

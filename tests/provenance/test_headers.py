@@ -13,6 +13,7 @@ from gateway.provenance.headers import (
     Member,
     ModelReference,
     Provenance,
+    backend_header,
     batch_template,
     finish,
     model_header,
@@ -140,7 +141,7 @@ def test_names_in_any_case_and_repeated_fields_are_joined() -> None:
         ("Inference-Model", '%"a%zz"'),
         ("Inference-Model", '%"a%ff"'),
         ("Inference-Model", "3"),
-        ("Inference-Backend", '"a";attempt=1'),
+        ("Inference-Batch", '"a-1";size=1;row=0'),
         ("Server-Timing", "queue;dur=fast"),
         ("Server-Timing", "queue;dur=1 infer;dur=2"),
         ("Server-Timing", "queue;dur=1,"),
@@ -193,3 +194,10 @@ def test_ids_use_at_least_73_random_bits() -> None:
 def test_ids_need_exactly_ten_random_bytes(length: int) -> None:
     with pytest.raises(ValueError, match="10 random bytes"):
         uuid7_block(0, bytes(length), 1)
+
+
+def test_an_error_names_who_failed_and_no_batch() -> None:
+    line = backend_header("onnx-1", 3)
+    assert line == b'Inference-Backend: "onnx-1";attempt=3\r\n'
+    name, _, value = line.decode().rstrip().partition(": ")
+    assert parse([(name, value)]).members == ()
