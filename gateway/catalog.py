@@ -246,7 +246,8 @@ class Catalog:
 def _load_failed(version: ServedVersion, reason: str) -> ServedVersion:
     version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
     version.reason = reason
-    log.error("model %s version %s could not be loaded: %s", version.name, version.version, reason)
+    named = reason if reason.startswith("model ") else f"model '{version.name}' version {version.version}: {reason}"
+    log.error("could not be loaded: %s", named)
     return version
 
 

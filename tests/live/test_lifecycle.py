@@ -220,7 +220,7 @@ def test_a_broken_model_is_exit_4_and_named(tmp_path: Path) -> None:
     models.repository(tmp_path, {"whole": models.whole_linear(), "broken": b"this is not an ONNX file"})
     done = run("serve", str(tmp_path), "--http-port", "0", "--metrics-port", "0")
     assert done.returncode == 4, done
-    assert "error: model broken version 1" in done.stderr
+    assert "error: model 'broken' version 1" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 
