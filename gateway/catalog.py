@@ -70,11 +70,12 @@ class ServedVersion:
         """Whether it can answer now: READY, and at least one replica is there to do it."""
         return self.state is ModelState.READY and any(replica.available for replica in self.replicas)
 
-    def settle(self, spec: ModelSpec, loaded: LoadedModel) -> None:
+    def settle(self, spec: ModelSpec, loaded: LoadedModel, row_s: float = 0.0) -> None:
+        """It is loaded. `row_s`: seconds a row took on trial; 0.0: unknown."""
         self._spec = spec
         self.split_rows = spec.policy.max_batch_size
         self.loaded = loaded
-        self.scheduler = Scheduler(spec, loaded.replicas, self.statistics)
+        self.scheduler = Scheduler(spec, loaded.replicas, self.statistics, row_s=row_s)
 
     def __repr__(self) -> str:
         return f"<ServedVersion {self.name}/{self.version} {self.state.value}>"
@@ -199,11 +200,11 @@ class Catalog:
         version.artifact = replace(artifact, model=b"")
         loaded = await wanted.load(artifact)
         try:
-            spec = await settle_spec(version.wanted, artifact, loaded)
+            spec, row_s = await settle_spec(version.wanted, artifact, loaded)
         except Exception:
             await loaded.unload()
             raise
-        version.settle(spec, loaded)
+        version.settle(spec, loaded, row_s)
 
     def failed(self, name: str, version: str, reason: str) -> None:
         """A READY version's workers crash too often: it takes no more requests until `recovered`."""

@@ -92,15 +92,17 @@ class Dispatcher:
         statistics: ModelStatistics,
         clock: Callable[[], float],
         owner: Owner,
+        row_s: float = 0.0,
     ) -> None:
+        """`row_s`: seconds a row took on trial, 0.0 if nobody knows."""
         self.spec = spec
         self.replicas = replicas
         self.statistics = statistics
-        self.execute_s = 0.0
+        self.execute_s = row_s
         """The longest recent run, seconds: peak-sensitive, slowly decaying."""
         self.last_dispatched = 0.0
         """When the newest batch was sent, monotonic seconds."""
-        self._row_s = 0.0
+        self._row_s = row_s
         """Like `execute_s`, per row."""
         self.run_s = float("inf")
         """Seconds that batches spend inside the backend: a moving mean; infinite before the first."""

@@ -77,8 +77,9 @@ class LoadedModel(Protocol):
     async def unload(self) -> None: ...
 
 
-async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> ModelSpec:
-    """Signature, batching policy and warm-up of a freshly loaded model.
+async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> tuple[ModelSpec, float]:
+    """Signature, batching policy and warm-up of a freshly loaded model; with it the seconds a row took on trial, 0.0 if
+    the model ran on no made-up input.
 
     Raises:
         ConfigError: config.pbtxt or the configuration contradicts the model file.
@@ -95,8 +96,9 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         size = (wanted.max_batch_size or 0) if obstacle is None else 0
         spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {why}")
         # Only shapes are unknown here: a model that will not run on made-up input may still run on real input.
-        await _warm_up(loaded, await _trial(loaded, inputs, outputs, None))
-        return spec
+        trial = await _trial(loaded, inputs, outputs, None)
+        await _warm_up(loaded, trial)
+        return spec, _spent_s(trial)
     limit = wanted.max_batch_size or CHOSEN_MAX_BATCH_SIZE
     trial = await _trial(loaded, inputs, outputs, min(batchability.PROOF_ROWS, max(limit, 2)))
     verdict = await _prove(loaded, trial, len(outputs))
@@ -111,7 +113,11 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         size = limit if wanted.size_is_stated else 0
         spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {verdict.why}")
     await _warm_up(loaded, trial)
-    return spec
+    return spec, _spent_s(trial) / (trial[0][0].shape[0] if trial is not None else 1)
+
+
+def _spent_s(trial: tuple[list[InputTensor], Success] | None) -> float:
+    return 0.0 if trial is None else trial[1].compute_infer_ns / 1e9
 
 
 def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> str | None:

@@ -51,15 +51,17 @@ class Scheduler:
         replicas: Sequence[Replica],
         statistics: ModelStatistics,
         clock: Callable[[], float] = time.monotonic,
+        row_s: float = 0.0,
     ) -> None:
-        """`clock`: monotonic seconds, the one that requests' `received` is read from."""
+        """`clock`: monotonic seconds, the one that requests' `received` is read from. `row_s`: seconds a row took on
+        trial, 0.0 if nobody knows."""
         self.spec = spec
         self.statistics = statistics
         self._policy = spec.policy
         self._loop = asyncio.get_running_loop()
         self._queue = BatchQueue()
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
-        self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self)
+        self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self, row_s)
         self._pumping = False
         self._let_more_in = False
         """Whether the pump should let the loop turn once more before it decides."""

@@ -21,12 +21,12 @@ from tests.scripted import INT64, Backend, ScriptedBatch, model_spec, request_of
 class Desk:
     """The owner of the batches: notes what it is told."""
 
-    def __init__(self, replicas: int = 2) -> None:
+    def __init__(self, replicas: int = 2, row_s: float = 0.0) -> None:
         self.now = 0.0
         self.backend = Backend(replicas, 1)
         self.statistics = ModelStatistics()
         self.dispatcher = Dispatcher(
-            model_spec(BatchPolicy(8)), self.backend.replicas, self.statistics, lambda: self.now, self
+            model_spec(BatchPolicy(8)), self.backend.replicas, self.statistics, lambda: self.now, self, row_s
         )
         self.succeeded: list[tuple[list[InferRequest], FinishedBatch]] = []
         self.failed: list[tuple[list[InferRequest], GatewayError]] = []
@@ -92,6 +92,16 @@ async def test_batches_take_turns_over_the_replicas() -> None:
         names.append(batch.replica.name)
         batch.reply()
     assert sorted(names) == ["onnx-1", "onnx-1", "onnx-2", "onnx-2", "onnx-3", "onnx-3"]
+
+
+@simulated
+async def test_before_the_first_run_the_trial_at_load_bounds_an_attempt_else_the_deadline() -> None:
+    for row_s, expected in ((1.0, ATTEMPT_TIMEOUT_FACTOR * 2.0), (0.001, ATTEMPT_TIMEOUT_FLOOR_S), (0.0, 30.0)):
+        desk = Desk(row_s=row_s)
+        members = requests(2)
+        for member in members:
+            member.deadline = desk.now + 30.0
+        assert desk.run(members).timeout_s == expected
 
 
 @simulated
