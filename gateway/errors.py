@@ -6,7 +6,6 @@
     │   ├── NotFound              404  unknown model, version or path
     │   ├── MethodNotAllowed      405
     │   ├── RequestTimeout        408  the caller sent its bytes too slowly
-    │   ├── LengthRequired        411
     │   ├── TooLarge              413  body over the limit
     │   ├── UriTooLong            414
     │   ├── ExpectationFailed     417
@@ -81,13 +80,6 @@ class RequestTimeout(RequestError):
     status = 408
     grpc_code = 4
     reason = "slow_client"
-
-
-class LengthRequired(RequestError):
-    """411: a body without a length."""
-
-    status = 411
-    reason = "length_required"
 
 
 class TooLarge(RequestError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,8 +15,6 @@ from loadtest.answers import CASE_NAMES
 
 REPOSITORY = Path(__file__).parent.parent.parent
 MODELS = Path(gateway.demo.__file__).parent / "models"
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="the extra `loadtest` is missing")
 
 
 def locust(*arguments: str) -> subprocess.CompletedProcess[str]:

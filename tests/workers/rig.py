@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from gateway.backends.interface import Failure, FailureKind, Success
 from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
@@ -21,23 +21,8 @@ from gateway.core.model import Artifact
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.tensor import DATATYPE, Datatype
 from gateway.workers.hosting import Instance
+from tests.live.models import ONNX_TYPE
 
-ONNX_TYPE = {
-    "BOOL": TensorProto.BOOL,
-    "UINT8": TensorProto.UINT8,
-    "UINT16": TensorProto.UINT16,
-    "UINT32": TensorProto.UINT32,
-    "UINT64": TensorProto.UINT64,
-    "INT8": TensorProto.INT8,
-    "INT16": TensorProto.INT16,
-    "INT32": TensorProto.INT32,
-    "INT64": TensorProto.INT64,
-    "FP16": TensorProto.FLOAT16,
-    "FP32": TensorProto.FLOAT,
-    "FP64": TensorProto.DOUBLE,
-    "BYTES": TensorProto.STRING,
-    "BF16": TensorProto.BFLOAT16,
-}
 PATIENCE_S = 60.0
 """Bound on waiting for something that must happen; generous, since the machine may be busy."""
 

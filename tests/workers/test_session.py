@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gateway.core.tensor import DATATYPE
 from gateway.workers.session import TEXT_LIMIT, ModelRefusedError, RunError, Session, clean_text
+from tests.live.models import ONNX_TYPE
 from tests.workers.rig import (
-    ONNX_TYPE,
     expand,
     gather,
     identity,
