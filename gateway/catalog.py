@@ -46,8 +46,9 @@ class ServedVersion:
         """Content of `provenance.json`."""
         self.loaded: LoadedModel | None = None
         self.scheduler: Scheduler | None = None
-        self.codec: Any = None
-        """Belongs to the ingress: decoder and encoder made for this version's signature."""
+        self.http_codec: Any = None
+        """Belongs to the ingress: decoder and encoder made for this version's signature. So does `grpc_codec`."""
+        self.grpc_codec: Any = None
         self.split_rows = 0
         """A request of more rows than this is cut, and its answer put together again; 0: no request is."""
         self._spec: ModelSpec | None = None

@@ -21,6 +21,7 @@ from gateway.core import batchability
 from gateway.core.batchability import SignatureTensor, Verdict
 from gateway.core.model import Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
 from gateway.core.request import InputTensor
+from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.errors import ConfigError, ModelError
 
 log = logging.getLogger("gateway.catalog")
@@ -59,6 +60,7 @@ class WantedVersion:
     stated_inputs: tuple[TensorSpec, ...] = ()
     """As config.pbtxt states them; dims without the batch dimension if `max_batch_size` is above 0."""
     stated_outputs: tuple[TensorSpec, ...] = ()
+    scheduling: Scheduling = PLAIN
 
 
 class LoadedModel(Protocol):
@@ -229,6 +231,7 @@ def _spec(
         _tensors("output", outputs, wanted.stated_outputs, batched=batched, short=short),
         policy,
         note,
+        wanted.scheduling,
     )
 
 

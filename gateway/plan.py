@@ -16,6 +16,7 @@ from gateway.catalog import ServedVersion
 from gateway.config import Config, ModelEntry, ModelSettings
 from gateway.config_models import find_models
 from gateway.core.model import Artifact
+from gateway.core.scheduling import PLAIN
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.loading import LoadedModel, WantedVersion
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
@@ -63,6 +64,7 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
             deadline_s=settings.deadline_s,
             stated_inputs=stated.inputs if stated is not None else (),
             stated_outputs=stated.outputs if stated is not None else (),
+            scheduling=stated.scheduling if stated is not None else PLAIN,
         )
 
 

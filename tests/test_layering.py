@@ -56,6 +56,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "tritonclient": ("backends/remote.py",),
     "grpc": ("backends/remote.py",),
     "aiohttp.web": ("operations.py", "console/"),
+    "grpc_tools": ("protocol/schema/compile.py",),
+    "google.protobuf": ("protocol/",),
     "onnx": ("demo/train.py", "demo/layers.py"),
     "sklearn": ("demo/train.py",),
     "yaml": ("config",),

@@ -1,7 +1,7 @@
 """An executed batch, as every member sees it: outputs of all rows, and what is said about the execution.
 
 One object per batch carries everything that answers, metrics and records need, so that per-request work stays small.
-`memo` belongs to whoever encodes the answers: what it makes once per batch it keeps there.
+`http_memo` and `grpc_memo` belong to whoever encodes the answers: what is made once per batch and protocol stays there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class FinishedBatch:
         "batch_id",
         "dispatched",
         "finished",
+        "grpc_memo",
+        "http_memo",
         "infer_ns",
         "input_ns",
-        "memo",
         "output_ns",
         "outputs",
         "parts",
@@ -55,4 +56,5 @@ class FinishedBatch:
         """Nanoseconds as the backend measured them: preparing inputs, running the model, writing outputs."""
         self.parts: list[tuple[FinishedBatch, int]] | None = None
         """Where this is the answer to a split request, put together again: (batch, first row) of each part."""
-        self.memo: Any = None
+        self.http_memo: Any = None
+        self.grpc_memo: Any = None

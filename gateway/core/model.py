@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.tensor import Datatype
 
 Oversize = Literal["split", "reject"]
@@ -23,6 +24,10 @@ class TensorSpec:
     datatype: Datatype
     dims: tuple[int, ...]
     optional: bool = False
+    reshape: tuple[int, ...] | None = None
+    """Dims the model itself has, where they differ from the ones clients see; without the batch dimension."""
+    ragged: bool = False
+    """Rows of different shapes share a batch: they are laid one behind the other, flat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class ModelSpec:
     policy: BatchPolicy
     batching_note: str = ""
     """Why the model is or is not batched, in words; shown by `gateway models` and the log."""
+    scheduling: Scheduling = PLAIN
 
     @property
     def batched(self) -> bool:

@@ -8,7 +8,7 @@ A tensor waits in one of two forms, and is copied once, into the batch:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from gateway.core.tensor import Datatype
 
@@ -76,6 +76,14 @@ class Owner(Protocol):
     def abort(self, request: InferRequest, /) -> None: ...
 
 
+class SequenceStep(NamedTuple):
+    """OIP's parameters `sequence_id`, `sequence_start`, `sequence_end`."""
+
+    id: int | str
+    start: bool = False
+    end: bool = False
+
+
 QUEUED: Final = 0
 RUNNING: Final = 1
 SETTLED: Final = 2
@@ -100,12 +108,15 @@ class InferRequest:
         "owner",
         "part",
         "place",
+        "priority",
         "received",
         "request_id",
         "row",
         "rows",
+        "sequence",
         "settle",
         "state",
+        "stated_timeout_s",
         "timeout_s",
     )
 
@@ -131,6 +142,12 @@ class InferRequest:
         """How the caller wants the answer encoded; belongs to the protocol that parsed the request."""
         self.timeout_s = timeout_s
         """What the caller allows from arrival to answer, seconds; 0: it did not say."""
+        self.stated_timeout_s = 0.0
+        """OIP's parameter `timeout`, seconds; 0: not stated. What it means depends on the model's queue policy."""
+        self.priority = 0
+        """OIP's parameter `priority`; 0: not stated."""
+        self.sequence: SequenceStep | None = None
+        """Where it stands in a sequence of requests; None: the caller said nothing of one."""
         self.request_id = request_id
         """The client's own OIP `id`, echoed; None if it sent none."""
         self.received = 0.0

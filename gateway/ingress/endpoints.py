@@ -119,7 +119,7 @@ class OipApplication:
         except NotReady as error:
             self._refuse_unready(route, exchange, error)
             return
-        codec: HttpCodec = version.codec or self._codec(version)
+        codec: HttpCodec = version.http_codec or self._codec(version)
         try:
             request = codec.decode(head, body, exchange)
             exchange.on_abort = request.abort
@@ -136,12 +136,12 @@ class OipApplication:
         if version.scheduler is None:
             raise error
         version.statistics.reject(error.reason)
-        codec: HttpCodec = version.codec or self._codec(version)
+        codec: HttpCodec = version.http_codec or self._codec(version)
         codec.refuse(exchange, error)
 
     def _codec(self, version: ServedVersion) -> HttpCodec:
         codec = HttpCodec(version)
-        version.codec = codec
+        version.http_codec = codec
         return codec
 
     # -- everything else -------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class HttpCodec:
 
     def _answer(self, request: InferRequest, exchange: Exchange) -> None:
         batch: FinishedBatch = request.batch
-        memo: BatchMemo = batch.memo or self._memo(batch)
+        memo: BatchMemo = batch.http_memo or self._memo(batch)
         parts, length, json_length = self._encoder.encode(request, memo.encoded)
         received = request.received
         now = self._now()
@@ -142,7 +142,7 @@ class HttpCodec:
         ids = headers.uuid7_block(time.time_ns() // 1_000_000, os.urandom(headers.UUID7_RANDOM_BYTES), batch.rows)
         ids.reverse()
         memo = BatchMemo(BatchEncoder(self._spec, batch), template, ids)
-        batch.memo = memo
+        batch.http_memo = memo
         return memo
 
     def _provenance(self, request: InferRequest, memo: BatchMemo, queue_ms: float, total_ms: float) -> bytes:

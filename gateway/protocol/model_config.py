@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway.core.model import TensorSpec
+from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest
@@ -50,6 +51,7 @@ class ModelConfig:
     intra_op_threads: int | None = None
     version_policy: VersionPolicy = VersionPolicy()
     default_model_filename: str | None = None
+    scheduling: Scheduling = PLAIN
     ignored: tuple[str, ...] = ()
     """Keys without effect here, for the log."""
 
