@@ -15,10 +15,10 @@ from functools import partial
 from statistics import median
 from typing import Final
 
-from benchmarks import bare
+from benchmarks import bare, grpc_load
 from benchmarks.report import Claim, Outcome
 from benchmarks.server import BenchmarkError, Server
-from benchmarks.systems import batch_rows, gateway, nginx
+from benchmarks.systems import batch_rows, gateway, grpc_echo, nginx
 from benchmarks.triton import Flags, best_flags, triton, tune
 from benchmarks.workload import Workload, prepare
 from benchmarks.wrk import Round, load
@@ -74,6 +74,34 @@ def tiny_json(plan: Plan) -> Outcome:
         outcome.claims.append(Claim("gateway ÷ nginx return 200", outcome.ratio("gateway", "nginx"), 0.30))
     if plan.has("triton"):
         outcome.claims.append(Claim("gateway ÷ Triton at its best", outcome.ratio("gateway", "triton"), 3.5))
+    return outcome
+
+
+def tiny_grpc(plan: Plan) -> Outcome:
+    """The same row over gRPC: 8 connections of 8 concurrent calls, the whole system under test on core 0."""
+    work = prepare("tiny")
+    what = "MLP 16-64-64-4, gRPC, 8 connections of 8 calls, server on core 0, client on core 1"
+    outcome = Outcome("tiny-grpc", what, rate_unit="calls/s")
+    answers: dict[int, int] = {}
+
+    def call(server: Server, seconds: float = plan.seconds) -> Round:
+        port = server.grpc_port
+        if port not in answers:
+            answers[port] = grpc_load.check(server, port, work, computes=server.checked)
+        return grpc_load.load(server, port, work, answers[port], seconds, cores="1")
+
+    with ExitStack() as stack:
+        flags = _triton_flags(plan, "tiny-grpc", work, "0", call, over_grpc=True)
+        servers = [gateway(work, "0"), grpc_echo("0")]
+        servers += [triton(work, flags, "0", over_grpc=True)] if flags else []
+        for server in servers:
+            stack.enter_context(server)
+            call(server, WARM_UP_S)
+            outcome.notes[server.name] = server.notes
+        interleave(outcome, plan.rounds, {server.name: partial(call, server) for server in servers})
+    outcome.claims.append(Claim("gateway ÷ grpc.aio echo", outcome.ratio("gateway", "grpc.aio echo"), 8.0))
+    if flags:
+        outcome.claims.append(Claim("gateway ÷ Triton at its best", outcome.ratio("gateway", "triton"), 3.0))
     return outcome
 
 
@@ -148,6 +176,7 @@ def idle_connections(plan: Plan) -> Outcome:
 
 SCENARIOS: Final[dict[str, Callable[[Plan], Outcome]]] = {
     "tiny-json": tiny_json,
+    "tiny-grpc": tiny_grpc,
     "heavy": heavy,
     "latency-1": latency_1,
     "idle-connections": idle_connections,
@@ -173,12 +202,14 @@ def _measure(
     interleave(outcome, plan.rounds, measures | (others or {}))
 
 
-def _triton_flags(plan: Plan, scenario: str, work: Workload, cores: str, post: Callable[..., Round]) -> Flags | None:
+def _triton_flags(
+    plan: Plan, scenario: str, work: Workload, cores: str, post: Callable[..., Round], *, over_grpc: bool = False
+) -> Flags | None:
     """Triton's flags for a scenario, searched first where the plan says so; None: it does not take part."""
     if not plan.has("triton"):
         return None
     if plan.tune_triton:
-        return tune(scenario, work, cores, lambda server: post(server, plan.seconds).rate)
+        return tune(scenario, work, cores, lambda server: post(server, plan.seconds).rate, over_grpc=over_grpc)
     return best_flags(scenario)
 
 

@@ -57,6 +57,7 @@ class Server:
     checked: bool = True
     """False for a peer that does not compute (nginx)."""
     metrics_port: int = 0
+    grpc_port: int = 0
     notes: str = ""
     """Flags worth printing next to the figure."""
 

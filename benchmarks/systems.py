@@ -68,8 +68,8 @@ def nginx(cores: str = "") -> Server:
 
 def gateway(work: Workload, cores: str = "", workers: int = 2) -> Server:
     """The gateway as a user starts it: every default on."""
-    port, metrics_port = free_port(), free_port()
-    ports = ["--http-port", str(port), "--metrics-port", str(metrics_port)]
+    port, grpc_port, metrics_port = free_port(), free_port(), free_port()
+    ports = ["--http-port", str(port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
     command = [sys.executable, "-m", "gateway", "serve", str(work.repository), *ports, "--workers", str(workers)]
     model = f"/v2/models/{work.model}"
     return Server(
@@ -81,7 +81,26 @@ def gateway(work: Workload, cores: str = "", workers: int = 2) -> Server:
         cores,
         environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
         metrics_port=metrics_port,
+        grpc_port=grpc_port,
         notes=f"defaults, {workers} workers",
+    )
+
+
+def grpc_echo(cores: str = "") -> Server:
+    """What the stock Python server does with the same message when it neither parses nor computes anything."""
+    port, grpc_port = free_port(), free_port()
+    command = [sys.executable, "-m", "benchmarks.grpc_echo", str(grpc_port), str(port)]
+    return Server(
+        "grpc.aio echo",
+        command,
+        port,
+        "/",
+        "/",
+        cores,
+        environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
+        checked=False,
+        grpc_port=grpc_port,
+        notes="grpc.aio on uvloop",
     )
 
 

@@ -86,6 +86,8 @@ class Flags:
     preferred: int = 0
     max_batch: int = 64
     threads: int = 1
+    grpc_pool: int = 8
+    """Requests kept for reuse by the gRPC front end, whose threads cannot be chosen."""
 
     def __str__(self) -> str:
         texts = [
@@ -94,6 +96,7 @@ class Flags:
             f"{self.http_threads} HTTP threads",
             f"max batch {self.max_batch}",
             f"{self.threads} ORT threads",
+            f"gRPC pool {self.grpc_pool}",
         ]
         return ", ".join([*texts, f"preferred {self.preferred}"] if self.preferred else texts)
 
@@ -136,10 +139,23 @@ def _packages() -> Path:
     return folder
 
 
-def triton(work: Workload, flags: Flags, cores: str = "") -> Server:
-    """A tritonserver with one model, quiet, HTTP only, metrics off: everything that costs it time is off."""
+def environment() -> dict[str, str]:
+    """Environment variables that tritonserver and its Python backend need."""
+    # The stub loads libpython of the running version, which may lie outside the loader's usual places.
+    libraries = [str(HOME / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR") or "")]
+    return {
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+        # The embedded interpreter ignores PYTHONPATH; model.py reads this itself.
+        "BENCH_SITE_PACKAGES": str(_packages()),
+    }
+
+
+def triton(work: Workload, flags: Flags, cores: str = "", *, over_grpc: bool = False) -> Server:
+    """A tritonserver with one model, quiet, gRPC only where asked, no metrics: what costs it time is off."""
     server = install()
     port = free_port()
+    grpc_port = free_port() if over_grpc else 0
+    grpc_flags = [f"--grpc-port={grpc_port}", f"--grpc-infer-allocation-pool-size={flags.grpc_pool}"]
     command: list[str | Path] = [
         server / "bin" / "tritonserver",
         f"--model-repository={_repository(work, flags)}",
@@ -147,20 +163,14 @@ def triton(work: Workload, flags: Flags, cores: str = "") -> Server:
         "--http-address=127.0.0.1",
         f"--http-port={port}",
         f"--http-thread-count={flags.http_threads}",
-        "--allow-grpc=false",
+        *(["--grpc-address=127.0.0.1", *grpc_flags] if over_grpc else ["--allow-grpc=false"]),
         "--allow-metrics=false",
         "--allow-gpu-metrics=false",
         "--log-info=false",
     ]
-    # The stub loads libpython of the running version, which may lie outside the loader's usual places.
-    libraries = [str(HOME / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR") or "")]
-    environment = {
-        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
-        # The embedded interpreter ignores PYTHONPATH; model.py reads this itself.
-        "BENCH_SITE_PACKAGES": str(_packages()),
-    }
     path = f"/v2/models/{work.model}"
-    return Server("triton", command, port, f"{path}/infer", "/v2/health/ready", cores, environment, notes=str(flags))
+    infer, ready = f"{path}/infer", "/v2/health/ready"
+    return Server("triton", command, port, infer, ready, cores, environment, grpc_port=grpc_port, notes=str(flags))
 
 
 def _repository(work: Workload, flags: Flags) -> Path:
@@ -182,19 +192,21 @@ def best_flags(scenario: str) -> Flags:
     return Flags(**stored.get(scenario, {}).get("flags", {}))
 
 
-def tune(scenario: str, work: Workload, cores: str, measure: Callable[[Server], float]) -> Flags:
+def tune(
+    scenario: str, work: Workload, cores: str, measure: Callable[[Server], float], *, over_grpc: bool = False
+) -> Flags:
     """Coordinate search: the grid of what interacts, then the rest one by one; the winner is stored."""
     results: dict[Flags, float] = {}
 
     def rate(flags: Flags) -> float:
         if flags not in results:
-            with triton(work, flags, cores) as server:
+            with triton(work, flags, cores, over_grpc=over_grpc) as server:
                 server.check(work)
                 results[flags] = measure(server)
             print(f"  {results[flags]:9.0f}/s  {flags}", flush=True)
         return results[flags]
 
-    best = max(_grid(Flags()), key=rate)
+    best = max(_grid(Flags(), over_grpc=over_grpc), key=rate)
     for name, values in (("max_batch", (32, 128, 256)), ("preferred", (16, 32, 64)), ("threads", (2,))):
         tried = [replace(best, **{name: value}) for value in values]
         best = max([best, *(f for f in tried if f.preferred <= f.max_batch)], key=rate)
@@ -204,6 +216,7 @@ def tune(scenario: str, work: Workload, cores: str, measure: Callable[[Server], 
     return best
 
 
-def _grid(start: Flags) -> Iterator[Flags]:
-    for instances, delay_us, http_threads in itertools.product((1, 2), (0, 1000, 3000), (1, 2, 4)):
-        yield replace(start, instances=instances, delay_us=delay_us, http_threads=http_threads)
+def _grid(start: Flags, *, over_grpc: bool) -> Iterator[Flags]:
+    front_end = ("grpc_pool", (8, 64, 256)) if over_grpc else ("http_threads", (1, 2, 4))
+    for instances, delay_us, value in itertools.product((1, 2), (0, 1000, 3000), front_end[1]):
+        yield replace(start, instances=instances, delay_us=delay_us, **{front_end[0]: value})
