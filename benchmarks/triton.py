@@ -170,7 +170,7 @@ def triton(work: Workload, flags: Flags, cores: str = "", *, over_grpc: bool = F
     ]
     path = f"/v2/models/{work.model}"
     infer, ready = f"{path}/infer", "/v2/health/ready"
-    return Server("triton", command, port, infer, ready, cores, environment, grpc_port=grpc_port, notes=str(flags))
+    return Server("triton", command, port, infer, ready, cores, environment(), grpc_port=grpc_port, notes=str(flags))
 
 
 def _repository(work: Workload, flags: Flags) -> Path:

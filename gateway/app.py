@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import uvloop
@@ -25,17 +26,30 @@ from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplic
 from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config, ModelSettings
 from gateway.core.model import Artifact, ModelState
+from gateway.core.remembered import Store
 from gateway.errors import BindError, ConfigError, NotReady
+from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
+from gateway.ingress.grpc_server import GrpcServer, Http2Limits
+from gateway.ingress.grpc_services import GrpcServices
 from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
 from gateway.ingress.oip_http import request_id_header
+from gateway.ingress.tls import GRPC, HTTP, TlsFiles, context
 from gateway.loading import WantedVersion
+from gateway.management import Management
+from gateway.management_access import Restrictions
+from gateway.management_repository import Repository
+from gateway.management_settings import TraceSettings
+from gateway.management_tracing import Tracing
 from gateway.observe import log as log_setup
 from gateway.observe.loop_lag import LoopLag
-from gateway.observe.metrics import HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels
+from gateway.observe.metrics import GrpcView, HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels
+from gateway.observe.record import Recent
+from gateway.observe.request_trace import TraceFile
 from gateway.operations import BackendStatus, ModelStatus, Operations
 from gateway.pipeline import Pipeline
+from gateway.protocol.options import ProtocolOptions
 
 log = logging.getLogger("gateway")
 
@@ -61,7 +75,10 @@ class Gateway:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.catalog = Catalog()
+        cache = config.server.response_cache
+        self.pipeline = Pipeline(None if cache is None else Store(cache.max_bytes, cache.ttl_s))
+        self.catalog = Catalog(self.pipeline.infer)
+        self.repository = Repository(config, self.catalog, self._load)
         self._stopping = asyncio.Event()
         self._delayed = False
         """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
@@ -73,20 +90,23 @@ class Gateway:
 
     async def serve(self, *, demo: bool) -> int:
         try:
-            wanted = await asyncio.to_thread(plan.versions, self.config, self._load)
+            wanted = await asyncio.to_thread(self.repository.initial)
         except ConfigError as error:
             terminal.show_faults(error)
             return EXIT_CONFIG
         self._build()
         self._catch_signals()
         try:
-            listener = await listen(self.config.server.host, self.config.server.http_port, self.http)
+            listener, grpc_listener = await self._listen()
             await self.operations.start(self.config.server.host, self.config.server.metrics_port)
+        except ConfigError as error:
+            terminal.show_faults(error)
+            return EXIT_CONFIG
         except BindError as error:
             terminal.show_error(str(error))
             return EXIT_BIND
         try:
-            return await self._serve(wanted, listener, demo=demo)
+            return await self._serve(wanted, listener, grpc_listener, demo=demo)
         finally:
             await self.operations.close()
             await self.pool.close()
@@ -98,9 +118,22 @@ class Gateway:
             intra_op_threads=server.intra_op_threads,
             on_event=self._pool_event,
         )
-        self.pipeline = Pipeline()
-        application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.ready)
+        settings = TraceSettings(server.trace.file or "")
+        file = TraceFile(Path(server.trace.file), server.trace.max_bytes) if server.trace.file else None
+        self.tracing = Tracing(self.catalog, settings, file)
+        self.catalog.on_ready = self._model_ready
+        self.management = Management(
+            self.catalog,
+            self.repository,
+            self.ready,
+            server_name=server.protocol.server_name,
+            trace=settings,
+            restrictions=Restrictions({api: (r.header, r.value) for r in server.restricted_apis for api in r.apis}),
+        )
+        options = server.protocol.options()
         limits = server.limits
+        bodies = BodyCoding(limits.max_body_bytes, server.compression.min_bytes, server.compression.level)
+        application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies)
         self.http = HttpServer(
             application,
             HttpLimits(
@@ -115,11 +148,47 @@ class Gateway:
             ),
             error_headers=request_id_header,
         )
-        self.loop_lag = LoopLag(lambda: float(self.http.statistics().requests))
-        sources = Sources(self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels())
+        self._build_grpc(options)
+        self.loop_lag = LoopLag(self._requests)
+        sources = Sources(
+            self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels(), self._grpc_view
+        )
         self.operations = Operations(Metrics(sources, time.monotonic), self._model_statuses, self._worker_statuses)
 
-    async def _serve(self, wanted: Sequence[WantedVersion], listener: Listener, *, demo: bool) -> int:
+    def _build_grpc(self, options: ProtocolOptions) -> None:
+        server, limits = self.config.server, self.config.server.limits
+        self.services = GrpcServices(
+            self.catalog, self.pipeline, self.management, options, reflected=server.grpc_reflection
+        )
+        self.grpc = GrpcServer(
+            self.services,
+            Http2Limits(
+                max_held_bytes=limits.max_held_bytes,
+                max_connections=limits.max_connections,
+                max_connections_per_address=limits.max_connections_per_address,
+                header_timeout_s=limits.header_timeout_s,
+                write_timeout_s=limits.write_timeout_s,
+                min_body_rate_bytes_s=limits.min_body_rate_bytes_s,
+            ),
+            held=self.http.held,
+            compression=server.compression.grpc,
+        )
+
+    async def _listen(self) -> tuple[Listener, Listener]:
+        """Bind the two data ports."""
+        server, base = self.config.server, self.config.base
+        http_tls = grpc_tls = None
+        if server.tls is not None:
+            client_ca = base / server.tls.client_ca if server.tls.client_ca is not None else None
+            files = TlsFiles(base / server.tls.cert, base / server.tls.key, client_ca)
+            http_tls, grpc_tls = context(files, HTTP), context(files, GRPC)
+        listener = await listen(server.host, server.http_port, self.http, tls=http_tls)
+        grpc = await listen(server.host, server.grpc_port, self.grpc, tls=grpc_tls, option="--grpc-port")
+        return listener, grpc
+
+    async def _serve(
+        self, wanted: Sequence[WantedVersion], listener: Listener, grpc_listener: Listener, *, demo: bool
+    ) -> int:
         try:
             await self.pool.start()
         except NotReady as error:
@@ -132,22 +201,25 @@ class Gateway:
         if failed:
             terminal.show_not_loaded(failed)
             return EXIT_MODEL
-        self._loaded = True
+        self._loaded = self.repository.open = True
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self.loop_lag.start()
+        self._spawn(self.repository.poll_for_ever())
         terminal.show_started(
             self.catalog.versions(),
             self.config.server.host,
             listener.port,
             self.operations.port,
+            grpc_port=grpc_listener.port,
+            encrypted=self.config.server.tls is not None,
             plain=self.config.server.log_format == "json",
         )
         if demo:
             self._spawn(self._show_demo(listener.port))
         await self._stopping.wait()
-        await self._drain(listener)
+        await self._drain(listener, grpc_listener)
         return EXIT_OK
 
     async def _show_demo(self, port: int) -> None:
@@ -170,22 +242,27 @@ class Gateway:
             await task
         return None
 
-    async def _drain(self, listener: Listener) -> None:
+    async def _drain(self, *listeners: Listener) -> None:
         server = self.config.server
         self._draining = True
+        self.repository.open = False
         if self._delayed:
             log.info("stopping: not ready any more, still serving for %g s", server.drain_delay_s)
             await asyncio.sleep(server.drain_delay_s)
         log.info("stopping: answering %d accepted requests", self.pending())
-        listener.close()
+        for listener in listeners:
+            listener.close()
         deadline = time.monotonic() + server.drain_timeout_s
-        unanswered = await self.http.drain(server.drain_timeout_s)
+        self.services.drain()
+        drains = (self.http.drain(server.drain_timeout_s), self.grpc.drain(server.drain_timeout_s))
+        unanswered = sum(await asyncio.gather(*drains))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.catalog.drain()
         if unanswered:
             log.warning("%d requests were still unanswered after %g s", unanswered, server.drain_timeout_s)
         self.catalog.stop()
+        await self.tracing.close()
         self.loop_lag.close()
         log.info("stopped")
 
@@ -214,16 +291,25 @@ class Gateway:
     def ready(self) -> bool:
         return self._loaded and not self._draining and self.catalog.ready()
 
+    def _requests(self) -> float:
+        return float(self.http.statistics().requests + self.grpc.statistics().requests)
+
     def pending(self) -> int:
         return sum(v.scheduler.pending for v in self.catalog.versions() if v.scheduler is not None)
+
+    def _model_ready(self, version: ServedVersion) -> None:
+        """A version is loaded and about to serve."""
+        self.tracing.attach(version)
+        if self.config.server.metrics.nv_summaries and version.statistics.recent is None:
+            version.statistics.recent = Recent()
 
     def _pool_event(self, event: PoolEvent) -> None:
         if event.kind == "model_failed":
             log.error("model %s version %s failed: %s", event.model, event.version, event.text)
-            self.catalog.failed(event.model, event.version, event.text)
+            self.catalog.failed(event.model, event.version, event.text, event.subject)
         elif event.kind == "model_recovered":
             log.info("model %s version %s is back", event.model, event.version)
-            self.catalog.recovered(event.model, event.version)
+            self.catalog.recovered(event.model, event.version, event.subject)
         elif event.kind == "worker_died":
             log.warning("worker %s (pid %d) died: %s; it is started again", event.worker, event.pid, event.text)
         elif event.kind == "worker_ready" and event.generation > 1:
@@ -241,6 +327,9 @@ class Gateway:
                 version.statistics,
                 version.scheduler.queue_statistics(),
                 [_replica_view(version, replica) for replica in version.replicas],
+                version.load_s,
+                version.spec.scheduling.response_cache,
+                version.config_document.get("metric_tags", {}),
             )
             for version in self.catalog.versions()
             if version.scheduler is not None
@@ -254,6 +343,16 @@ class Gateway:
             statistics.rejected,
             statistics.requests,
             statistics.aborted,
+        )
+
+    def _grpc_view(self) -> GrpcView:
+        statistics = self.grpc.statistics()
+        return GrpcView(
+            statistics.open_connections,
+            statistics.rejected,
+            statistics.requests,
+            statistics.aborted,
+            statistics.expired,
         )
 
     def _model_statuses(self) -> list[ModelStatus]:

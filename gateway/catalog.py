@@ -3,30 +3,49 @@
 Loading a version: read and hash its bytes → load its instances on workers → read its signature → settle how it may
 be batched, with proof → warm every instance up → READY. A failure at any step leaves that version FAILED with its
 reason, and everyone else untouched. States change only along `core.model.TRANSITIONS`.
+
+Replacing a model that serves: its new versions are loaded beside the old ones and out of sight, all of them or none;
+then the name changes hands between two turns of the event loop, and the old versions answer what they had taken before
+their workers are freed. Unloading ends the same way. A request belongs to the version it was decoded for and never
+changes it. Invariant: whoever is in `_models` or retiring is the only holder of its workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from gateway.backends.interface import Replica
+from gateway.core.ensemble_plan import load_order
 from gateway.core.model import (
+    TRANSITIONS,
     Artifact,
     ModelEvent,
     ModelSpec,
     ModelState,
     next_state,
 )
+from gateway.core.request import InferRequest
+from gateway.ensemble import Ensemble, check_cacheable, ensemble_spec
 from gateway.errors import ConfigError, GatewayError, NotFound, NotReady
-from gateway.loading import LoadedModel, WantedVersion, settle_spec
+from gateway.intake import Intake
+from gateway.loading import LoadedModel, WantedVersion, bound, document, settle_spec
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
 
 log = logging.getLogger("gateway.catalog")
+
+_LOADS: Final = itertools.count(1)
+"""One number for each load of this process."""
+
+GONE: Final = frozenset((ModelState.UNLOADING, ModelState.UNAVAILABLE))
+"""States of a version that somebody took out of service."""
 
 
 class ServedVersion:
@@ -45,13 +64,28 @@ class ServedVersion:
         self.sidecar: bytes | None = None
         """Content of `provenance.json`."""
         self.loaded: LoadedModel | None = None
-        self.scheduler: Scheduler | None = None
+        self.scheduler: Intake | None = None
         self.http_codec: Any = None
         """Belongs to the ingress: decoder and encoder made for this version's signature. So does `grpc_codec`."""
         self.grpc_codec: Any = None
+        self.config_document: dict[str, Any] = {}
+        """The completed configuration, as clients are shown it; known once the version is loaded."""
         self.split_rows = 0
         """A request of more rows than this is cut, and its answer put together again; 0: no request is."""
+        self.dependencies: tuple[str, ...] = ()
+        """Names of the models that this one is composed of."""
+        self.cached = False
+        """Whether the response cache stands before it."""
+        self.cache: Any = None
+        """Belongs to the pipeline: the cache in front of this version, once it was needed."""
+        self.required = True
+        """Whether the gateway is not ready without it: not while somebody tries to load it at run time."""
+        self.load_s = 0.0
+        """Seconds that loading took; 0.0 before it is loaded."""
         self._spec: ModelSpec | None = None
+        self._fingerprint = b""
+        self._pins = 0
+        self._unpinned = asyncio.Event()
 
     @property
     def spec(self) -> ModelSpec:
@@ -68,15 +102,59 @@ class ServedVersion:
 
     @property
     def ready(self) -> bool:
-        """Whether it can answer now: READY, and at least one replica is there to do it."""
+        """Whether it can answer now: READY, and a replica is there for it, or the models of all its steps are."""
+        if isinstance(self.scheduler, Ensemble):
+            return self.state is ModelState.READY and not self.scheduler.obstacle
         return self.state is ModelState.READY and any(replica.available for replica in self.replicas)
+
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot answer now, in words; empty where it can."""
+        if self.state is not ModelState.READY:
+            return self.reason or self.state.value.lower()
+        if isinstance(self.scheduler, Ensemble):
+            return self.scheduler.obstacle
+        return "" if self.ready else "no worker is available"
+
+    def fingerprint(self) -> bytes:
+        """Names what would answer now: it changes whenever the same input might be answered differently."""
+        if isinstance(self.scheduler, Ensemble):
+            return self._fingerprint + self.scheduler.fingerprint()
+        return self._fingerprint
 
     def settle(self, spec: ModelSpec, loaded: LoadedModel, row_s: float = 0.0) -> None:
         """It is loaded. `row_s`: seconds a row took on trial; 0.0: unknown."""
+        self._know(spec)
+        self.loaded = loaded
+        self.scheduler = Scheduler(spec, bound(spec, loaded), self.statistics, row_s=row_s)
+
+    def settle_ensemble(self, ensemble: Ensemble) -> None:
+        """It is an ensemble, and every model of its steps is there."""
+        self._know(ensemble.spec)
+        self.dependencies = ensemble.dependencies
+        self.scheduler = ensemble
+
+    def _know(self, spec: ModelSpec) -> None:
         self._spec = spec
         self.split_rows = spec.policy.max_batch_size
-        self.loaded = loaded
-        self.scheduler = Scheduler(spec, loaded.replicas, self.statistics, row_s=row_s)
+        self.cached = spec.scheduling.response_cache
+        # The digest alone would not do: the same files may be loaded again with another configuration.
+        self._fingerprint = f"{spec.name}/{spec.version}/{spec.digest}/{next(_LOADS)}".encode()
+
+    def pin(self) -> None:
+        """A request on its way through an ensemble will still come here: not to be freed before `unpin`."""
+        self._pins += 1
+
+    def unpin(self) -> None:
+        self._pins -= 1
+        if not self._pins:
+            self._unpinned.set()
+
+    async def unpinned(self) -> None:
+        """Returns when no request under way is still to come here."""
+        while self._pins:
+            self._unpinned.clear()
+            await self._unpinned.wait()
 
     def __repr__(self) -> str:
         return f"<ServedVersion {self.name}/{self.version} {self.state.value}>"
@@ -85,10 +163,17 @@ class ServedVersion:
 class Catalog:
     """All versions by name. Lookups are two dictionary reads; everything slow happens at load."""
 
-    def __init__(self) -> None:
+    def __init__(self, infer: Callable[[ServedVersion, InferRequest], None] | None = None) -> None:
+        """`infer`: the entry of every request, for the steps of ensembles (`Pipeline.infer`); None: straight into the
+        queue of the step's model."""
+        self._infer = infer or _into_the_queue
         self._models: dict[str, dict[str, ServedVersion]] = {}
         self._newest: dict[str, ServedVersion] = {}
         """The version a name without a version means: the highest that is READY."""
+        self.on_ready: Callable[[ServedVersion], None] = lambda version: None
+        """Called with each version that was loaded, before the first request reaches it."""
+        self._retiring: dict[str, set[asyncio.Task[None]]] = {}
+        """By model: versions out of service that still answer, and are freed then."""
 
     # -- lookups -------------------------------------------------------------------------------------------------
 
@@ -96,7 +181,7 @@ class Catalog:
         """The READY version that `name` (and `version`, None: newest) means.
 
         Raises:
-            NotFound: no such model or version.
+            NotFound: no such model or version, or it was unloaded.
             NotReady: it exists but cannot answer now; the text says why.
         """
         if version is None:
@@ -104,6 +189,8 @@ class Catalog:
             if found is not None:
                 return found
         found = self.find(name, version)
+        if found.state in GONE:
+            raise NotFound(f"Request for unknown model: '{name}' has no available versions")
         if found.state is not ModelState.READY:
             raise NotReady(
                 f"Request for model '{name}' version {found.version}, which is not at ready state: "
@@ -136,8 +223,17 @@ class Catalog:
         ]
 
     def ready(self) -> bool:
-        """Whether every version that should be served can take requests."""
-        return all(version.ready for version in self.versions())
+        """Whether every version that should be served can take requests; one that was unloaded should not."""
+        return all(v.ready for v in self.versions() if v.required and v.state not in GONE)
+
+    def names(self) -> list[str]:
+        """Every model that was ever loaded or tried, in order."""
+        return sorted(self._models)
+
+    def of(self, name: str) -> list[ServedVersion]:
+        """The versions of a model, by number; none for an unknown one."""
+        versions = self._models.get(name, {})
+        return [versions[version] for version in sorted(versions, key=_numeric)]
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -161,12 +257,118 @@ class Catalog:
             on_loaded(version.name)
             return version
 
-        served = await asyncio.gather(*[one(version) for version in versions])
+        plain = [version for version in versions if not version.wanted.scheduling.ensemble]
+        served = await asyncio.gather(*[one(version) for version in plain])
+        # Ensembles read no more than a file; what they are made of must be there first.
+        for version in _in_order([version for version in versions if version.wanted.scheduling.ensemble]):
+            served.append(await one(version))
         return [version for version in served if version.state is ModelState.FAILED]
 
     async def load(self, wanted: WantedVersion) -> ServedVersion:
         """Load one version; the outcome is its state and reason."""
         return await self._load_registered(self._register(wanted))
+
+    async def replace(self, wanted: Sequence[WantedVersion]) -> list[ServedVersion]:
+        """Load all versions of one model, in place of those that are there; returns those that FAILED.
+
+        All or none: while the model serves, a failure changes nothing for its callers. Returns as soon as the name
+        means the new versions; the old ones are still answering then. Calls for one model must not overlap.
+        """
+        name = wanted[0].name
+        await self._retired(name)
+        before = self._models.get(name, {})
+        serving = any(version.scheduler is not None for version in before.values())
+        versions = [ServedVersion(version) for version in wanted]
+        for version in versions:
+            version.required = False
+            if (former := before.get(version.version)) is not None and former.state is ModelState.READY:
+                version.statistics = former.statistics  # the same version goes on counting
+        coming = {version.version: version for version in versions}
+        if not serving:
+            self._models[name] = coming
+        try:
+            for version in versions:
+                await self._load_registered(version)
+        except BaseException:
+            await self._discard(versions)
+            raise
+        failed = [version for version in versions if version.state is ModelState.FAILED]
+        if failed:
+            await self._discard(versions)
+            return failed
+        for version in versions:
+            version.required = True
+        self._models[name] = coming
+        self._elect(name)
+        for version in before.values():
+            self._retire(version)
+        return []
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of service; returns when its callers are answered and its workers free.
+
+        Its versions stay known, as UNAVAILABLE. Harmless for a model that is unknown or unloaded.
+        """
+        for version in self.of(name):
+            self._retire(version)
+        self._elect(name)
+        await self._retired(name)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a model that serves no more."""
+        if all(version.state is ModelState.UNAVAILABLE for version in self.of(name)):
+            self._models.pop(name, None)
+
+    def _retire(self, version: ServedVersion) -> None:
+        """From now on it takes no new callers; it is freed when the others are answered."""
+        if (version.state, ModelEvent.UNLOAD) not in TRANSITIONS:
+            return
+        version.state = next_state(version.state, ModelEvent.UNLOAD)
+        version.reason = "unloaded"
+        task = asyncio.get_running_loop().create_task(self._free(version))
+        self._retiring.setdefault(version.name, set()).add(task)
+        task.add_done_callback(partial(self._freed, version.name))
+
+    async def _free(self, version: ServedVersion) -> None:
+        scheduler, loaded = version.scheduler, version.loaded
+        try:
+            if scheduler is not None:
+                await version.unpinned()
+                await scheduler.drained()
+                # Between the last answer and this line nobody else ran: nothing can have come in.
+                version.scheduler = None
+                scheduler.close(NotReady(f"model '{version.name}' version {version.version} was unloaded"))
+                scheduler.stop()
+            if loaded is not None:
+                await loaded.unload()
+        finally:
+            version.scheduler, version.loaded = None, None
+            version.http_codec = version.grpc_codec = None
+            if version.state is ModelState.UNLOADING:
+                version.state = next_state(version.state, ModelEvent.DRAINED)
+
+    def _freed(self, name: str, task: asyncio.Task[None]) -> None:
+        tasks = self._retiring.get(name, set())
+        tasks.discard(task)
+        if not tasks:
+            self._retiring.pop(name, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("freeing model %s failed", name, exc_info=task.exception())
+
+    async def _retired(self, name: str) -> None:
+        await asyncio.gather(*self._retiring.get(name, ()), return_exceptions=True)
+
+    async def _discard(self, versions: Sequence[ServedVersion]) -> None:
+        """Free what was loaded of a model that is not going to be served after all."""
+        for version in versions:
+            if version.state is ModelState.LOADING:
+                version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
+                version.reason = "its load was given up"
+            reason = version.reason
+            self._retire(version)
+            version.reason = reason or "another version of it could not be loaded"
+        self._elect(versions[0].name)
+        await self._retired(versions[0].name)
 
     def _register(self, wanted: WantedVersion) -> ServedVersion:
         version = ServedVersion(wanted)
@@ -174,6 +376,7 @@ class Catalog:
         return version
 
     async def _load_registered(self, version: ServedVersion) -> ServedVersion:
+        started = time.monotonic()
         try:
             await self._load(version)
         except GatewayError as error:
@@ -182,6 +385,8 @@ class Catalog:
             log.exception("loading a model failed in a way nobody foresaw")
             return _load_failed(version, f"the gateway failed on it: {type(error).__name__}: {error}")
         version.state = next_state(version.state, ModelEvent.LOADED)
+        version.load_s = time.monotonic() - started
+        self.on_ready(version)
         self._elect(version.name)
         spec = version.spec
         log.info("model %s version %s is ready: %s; %s", spec.name, spec.version, spec.batching_note, spec.digest)
@@ -199,18 +404,30 @@ class Catalog:
                 "put the right files there or change the pin"
             )
         version.artifact = replace(artifact, model=b"")
+        check_cacheable(wanted.scheduling)
+        if wanted.scheduling.ensemble:
+            spec = ensemble_spec(wanted, artifact)
+            version.config_document = document(wanted, artifact, spec, 0)
+            version.settle_ensemble(Ensemble(spec, version.statistics, self.resolve, self._infer))
+            return
         loaded = await wanted.load(artifact)
         try:
             spec, row_s = await settle_spec(version.wanted, artifact, loaded)
-        except Exception:
+            version.config_document = document(wanted, artifact, spec, len(loaded.replicas))
+        except BaseException:
             await loaded.unload()
             raise
         version.settle(spec, loaded, row_s)
 
-    def failed(self, name: str, version: str, reason: str) -> None:
-        """A READY version's workers crash too often: it takes no more requests until `recovered`."""
+    def failed(self, name: str, version: str, reason: str, loaded: object = None) -> None:
+        """A READY version's workers crash too often: it takes no more requests until `recovered`.
+
+        `loaded`: whose workers they are, where that is known; another load of the same version is not meant.
+        """
         found = self._models.get(name, {}).get(version)
         if found is None or found.state is not ModelState.READY or found.scheduler is None:
+            return
+        if loaded is not None and loaded is not found.loaded:
             return
         found.state = next_state(found.state, ModelEvent.CRASH_LOOP)
         found.reason = reason
@@ -219,9 +436,11 @@ class Catalog:
         found.scheduler.close(error)
         found.scheduler.fail_waiting(error)
 
-    def recovered(self, name: str, version: str) -> None:
+    def recovered(self, name: str, version: str, loaded: object = None) -> None:
         found = self._models.get(name, {}).get(version)
         if found is None or found.state is not ModelState.FAILED or found.scheduler is None:
+            return
+        if loaded is not None and loaded is not found.loaded:
             return
         found.state = next_state(found.state, ModelEvent.RECOVERED)
         found.reason = ""
@@ -231,6 +450,7 @@ class Catalog:
     async def drain(self) -> None:
         """Returns when every accepted request is settled."""
         await asyncio.gather(*[v.scheduler.drained() for v in self.versions() if v.scheduler is not None])
+        await asyncio.gather(*[self._retired(name) for name in list(self._retiring)])
 
     def stop(self) -> None:
         for version in self.versions():
@@ -243,6 +463,21 @@ class Catalog:
             self._newest[name] = self._models[name][ready[-1]]
         else:
             self._newest.pop(name, None)
+
+
+def _into_the_queue(version: ServedVersion, request: InferRequest) -> None:
+    if version.scheduler is None:
+        raise NotReady(f"Request for unavailable model: '{version.name}' version {version.version}")
+    version.scheduler.submit(request)
+
+
+def _in_order(ensembles: Sequence[ServedVersion]) -> list[ServedVersion]:
+    """Ensembles behind those they contain."""
+    steps: dict[str, set[str]] = {}
+    for version in ensembles:
+        steps.setdefault(version.name, set()).update(step.model for step in version.wanted.scheduling.ensemble)
+    places = {name: place for place, name in enumerate(load_order(steps))}
+    return sorted(ensembles, key=lambda version: places[version.name])
 
 
 def _load_failed(version: ServedVersion, reason: str) -> ServedVersion:

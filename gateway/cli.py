@@ -48,6 +48,7 @@ ConfigOption = Annotated[
 # The variables are read by gateway.config, which knows their precedence; the help names them.
 Host = Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1; GATEWAY_HOST).")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of OIP over HTTP (8000; GATEWAY_HTTP_PORT).")]
+GrpcPort = Annotated[int | None, typer.Option(help="Port of OIP over gRPC (8001; GATEWAY_GRPC_PORT).")]
 MetricsPort = Annotated[int | None, typer.Option(help="Port of /metrics and /api (8002; GATEWAY_METRICS_PORT).")]
 Workers = Annotated[int | None, typer.Option(help="ONNX worker processes (one a core, at least 2; GATEWAY_WORKERS).")]
 Instances = Annotated[int | None, typer.Option(help="Copies of each model (2; GATEWAY_INSTANCES).")]
@@ -61,6 +62,17 @@ LogFormat = Annotated[
 Insecure = Annotated[
     bool | None,
     typer.Option("--insecure", help="Allow a --host that other machines reach (GATEWAY_INSECURE)."),
+]
+ModelControl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|poll|explicit",
+        help="Models at run time: fixed, following the sources, or loaded on request (none; GATEWAY_MODEL_CONTROL).",
+    ),
+]
+LoadModel = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="With --model-control explicit: load it at start; repeatable, * is all."),
 ]
 # Options of later versions: known, so that they are answered with a reason instead of "no such option".
 Later = Annotated[str | None, typer.Option(hidden=True)]
@@ -98,18 +110,20 @@ def serve(
     config: ConfigOption = None,
     host: Host = None,
     http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
     metrics_port: MetricsPort = None,
     workers: Workers = None,
     instances: Instances = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     insecure: Insecure = None,
-    grpc_port: Later = None,
+    model_control: ModelControl = None,
+    load_model: LoadModel = None,
     processes: Later = None,
-    model_control: Later = None,
 ) -> None:
     """Serve models over the Open Inference Protocol until told to stop."""
-    options = {key: value for key, value in locals().items() if key not in ("sources", "config")}
+    options = {key: value for key, value in locals().items() if key not in ("sources", "config", "load_model")}
+    options["load_models"] = load_model or None
     settings = load(config, options, os.environ).with_sources(sources or [])
     _require_models(settings)
     _show_notes(settings)
@@ -131,6 +145,7 @@ def _show_notes(settings: Config) -> None:
 def demo(
     host: Host = None,
     http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
     metrics_port: MetricsPort = None,
     workers: Workers = None,
     instances: Instances = None,
@@ -205,18 +220,27 @@ def infer(
 
 @app.command()
 def models(
-    action: Annotated[str, typer.Argument(metavar="list|status", help="`status` adds batching and load.")] = "list",
-    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    action: Annotated[
+        str, typer.Argument(metavar="list|status|load|unload", help="`status` adds batching and load.")
+    ] = "list",
+    model: Annotated[str | None, typer.Argument(help="Only this model; the one to load or unload.")] = None,
+    url: Url = "http://127.0.0.1:8000",
     ops_url: OpsUrl = "http://127.0.0.1:8002",
-    timeout: Timeout = 10.0,
+    timeout: Timeout = 60.0,
 ) -> None:
-    """List the models of a running gateway: version, state, digest, backends."""
+    """List the models of a running gateway: version, state, digest, backends; or load and unload one.
+
+    Loading and unloading need a gateway that was started with --model-control explicit.
+    """
     from gateway import cli_infer  # noqa: PLC0415  # see the header
 
     if action in ("load", "unload"):
-        raise ConfigError(f"'models {action}' needs --model-control, which this version does not have; restart instead")
+        if model is None:
+            raise ConfigError(f"name the model: gateway models {action} NAME")
+        cli_infer.change_model(_console(), url, action, model, timeout_s=timeout)
+        return
     if action not in ("list", "status"):
-        raise ConfigError(f"'models {action}' does not exist; write list or status")
+        raise ConfigError(f"'models {action}' does not exist; write list, status, load or unload")
     cli_infer.models(_console(), ops_url, detailed=action == "status", only=model, timeout_s=timeout)
 
 

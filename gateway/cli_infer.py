@@ -123,6 +123,16 @@ def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
     return lines
 
 
+def change_model(out: Console, url: str, action: str, model: str, *, timeout_s: float) -> None:
+    """Load or unload (`action`) a model through the data port.
+
+    Raises:
+        ClientError: no server, or its refusal.
+    """
+    fetch(url, f"/v2/repository/models/{quote(model, safe='')}/{action}", b"", timeout_s=timeout_s)
+    out.print(f"{model} is {action}ed", markup=False, highlight=False, soft_wrap=True)
+
+
 def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_s: float) -> None:
     """One line a model, from the operations port; `detailed` adds how it is batched and what its backends do.
 

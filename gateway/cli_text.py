@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from typer.core import TyperCommand
 
-LATER_OPTIONS: Final = frozenset(("--grpc-port", "--processes", "--model-control"))
+LATER_OPTIONS: Final = frozenset(("--processes",))
 
 
 def count(number: int, noun: str) -> str:

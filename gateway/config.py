@@ -148,11 +148,7 @@ def _given(keys: ModelKeys) -> dict[str, Any]:
 
 
 def _stated(stated: ModelConfig | None) -> dict[str, Any]:
-    """The keys that a config.pbtxt sets.
-
-    Triton's `max_queue_size` counts requests and 0 means no bound; here rows are counted (the same for
-    requests of one row) and there is always a bound.
-    """
+    """The keys that a config.pbtxt sets. Its queue policies hold beside the bounds on rows and bytes of this file."""
     if stated is None:
         return {}
     keys: dict[str, Any] = {
@@ -160,7 +156,6 @@ def _stated(stated: ModelConfig | None) -> dict[str, Any]:
         "max_batch_size": stated.max_batch_size,
         "max_queue_delay_ms": None if stated.max_queue_delay_us is None else stated.max_queue_delay_us / 1e3,
         "preferred_batch_sizes": stated.preferred_batch_sizes,
-        "max_queue_rows": stated.max_queue_size or None,
         "intra_op_threads": stated.intra_op_threads,
     }
     return {name: value for name, value in keys.items() if value is not None}

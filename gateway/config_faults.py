@@ -9,6 +9,7 @@ Rules: a value's origin (file line, variable or option) stays with it to the las
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,10 +38,12 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "grpc_port": ("server", "grpc_port"),
     "processes": ("server", "processes"),
     "model_control": ("server", "model_control"),
+    "load_models": ("server", "load_models"),
 }
 """Options of `gateway serve` and the key that each sets; `GATEWAY_<OPTION>` is its variable."""
 
 _TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control")
+_PORTS: Final = ("http_port", "grpc_port", "metrics_port")
 _ONE_MODEL: Final = ("name", "source", "digest")
 
 
@@ -69,7 +72,6 @@ class Loader:
         self._overrides = overrides
         self._environ = environ
         self._faults: list[Fault] = []
-        self._notes: list[str] = []
         self._tree = Tree("")
 
     def read(self) -> Read:
@@ -85,7 +87,7 @@ class Loader:
             models=self._models(root.get("models")),
             model_lines=tuple(self._tree.place(("models", i)).line for i in range(_length(root.get("models")))),
             instances=instances,
-            notes=(*self._notes, *later.unknown_variables(self._environ, OPTIONS)),
+            notes=tuple(later.unknown_variables(self._environ, OPTIONS)),
         )
         for key in root.keys() - ConfigFile.model_fields.keys():
             why = later.refusal("", str(key), root[key]) or unknown_key(str(key), ConfigFile.model_fields)
@@ -104,11 +106,6 @@ class Loader:
         if place.key:
             message = message.replace(f"write for example {path[-1]}: ", f"write for example {_assigned(place.key)}")
         self._faults.append(Fault(place.file, place.line, place.key or _dotted(path), message))
-
-    def _note(self, path: tuple[str | int, ...], text: str | None) -> None:
-        if text is not None:
-            place = self._tree.place(path)
-            self._notes.append(str(Fault(place.file, place.line, place.key or _dotted(path), text)))
 
     def _mapping(self, value: object, path: tuple[str | int, ...]) -> dict[str, Any]:
         if value is None:
@@ -142,6 +139,8 @@ class Loader:
             text = self._environ.get(variable, "")
             if text and not later.is_service_link(text):
                 typed = text if option in _TEXT_OPTIONS else read_scalar(text)
+                if option == "load_models":
+                    typed = [name.strip() for name in text.split(",")]
                 yield option, typed, Place("environment", 0, variable)
         for option, value in self._overrides.items():
             if value is not None:
@@ -160,7 +159,6 @@ class Loader:
         usable = dict(keys)
         for key in keys:
             if later.is_neutral(str(path[0]), key, keys[key]):
-                self._note((*path, key), later.note(key))
                 del usable[key]
             elif (refusal := later.refusal(str(path[0]), key, keys[key])) is not None:
                 self._fault((*path, key), refusal)
@@ -217,9 +215,10 @@ class Loader:
     def _check_server(self, section: object) -> None:
         """Looks at the raw values, so that it also speaks when another key of the section is wrong."""
         values = section if isinstance(section, dict) else {}
-        port = values.get("http_port", DEFAULT_SERVER.http_port)
-        if port == values.get("metrics_port", DEFAULT_SERVER.metrics_port) and port != 0:
-            self._blame_ports(values, port)
+        ports = {key: values.get(key, getattr(DEFAULT_SERVER, key)) for key in _PORTS}
+        for pair in itertools.combinations(_PORTS, 2):
+            if ports[pair[0]] == ports[pair[1]] != 0:
+                self._blame_ports(values, pair, ports[pair[0]])
         host = values.get("host", DEFAULT_SERVER.host)
         if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
             message = (
@@ -229,13 +228,15 @@ class Loader:
             )
             self._fault(("server", "host"), message)
 
-    def _blame_ports(self, values: Mapping[str, Any], port: object) -> None:
-        """Both ports are the same: one fault that names both, each as the user wrote it."""
-        written = {key: self._tree.place(("server", key)) for key in ("http_port", "metrics_port") if key in values}
+    def _blame_ports(self, values: Mapping[str, Any], pair: tuple[str, str], port: object) -> None:
+        """Two ports are the same: one fault that names both, each as the user wrote it."""
+        written = {key: self._tree.place(("server", key)) for key in pair if key in values}
+        if not written:
+            return
         outside = [key for key, place in written.items() if place.key]
         blamed = (outside or list(written))[-1]
         named = []
-        for key in ("http_port", "metrics_port"):
+        for key in pair:
             place = written.get(key)
             origin = " (by default)" if place is None else ""
             if place is not None and not place.key and outside:

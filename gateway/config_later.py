@@ -1,8 +1,7 @@
 """Keys of later versions: which value of them is accepted already, and what the others are answered.
 
 Rules: a key without effect is never accepted silently. Where one value says what this version does anyway
-(`processes: 1`), it is accepted; `grpc_port` with its later default is accepted with a note, because files that
-hold every key are common. Everything else is refused with the reason, not only called unknown.
+(`processes: 1`), it is accepted. Everything else is refused with the reason, not only called unknown.
 Variables named almost like one of ours are noted: the environment holds foreign names too, so they are no fault.
 """
 
@@ -16,23 +15,17 @@ from typing import Final
 _REMOTE: Final = "remote backends are not supported in this version"
 _IDEMPOTENT: Final = "belongs to remote backends, which are not supported in this version; remove it"
 _REASONS: Final[dict[tuple[str, str], str]] = {
-    ("server", "grpc_port"): "the gRPC port is not supported in this version; remove it, clients can use http_port",
     ("server", "processes"): "several front-end processes are not supported in this version; write 1 or remove it",
-    ("server", "model_control"): (
-        "loading models at run time is not supported in this version; write none or remove it"
-    ),
     ("models", "backends"): f"{_REMOTE}; give a source instead",
     ("models", "idempotent"): _IDEMPOTENT,
     ("defaults", "backends"): f"{_REMOTE}; remove it",
     ("defaults", "idempotent"): _IDEMPOTENT,
 }
 _NEUTRAL: Final[dict[tuple[str, str], object]] = {
-    ("server", "grpc_port"): 8001,
     ("server", "processes"): 1,
-    ("server", "model_control"): "none",
 }
 _GUESSED: Final = frozenset(
-    ("auth", "authentication", "backends", "compression", "grpc", "inference_log", "registries", "registry", "tls")
+    ("auth", "authentication", "backends", "grpc", "inference_log", "registries", "registry")
 )
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 _SERVICE_NAME: Final = re.compile(r"(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_[0-9]+_.*")
@@ -58,9 +51,6 @@ def is_neutral(section: str, key: str, value: object) -> bool:
     return wanted is not None and type(value) is type(wanted) and value == wanted
 
 
-def note(key: str) -> str | None:
-    """What the user must be told about an accepted key of a later version."""
-    return "gRPC is not served in this version; the key has no effect" if key == "grpc_port" else None
 
 
 def is_service_link(text: str) -> bool:

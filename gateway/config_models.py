@@ -6,10 +6,11 @@ files, no models; `verify` reads and hashes every file of the versions to serve,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gateway.config import Config, ModelEntry
 from gateway.errors import ConfigError, Fault
-from gateway.registry.digest import read_artifact
-from gateway.registry.directory import FoundModel, scan
+from gateway.registry.directory import FoundModel, locate, names, read, read_version, scan
 from gateway.registry.reference import DirectorySource, ModelFileSource, unservable
 
 
@@ -44,6 +45,52 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
     return found
 
 
+def find_model(config: Config, name: str) -> tuple[ModelEntry, FoundModel] | None:
+    """One model, read anew; None if no entry has it.
+
+    Raises:
+        ConfigError: it is there, and broken.
+    """
+    located = locate_model(config, name)
+    if located is None:
+        return None
+    entry, path = located
+    found = read(path, name)
+    if found.faults:
+        raise ConfigError(list(found.faults))
+    (model,) = found.models
+    check_batch_sizes(config, entry, model)
+    return entry, model
+
+
+def locate_model(config: Config, name: str) -> tuple[ModelEntry, Path] | None:
+    """The first entry that has the model, and its directory or file; nothing is read."""
+    for entry in config.models:
+        source = config.source(entry)
+        if not isinstance(source, DirectorySource | ModelFileSource):
+            continue
+        if (path := locate(source.path, entry.name, name)) is not None:
+            return entry, path
+    return None
+
+
+def check_batch_sizes(config: Config, entry: ModelEntry, model: FoundModel) -> None:
+    """Raises ConfigError: the entry's batch sizes contradict the model's."""
+    if (wrong := _batch_fault(config, entry, model)) is not None:
+        index = next((i for i, known in enumerate(config.models) if known is entry), len(config.models))
+        raise ConfigError([_fault(config, index, ".preferred_batch_sizes", wrong)])
+
+
+def model_names(config: Config) -> list[str]:
+    """Names of all models in the sources, in order, whether or not they could be loaded."""
+    found: set[str] = set()
+    for entry in config.models:
+        source = config.source(entry)
+        if isinstance(source, DirectorySource | ModelFileSource):
+            found.update(names(source.path, entry.name))
+    return sorted(found)
+
+
 def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
     """Read every version that would be served, and compare it with the digest its entry pins.
 
@@ -54,7 +101,7 @@ def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
     for entry, model in found:
         for version, path in model.versions.items():
             try:
-                digest = read_artifact(path, model.name, version, model.model_file).digest
+                digest = read_version(model, version, path).digest
             except ConfigError as error:
                 faults += error.faults
                 continue

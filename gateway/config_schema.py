@@ -12,12 +12,16 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from gateway.core.api import Api
 from gateway.core.model import Oversize
+from gateway.protocol.options import SERVER_NAME, ProtocolOptions, TypedResponses
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 Isolation = Literal["shared", "dedicated"]
 Batching = Literal["auto", "on", "off"]
+ModelControl = Literal["none", "poll", "explicit"]
+GrpcCompression = Literal["none", "low", "medium", "high"]
 
 
 def _bare_switch(value: object) -> object:
@@ -61,6 +65,82 @@ class Limits(Section):
     """Slowest accepted upload, in bytes per second, after 5 seconds of grace; below it 408."""
 
 
+class ResponseCacheKeys(Section):
+    """Answers that are kept for models whose config.pbtxt says `response_cache { enable: true }`."""
+
+    max_bytes: int = Field(default=64 * MIB, ge=4096, le=2**44, examples=[67_108_864])
+    """Memory for all of them together; the least recently used ones go first."""
+    ttl_s: _Seconds | None = Field(default=None, examples=[300])
+    """Time after which an answer is not given again; by default it does not age."""
+
+
+class Compression(Section):
+    """Compression of inference answers, for clients that accept it."""
+
+    min_bytes: int = Field(default=8192, ge=0, le=2**40, examples=[8192])
+    """Smallest answer that is compressed; a shorter one costs more time than it saves."""
+    level: int = Field(default=1, ge=0, le=9, examples=[1])
+    """How hard zlib tries: 1 is fast, 9 is small, 0 never compresses."""
+    grpc: GrpcCompression = Field(default="none", examples=["low"])
+    """Compression of gRPC answers of 1 KiB and more: `none`, or how hard zlib tries."""
+
+
+class Protocol(Section):
+    """Ways of speaking the Open Inference Protocol in which servers differ."""
+
+    server_name: str = Field(default=SERVER_NAME, min_length=1, max_length=128, examples=["triton"])
+    """Name in the server's metadata; a few clients expect `triton`."""
+    triton_status_codes: bool = Field(default=False, examples=[True])
+    """Answer malformed requests as Triton does, with 500 instead of 400."""
+    json_half: bool = Field(default=False, examples=[True])
+    """Take and write FP16 and BF16 as JSON numbers; by default they travel only as binary."""
+    invent_ids: bool = Field(default=False, examples=[True])
+    """Give an answer an `id` of the gateway's own where the request had none."""
+    typed_responses: TypedResponses = Field(default="raw", examples=["mirror"])
+    """gRPC: `raw` always answers in raw contents, `mirror` in typed ones where the request came in typed ones."""
+
+    def options(self) -> ProtocolOptions:
+        return ProtocolOptions(**self.model_dump())
+
+
+class Tls(Section):
+    """Encryption of the HTTP and gRPC ports, TLS 1.2 and newer. Paths are relative to this file's directory."""
+
+    cert: str = Field(min_length=1, max_length=4096, examples=["server.pem"])
+    """File with the server's certificate, and those that lead to its authority (PEM)."""
+    key: str = Field(min_length=1, max_length=4096, examples=["server-key.pem"])
+    """File with the certificate's private key (PEM, without a passphrase)."""
+    client_ca: str | None = Field(default=None, min_length=1, max_length=4096, examples=["clients.pem"])
+    """File with the authorities whose clients are let in (PEM); by default clients need no certificate."""
+
+
+class RestrictedApi(Section):
+    """APIs that only callers with a certain header may use, over HTTP and gRPC."""
+
+    apis: tuple[Api, ...] = Field(strict=False, min_length=1, max_length=16, examples=[["model-repository"]])
+    """Groups of requests, by Triton's names."""
+    header: str = Field(pattern=r"^[A-Za-z0-9-]{1,64}$", examples=["x-admin"])
+    """Name of the header; over gRPC the metadata key is `triton-grpc-protocol-` and this name."""
+    value: str = Field(min_length=1, max_length=1024, examples=["secret"])
+    """What the header must be."""
+
+
+class Trace(Section):
+    """Traces of single requests, in Triton's format; off until a client sets `trace_level`."""
+
+    file: str | None = Field(default=None, min_length=1, max_length=4096, examples=["/var/log/gateway/trace.json"])
+    """File they are written to; relative to the working directory. Without it nothing is traced."""
+    max_bytes: int = Field(default=256 * MIB, ge=65_536, le=2**44, examples=[268_435_456])
+    """Most that is written in one run of the gateway; then tracing ends, with a line in the log."""
+
+
+class MetricsKeys(Section):
+    """What /metrics shows besides."""
+
+    nv_summaries: bool = Field(default=False, examples=[True])
+    """Triton's `nv_inference_*_summary_us`: quantiles per model of the newest requests."""
+
+
 class Server(Section):
     """The process: ports, worker processes, log, limits."""
 
@@ -68,6 +148,10 @@ class Server(Section):
     """Address to listen on. One that is not loopback needs `insecure: true`: callers are not authenticated."""
     http_port: _Port = Field(default=8000, examples=[8000])
     """Port of the Open Inference Protocol over HTTP; 0 takes any free one."""
+    grpc_port: _Port = Field(default=8001, examples=[8001])
+    """Port of the Open Inference Protocol over gRPC; 0 takes any free one."""
+    grpc_reflection: bool = Field(default=False, examples=[True])
+    """Whether gRPC clients such as grpcurl may ask which services there are, and for their .proto files."""
     metrics_port: _Port = Field(default=8002, examples=[8002])
     """Port of /metrics, /healthz and /api; 0 takes any free one."""
     insecure: bool = Field(default=False, examples=[True])
@@ -87,6 +171,32 @@ class Server(Section):
     """`console` for people, `json` for collectors: one object a line."""
     limits: Limits = Field(default_factory=Limits, examples=[{"max_connections": 4096}])
     """Bounds of the data port."""
+    model_control: ModelControl = Field(default="none", examples=["explicit"])
+    """Models at run time: `none` serves what is named here, for good; `poll` follows the sources on disk; `explicit`
+    loads and unloads what clients ask for. Whoever reaches the port may ask: see `restricted_apis`."""
+    load_models: tuple[str, ...] = Field(default=(), strict=False, max_length=10_000, examples=[["digits"]])
+    """With `model_control: explicit`: what is loaded at start; `*` is everything. As a variable: names and commas."""
+    repository_poll_s: _Seconds = Field(default=15.0, examples=[15])
+    """With `model_control: poll`: time between two looks at the sources."""
+    restricted_apis: tuple[RestrictedApi, ...] = Field(
+        default=(),
+        strict=False,
+        max_length=64,
+        examples=[[{"apis": ["model-repository"], "header": "x-admin", "value": "secret"}]],
+    )
+    """APIs that need a header."""
+    trace: Trace = Field(default_factory=Trace, examples=[{"file": "trace.json"}])
+    """Where request traces go that clients switch on."""
+    metrics: MetricsKeys = Field(default_factory=MetricsKeys, examples=[{"nv_summaries": True}])
+    """Metrics that are off unless asked for."""
+    protocol: Protocol = Field(default_factory=Protocol, examples=[{"server_name": "triton"}])
+    """Ways of speaking the protocol."""
+    response_cache: ResponseCacheKeys | None = Field(default=None, examples=[{"max_bytes": 67_108_864, "ttl_s": 300}])
+    """Memory for answers of models that ask to be cached; by default 64 MiB once there is such a model."""
+    tls: Tls | None = Field(default=None, examples=[{"cert": "server.pem", "key": "server-key.pem"}])
+    """Encrypts the HTTP and gRPC ports; the metrics port stays plain."""
+    compression: Compression = Field(default_factory=Compression, examples=[{"min_bytes": 8192}])
+    """Compression of answers."""
 
     @property
     def worker_count(self) -> int:
@@ -148,9 +258,7 @@ class ConfigFile(Section):
 
 
 _LATER_KEYS: Final[dict[str, Any]] = {
-    "grpc_port": {"const": 8001, "examples": [8001], "description": "Of a later version: gRPC is not served."},
     "processes": {"const": 1, "examples": [1], "description": "Of a later version: one front-end process."},
-    "model_control": {"const": "none", "examples": ["none"], "description": "Of a later version: nothing but none."},
 }
 """Accepted with this value only (config_later.py)."""
 

@@ -3,6 +3,8 @@
     GatewayError
     ├── RequestError              blame: the caller; retrying the same bytes cannot help
     │   ├── InvalidRequest        400  malformed, mistyped, inconsistent input
+    │   │   └── Malformed         400  not JSON, or a field of a wrong JSON type: Triton's 500
+    │   ├── Restricted            403  an API that needs a header the caller did not send
     │   ├── NotFound              404  unknown model, version or path
     │   ├── MethodNotAllowed      405
     │   ├── RequestTimeout        408  the caller sent its bytes too slowly
@@ -17,9 +19,12 @@
     │   ├── NotReady              503  model loading, failed or unloaded
     │   ├── NoBackend             503  no replica can take the batch
     │   ├── Draining              503  shutting down
+    │   ├── ControlOff            503  loading and unloading at run time is switched off
+    │   ├── QueueTimeout          503  waited longer than the model's queue policy allows
     │   └── DeadlineExceeded      504  the caller's time ran out, before or after dispatch
     ├── ExecutionFailed           blame: model or backend
     │   ├── ModelError            500  the model itself refused or failed on this input
+    │   ├── LoadFailed            500  a model that was asked to be loaded could not be
     │   └── BackendError          502  the backend's answer could not be used
     ├── Cancelled                 499  the caller left; only ever seen in metrics and logs
     ├── ConfigError               never on the wire: bad configuration, model repository or command line
@@ -58,12 +63,27 @@ class InvalidRequest(RequestError):
     """400: malformed, mistyped or inconsistent input."""
 
 
+class Malformed(InvalidRequest):
+    """400: not readable as a request at all: broken JSON, a field missing or of a wrong JSON type.
+
+    A class of its own because Triton answers it 500, which a server's owner may choose too.
+    """
+
+
 class NotFound(RequestError):
     """404: unknown model, version or path."""
 
     status = 404
     grpc_code = 5
     reason = "not_found"
+
+
+class Restricted(RequestError):
+    """403: the owner of the server lets only callers with a certain header use this API."""
+
+    status = 403
+    grpc_code = 14
+    reason = "restricted"
 
 
 class MethodNotAllowed(RequestError):
@@ -157,6 +177,19 @@ class Draining(Refused):
     reason = "draining"
 
 
+class QueueTimeout(Refused):
+    """503: the request waited for a batch as long as the model's queue policy allows."""
+
+    reason = "timeout"
+
+
+class ControlOff(Refused):
+    """503, Triton's status for it: models are not loaded or unloaded on request here."""
+
+    reason = "model_control"
+    retryable = False
+
+
 class DeadlineExceeded(Refused):
     """504: the caller's deadline passed."""
 
@@ -178,6 +211,12 @@ class ModelError(ExecutionFailed):
     reason = "model_error"
 
 
+class LoadFailed(ExecutionFailed):
+    """500: a model that somebody asked for could not be loaded; what served before still does."""
+
+    reason = "load_failed"
+
+
 class BackendError(ExecutionFailed):
     """502: every attempt ended in a dead backend or an answer that failed its checks."""
 
@@ -192,6 +231,25 @@ class Cancelled(GatewayError):
     status = 499
     grpc_code = 1
     reason = "cancelled"
+
+
+class _MalformedForTriton(Malformed):
+    """`Malformed` with Triton's status."""
+
+    status = 500
+
+
+class _TooLargeForTriton(TooLarge):
+    """`TooLarge` with Triton's status."""
+
+    status = 400
+
+
+def as_triton(error: GatewayError) -> GatewayError:
+    """The error with the HTTP status that Triton has for it, for owners who chose Triton's status codes."""
+    if type(error) is Malformed:
+        return _MalformedForTriton(str(error))
+    return _TooLargeForTriton(str(error)) if type(error) is TooLarge else error
 
 
 @dataclass(frozen=True, slots=True)

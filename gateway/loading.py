@@ -1,8 +1,9 @@
 """From a model file on its workers to a signature that is served: how it may be batched, proven, and warmed up.
 
-Rules: config.pbtxt and the configuration may only agree with the file; batching is proven by running the same rows
-alone and together (`core/batchability.py`) unless somebody decided; every instance has run once before the model
-takes requests. A worker that dies meanwhile is waited for: a neighbour may have killed it.
+Rules: config.pbtxt and the configuration may only agree with the file (loading_signature.py); batching is proven by
+running the same rows alone and together (`core/batchability.py`) unless somebody decided, with the optional inputs and
+without; every instance has run once, and every sample of `model_warmup` (loading_warm_up.py), before the model takes
+requests. A worker that dies meanwhile is waited for: a neighbour may have killed it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
+from gateway.backends.binding import Binding, BoundReplica
 from gateway.backends.interface import Failure, Replica, Success
 from gateway.backends.one_shot import run_once
 from gateway.core import batchability
@@ -23,6 +25,9 @@ from gateway.core.model import Artifact, BatchPolicy, ModelSpec, Oversize, Tenso
 from gateway.core.request import InputTensor
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.errors import ConfigError, ModelError
+from gateway.loading_signature import Signature, check_filled, chosen, hidden_tensors, narrowed, served
+from gateway.loading_warm_up import WarmUp, read_samples
+from gateway.protocol import config_document
 
 log = logging.getLogger("gateway.catalog")
 
@@ -34,6 +39,10 @@ TRIAL_RUNS: Final = 3
 """Two deaths may be a neighbour's doing in a shared worker; then the suspects get workers of their own."""
 WORKER_BACK_S: Final = 60.0
 """How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
+
+
+def _no_side_file(name: str) -> bytes:
+    raise ConfigError(f"the model has no directory, and its configuration names the file {name} in it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,10 @@ class WantedVersion:
     """As config.pbtxt states them; dims without the batch dimension if `max_batch_size` is above 0."""
     stated_outputs: tuple[TensorSpec, ...] = ()
     scheduling: Scheduling = PLAIN
+    config_text: str = ""
+    """config.pbtxt as read; empty: there is none."""
+    side_file: Callable[[str], bytes] = _no_side_file
+    """Reads a file below the model's directory, `warmup/…`; runs in a thread. Raises ConfigError."""
 
 
 class LoadedModel(Protocol):
@@ -73,10 +86,35 @@ class LoadedModel(Protocol):
     @property
     def outputs(self) -> Sequence[SignatureTensor]: ...
 
-    def set_warm_up(self, batches: list[list[InputTensor]], /) -> None:
-        """Inputs run on an instance after its worker was restarted, before it takes requests again."""
+    def set_warm_up(self, batches: Sequence[Sequence[InputTensor | None]], /) -> None:
+        """Inputs (one per model input; None: left out) run on an instance after its worker was restarted, before it
+        takes requests again."""
 
     async def unload(self) -> None: ...
+
+
+def refuse_not_yet(scheduling: Scheduling, inputs: tuple[TensorSpec, ...]) -> None:
+    """Raises ConfigError: the model asks for what is read and not built."""
+    asked = {
+        "sequence_batching": scheduling.sequence is not None,
+        "batch_input": bool(scheduling.batch_inputs),
+        "batch_output": bool(scheduling.batch_outputs),
+        "allow_ragged_batch": any(tensor.ragged for tensor in inputs),
+    }
+    for key, stands in asked.items():
+        if stands:
+            raise ConfigError(f"config.pbtxt: {key} is not supported yet; remove it")
+
+
+def bound(spec: ModelSpec, loaded: LoadedModel) -> Sequence[Replica]:
+    """The replicas as the served signature names their tensors; the loaded ones themselves where that is the same."""
+    binding = Binding(spec, loaded.inputs, loaded.outputs)
+    return loaded.replicas if binding.neutral else [BoundReplica(replica, binding) for replica in loaded.replicas]
+
+
+def document(wanted: WantedVersion, artifact: Artifact, spec: ModelSpec, instances: int) -> dict[str, Any]:
+    """The completed configuration as GET …/config prints it; `instances`: 0 for an ensemble. Raises ConfigError."""
+    return config_document.complete(spec, wanted.config_text, instances, artifact.model_file)
 
 
 async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> tuple[ModelSpec, float]:
@@ -87,39 +125,71 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         ConfigError: config.pbtxt or the configuration contradicts the model file.
         ModelError: the model cannot run.
     """
-    inputs, outputs = tuple(loaded.inputs), tuple(loaded.outputs)
-    obstacle = batchability.obstacle(inputs, outputs)
+    refuse_not_yet(wanted.scheduling, wanted.stated_inputs)
+    check_filled(wanted.scheduling, loaded.inputs, loaded.outputs)
+    signature = _signature(wanted, loaded)
+    obstacle = batchability.obstacle(signature.inputs, signature.outputs)
     if obstacle is not None and wanted.max_batch_size:
         raise ConfigError(
             f"max_batch_size is {wanted.max_batch_size}, but the model cannot batch: {obstacle}; set it to 0"
         )
-    why = obstacle or _kept_apart(wanted, inputs)
+    why = obstacle or _kept_apart(wanted, signature.inputs)
     if why is not None:
         size = (wanted.max_batch_size or 0) if obstacle is None else 0
-        spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {why}")
+        spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {why}")
         # Only shapes are unknown here: a model that will not run on made-up input may still run on real input.
-        trial = await _trial(loaded, inputs, outputs, None)
-        await _warm_up(loaded, trial)
+        trial = await _trial(loaded, _tried(wanted, loaded, whole=not size), signature.outputs, None)
+        await _warm_up(wanted, loaded, spec, trial)
         return spec, _spent_s(trial)
     limit = wanted.max_batch_size or CHOSEN_MAX_BATCH_SIZE
-    trial = await _trial(loaded, inputs, outputs, min(batchability.PROOF_ROWS, max(limit, 2)))
-    verdict = await _prove(loaded, trial, len(outputs))
+    rows = min(batchability.PROOF_ROWS, max(limit, 2))
+    tried = _tried(wanted, loaded, whole=False)
+    trial = await _trial(loaded, tried, signature.outputs, rows)
+    verdict = await _prove(loaded, trial, signature.outputs)
+    if verdict.batchable and any(tensor is not None and tensor.optional for tensor in tried):
+        required = [tensor if tensor is not None and not tensor.optional else None for tensor in tried]
+        verdict = await _prove(loaded, await _trial(loaded, required, signature.outputs, rows), signature.outputs)
     if verdict.batchable or wanted.batching == "on":
         note = f"batches up to {limit} rows: {'batching is on' if wanted.batching == 'on' else verdict.why}"
-        spec = _spec(wanted, artifact, inputs, outputs, limit, merge=True, note=note)
+        spec = _spec(wanted, artifact, signature, limit, merge=True, note=note)
     else:
         log.warning(
             "model %s version %s: requests are not merged: %s (set batching: on to override)",
             wanted.name, wanted.version, verdict.why,
         )  # fmt: skip
         size = limit if wanted.size_is_stated else 0
-        spec = _spec(wanted, artifact, inputs, outputs, size, merge=False, note=f"not batched: {verdict.why}")
-    await _warm_up(loaded, trial)
-    return spec, _spent_s(trial) / (trial[0][0].shape[0] if trial is not None else 1)
+        spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {verdict.why}")
+    await _warm_up(wanted, loaded, spec, trial)
+    return spec, _spent_s(trial) / (_rows(trial[0]) if trial is not None else 1)
 
 
-def _spent_s(trial: tuple[list[InputTensor], Success] | None) -> float:
+Trial = tuple[list[InputTensor | None], Success]
+"""One tensor per input of the model file, None for those left out, and the answer."""
+
+
+def _spent_s(trial: Trial | None) -> float:
     return 0.0 if trial is None else trial[1].compute_infer_ns / 1e9
+
+
+def _rows(inputs: Sequence[InputTensor | None]) -> int:
+    return next(tensor.shape[0] for tensor in inputs if tensor is not None)
+
+
+def _signature(wanted: WantedVersion, loaded: LoadedModel) -> Signature:
+    inputs, outputs = hidden_tensors(wanted.scheduling)
+    return Signature(
+        chosen("input", loaded.inputs, wanted.stated_inputs, inputs),
+        chosen("output", loaded.outputs, wanted.stated_outputs, outputs),
+    )
+
+
+def _tried(wanted: WantedVersion, loaded: LoadedModel, *, whole: bool) -> list[SignatureTensor | None]:
+    """The model's inputs with the dims that are enforced; None for those with a default that are not served.
+
+    `whole`: stated dims hold every dimension, also the first."""
+    stated = {tensor.name for tensor in wanted.stated_inputs}
+    tensors = narrowed(tuple(loaded.inputs), wanted.stated_inputs, batched=not whole)
+    return [tensor if not tensor.optional or tensor.name in stated else None for tensor in tensors]
 
 
 def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> str | None:
@@ -129,7 +199,8 @@ def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> s
     if wanted.batching == "off":
         return "batching is off"
     ranks = {tensor.name: len(tensor.shape) for tensor in inputs}
-    full = any(len(tensor.dims) == ranks.get(tensor.name) for tensor in wanted.stated_inputs)
+    own = [(tensor.name, tensor.dims if tensor.reshape is None else tensor.reshape) for tensor in wanted.stated_inputs]
+    full = any(len(dims) == ranks.get(name) for name, dims in own)
     if wanted.max_batch_size is None and full:
         return "config.pbtxt states whole shapes and no max_batch_size"
     return None
@@ -137,20 +208,29 @@ def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> s
 
 async def _trial(
     loaded: LoadedModel,
-    inputs: tuple[SignatureTensor, ...],
+    inputs: Sequence[SignatureTensor | None],
     outputs: tuple[SignatureTensor, ...],
     rows: int | None,
-) -> tuple[list[InputTensor], Success] | None:
+) -> Trial | None:
     """The first made-up input that the model runs on, with its answer."""
     rng = np.random.default_rng(PROOF_SEED)
-    for candidate in batchability.trial_inputs(inputs, rows, rng):
-        outcome = await _run(loaded.replicas[0], candidate, tuple(range(len(outputs))))
+    tried = tuple(tensor for tensor in inputs if tensor is not None)
+    for candidate in batchability.trial_inputs(tried, rows, rng):
+        made = iter(candidate)
+        tensors = [None if tensor is None else next(made) for tensor in inputs]
+        outcome = await _run(loaded.replicas[0], tensors, _places(loaded, outputs))
         if isinstance(outcome, Success):
-            return candidate, outcome
+            return tensors, outcome
     return None
 
 
-async def _run(replica: Replica, inputs: list[InputTensor], outputs: tuple[int, ...]) -> Success | Failure:
+def _places(loaded: LoadedModel, outputs: tuple[SignatureTensor, ...]) -> tuple[int, ...]:
+    """Indexes of `outputs` in the model file."""
+    index = {tensor.name: place for place, tensor in enumerate(loaded.outputs)}
+    return tuple(index[tensor.name] for tensor in outputs)
+
+
+async def _run(replica: Replica, inputs: Sequence[InputTensor | None], outputs: tuple[int, ...]) -> Success | Failure:
     """Run made-up input. A worker that dies meanwhile may have died of something else: the run is repeated.
 
     Raises:
@@ -174,40 +254,39 @@ async def _run(replica: Replica, inputs: list[InputTensor], outputs: tuple[int, 
     raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
 
 
-async def _prove(loaded: LoadedModel, trial: tuple[list[InputTensor], Success] | None, outputs: int) -> Verdict:
+async def _prove(loaded: LoadedModel, trial: Trial | None, outputs: tuple[SignatureTensor, ...]) -> Verdict:
     if trial is None:
         return Verdict(False, "it could not be run on made-up input, so its rows are not proven independent")
     inputs, together = trial
     alone = []
-    for row in range(inputs[0].shape[0]):
-        outcome = await _run(loaded.replicas[0], batchability.one_row(inputs, row), tuple(range(outputs)))
+    for row in range(_rows(inputs)):
+        cut = [None if tensor is None else batchability.one_row([tensor], row)[0] for tensor in inputs]
+        outcome = await _run(loaded.replicas[0], cut, _places(loaded, outputs))
         if isinstance(outcome, Failure):
             return Verdict(False, f"it does not run on a single row: {outcome.message}")
         alone.append(list(outcome.outputs))
     return batchability.compare(list(together.outputs), alone)
 
 
-async def _warm_up(loaded: LoadedModel, trial: tuple[list[InputTensor], Success] | None) -> None:
-    """Run every instance once, and remember how to do so again after a restart."""
-    if trial is None:
-        return
-    inputs, _ = trial
-    loaded.set_warm_up([inputs])
-    for replica in loaded.replicas[1:]:
-        outcome = await _run(replica, inputs, (0,))
-        if isinstance(outcome, Failure):
-            raise ModelError(f"warm-up failed on {replica.name}: {outcome.message}")
+async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, trial: Trial | None) -> None:
+    """Run every instance once, and every sample of `model_warmup`; remember how to do so again after a restart."""
+    samples = await read_samples(wanted.scheduling.warm_up, spec, wanted.side_file)
+    binding = Binding(spec, loaded.inputs, loaded.outputs)
+    outputs = binding.model_outputs(tuple(range(len(spec.outputs))))
+    runs = [WarmUp("warm-up", trial[0], 1)] if trial is not None else []
+    runs += [WarmUp(f"warm-up sample '{s.name}'", binding.model_inputs(s.inputs), s.count) for s in samples]
+    for place, replica in enumerate(loaded.replicas):
+        for run in runs[1:] if place == 0 and trial is not None else runs:
+            for _ in range(run.count):
+                outcome = await _run(replica, run.inputs, outputs)
+                if isinstance(outcome, Failure):
+                    raise ModelError(f"{run.name} failed on {replica.name}: {outcome.message}")
+    # A worker that dies from here on is replaced by one that runs the same again.
+    loaded.set_warm_up([run.inputs for run in runs for _ in range(run.count)])
 
 
 def _spec(
-    wanted: WantedVersion,
-    artifact: Artifact,
-    inputs: tuple[SignatureTensor, ...],
-    outputs: tuple[SignatureTensor, ...],
-    max_batch_size: int,
-    *,
-    merge: bool,
-    note: str,
+    wanted: WantedVersion, artifact: Artifact, signature: Signature, max_batch_size: int, *, merge: bool, note: str
 ) -> ModelSpec:
     policy = BatchPolicy(
         max_batch_size=max_batch_size,
@@ -227,58 +306,9 @@ def _spec(
         wanted.version,
         artifact.digest,
         "onnxruntime_onnx",
-        _tensors("input", inputs, wanted.stated_inputs, batched=batched, short=short),
-        _tensors("output", outputs, wanted.stated_outputs, batched=batched, short=short),
+        served("input", signature.inputs, wanted.stated_inputs, batched=batched, short=short),
+        served("output", signature.outputs, wanted.stated_outputs, batched=batched, short=short),
         policy,
         note,
         wanted.scheduling,
     )
-
-
-def _tensors(
-    role: str, actual: tuple[SignatureTensor, ...], stated: tuple[TensorSpec, ...], *, batched: bool, short: bool
-) -> tuple[TensorSpec, ...]:
-    """Signature as served: names, datatypes, dims and order are the file's; config.pbtxt may only agree.
-
-    `short`: its dims may lack a variable first dimension that the served ones have.
-
-    Raises:
-        ConfigError: config.pbtxt contradicts the file.
-    """
-    specs = {
-        tensor.name: TensorSpec(
-            tensor.name,
-            tensor.datatype,
-            tuple([-1 if dim is None else dim for dim in tensor.shape[1 if batched else 0 :]]),
-        )
-        for tensor in actual
-    }
-    if not stated:
-        return tuple(specs.values())
-    for tensor in stated:
-        _check_stated(role, tensor, specs, short=short)
-    missing = [name for name in specs if name not in {tensor.name for tensor in stated}]
-    if missing and role == "input":
-        raise ConfigError(f"config.pbtxt lists no {role} {missing}, which the model file has; list all or none")
-    return tuple(specs.values())
-
-
-def _check_stated(role: str, tensor: TensorSpec, specs: dict[str, TensorSpec], *, short: bool) -> None:
-    spec = specs.get(tensor.name)
-    if spec is None:
-        raise ConfigError(f"config.pbtxt names the {role} '{tensor.name}', but the model file has {sorted(specs)}")
-    if spec.datatype is not tensor.datatype:
-        raise ConfigError(
-            f"config.pbtxt says {role} '{tensor.name}' is {tensor.datatype}, the model file says {spec.datatype}"
-        )
-    dims = spec.dims
-    if short and dims[:1] == (-1,) and len(dims) == len(tensor.dims) + 1:
-        dims = dims[1:]
-    fits = len(dims) == len(tensor.dims) and all(
-        -1 in (want, have) or want == have for want, have in zip(tensor.dims, dims, strict=True)
-    )
-    if not fits:
-        raise ConfigError(
-            f"config.pbtxt says {role} '{tensor.name}' has dims {list(tensor.dims)}, the model file says "
-            f"{list(spec.dims)}"
-        )

@@ -3,6 +3,10 @@
     bytes ─▶ ingress/http_server.py + protocol/http1.py     one request, framed and within limits
           ─▶ ingress/oip_http.py + protocol/oip_json.py     decoded and checked against the model's signature
           ─▶ Pipeline.infer (here)                          resolved, split if oversized, admitted
+             ├─ response_cache.py + core/remembered.py      only where the model asks for it: answered before, or by
+             │                                              an equal request that is under way
+             └─ ensemble.py, ensemble_run.py                an ensemble has no queue: each step comes in here again, as
+                                                            a request to its own model
           ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
           ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
           ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory
@@ -10,27 +14,59 @@
           ─▶ ingress/oip_http.py + protocol/oip_answer.py   its rows encoded, provenance headers, bytes
           ─▶ observe/record.py                              counted, once per batch where possible
 
-Nothing here knows a wire format: HTTP today and gRPC later enter through the same method.
+Nothing here knows a wire format: HTTP and gRPC enter through the same method, and so do requests of the gateway's own.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+from typing import Final
+
 from gateway.catalog import ServedVersion
 from gateway.core import assembly
-from gateway.core.batch import FinishedBatch
+from gateway.core.batch import FinishedBatch, executions
+from gateway.core.remembered import Store
 from gateway.core.request import SETTLED, InferRequest
 from gateway.errors import BackendError, Cancelled, Draining, NotReady
+from gateway.response_cache import ResponseCache
+
+log = logging.getLogger("gateway.cache")
+
+CACHE_BYTES: Final = 64 * 1024 * 1024
+"""Of remembered answers, where the configuration says nothing."""
 
 
 class Pipeline:
     """Entry of every inference request, whatever protocol it came in by."""
 
+    def __init__(self, store: Store | None = None) -> None:
+        """`store`: where the answers of all cached models are kept; None: one of a default size, once it is needed."""
+        self._store = store
+
     def infer(self, version: ServedVersion, request: InferRequest) -> None:
         """Take a decoded request; `received`, `context` and `settle` are set. `settle` is called once, later.
 
         Raises:
-            Refused: the request was not taken (draining, not ready, queue full); `settle` will not be called.
+            GatewayError: the request was not taken (draining, not ready, queue full); `settle` will not be called.
         """
+        if version.cached:
+            (version.cache or self._cache(version)).infer(request)
+        else:
+            self._execute(version, request)
+
+    def _cache(self, version: ServedVersion) -> ResponseCache:
+        if self._store is None:
+            log.info(
+                "model %s asks for the response cache, and server.response_cache does not state its size: it may hold "
+                "%d MiB", version.spec.name, CACHE_BYTES >> 20,
+            )  # fmt: skip
+            self._store = Store(CACHE_BYTES, None)
+        cache = ResponseCache(version, self._store, partial(self._execute, version))
+        version.cache = cache
+        return cache
+
+    def _execute(self, version: ServedVersion, request: InferRequest) -> None:
         # Resolved before it was decoded, so the version may have left since; what it still holds is answered.
         scheduler = version.scheduler
         if scheduler is None:
@@ -112,7 +148,7 @@ class SplitRequest:
             first.reason,
             (0, sum(batch.infer_ns for batch in {batch for batch, _ in pieces}), 0),
         )
-        joined.parts = pieces
+        joined.parts = [execution for batch, row in pieces for execution in executions(batch, row)]
         return joined
 
     def _settle(self, batch: FinishedBatch | None = None, error: Exception | None = None) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 from gateway.catalog import ServedVersion
 from gateway.config import Config, ModelEntry, ModelSettings
-from gateway.config_models import find_models
+from gateway.config_models import find_model, find_models
 from gateway.core.model import Artifact
 from gateway.core.scheduling import PLAIN
+from gateway.ensemble import Ensemble
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.loading import LoadedModel, WantedVersion
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
-from gateway.registry.digest import read_artifact
-from gateway.registry.directory import FoundModel
+from gateway.registry.directory import FoundModel, read_side_file, read_version
 
 log = logging.getLogger("gateway.plan")
 
@@ -39,6 +39,21 @@ def versions(config: Config, load: Load) -> list[WantedVersion]:
             [Fault(config.file or "command line", 0, "", "no model to serve: name a SOURCE, such as ./models")]
         )
     return [version for entry, model in find_models(config) for version in _versions_of(config, entry, model, load)]
+
+
+def versions_of(config: Config, load: Load, name: str) -> list[WantedVersion]:
+    """The versions of one model, read anew from its source; empty if no source has it.
+
+    Raises:
+        ConfigError: the model is broken.
+    """
+    found = find_model(config, name)
+    return [] if found is None else settled(config, *found, load)
+
+
+def settled(config: Config, entry: ModelEntry, model: FoundModel, load: Load) -> list[WantedVersion]:
+    """The versions of a model that was found."""
+    return list(_versions_of(config, entry, model, load))
 
 
 def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Load) -> Iterator[WantedVersion]:
@@ -65,11 +80,13 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
             stated_inputs=stated.inputs if stated is not None else (),
             stated_outputs=stated.outputs if stated is not None else (),
             scheduling=stated.scheduling if stated is not None else PLAIN,
+            config_text=stated.text if stated is not None else "",
+            side_file=partial(read_side_file, model.directory or path),
         )
 
 
 def _read(path: Path, model: FoundModel, version: str) -> tuple[Artifact, bytes | None]:
-    artifact = read_artifact(path, model.name, version, model.model_file, str(path))
+    artifact = read_version(model, version, path)
     sidecar = _read_sidecar(path)
     manifest(artifact, {}, sidecar)  # a broken sidecar is known at load, not when somebody asks
     return artifact, sidecar
@@ -80,15 +97,21 @@ async def _load(load: Load, settings: ModelSettings, artifact: Artifact) -> Load
 
 
 def manifest_of(version: ServedVersion) -> dict[str, Any]:
-    """The manifest behind a version's digest, with the lineage its `provenance.json` gives.
+    """The manifest behind a version's digest, with the lineage its `provenance.json` gives. That of an ensemble lists
+    the versions which its steps would meet now.
 
     Raises:
-        NotReady: the version was never read.
+        NotReady: the version was never read, or a step's model is not there.
     """
     if version.artifact is None:
         raise NotReady(f"model '{version.name}' version {version.version} is not at ready state: {version.reason}")
     runtime = {"onnxruntime": metadata.version("onnxruntime"), "execution_provider": "CPUExecutionProvider"}
-    return manifest(version.artifact, runtime, version.sidecar)
+    document = manifest(version.artifact, runtime, version.sidecar)
+    if isinstance(version.scheduler, Ensemble):
+        document["steps"] = [
+            {"model": name, "version": number, "digest": digest} for name, number, digest in version.scheduler.members()
+        ]
+    return document
 
 
 def _read_sidecar(path: Path) -> bytes | None:

@@ -5,7 +5,9 @@ Decisions are `core/batching.py`'s; this file carries them out. Rules:
     in one turn share a batch without waiting for each other;
   * one timer per model version, armed for the exact instant the core asked for; nothing ticks while nobody waits;
   * every request settles exactly once, through `_settle`; a caller that left is normal;
-  * a batch-mate's fate never depends on another: an error while answering one caller is kept from the others.
+  * a batch-mate's fate never depends on another: an error while answering one caller is kept from the others;
+  * a model whose owner states priorities, queue policies or an order of answers gets the parts for that; any other
+    pays for none of it.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from gateway.backends.interface import Replica
-from gateway.core.admission import admit, deadline_of
+from gateway.core.admission import Rejected, admit, admit_in_order, admit_to_level, deadline_of
+from gateway.core.arrival_order import ArrivalOrder, Told
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
 from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time, patience_s
 from gateway.core.model import ModelSpec
+from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import RUNNING, SETTLED, InferRequest
 from gateway.dispatcher import Dispatcher
-from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend
+from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend, QueueTimeout
 from gateway.observe.record import ModelStatistics
+from gateway.observe.request_trace import ModelTracer
 
 log = logging.getLogger("gateway.scheduler")
 
@@ -57,9 +62,16 @@ class Scheduler:
         trial, 0.0 if nobody knows."""
         self.spec = spec
         self.statistics = statistics
+        self.tracer: ModelTracer | None = None
+        """Notes single requests, where somebody asked for it."""
         self._policy = spec.policy
         self._loop = asyncio.get_running_loop()
-        self._queue = BatchQueue()
+        stated = spec.scheduling
+        self._levels = PolicyQueue(stated) if stated.priority_levels or stated.states_queue_policy else None
+        """The queue, where the model has priority levels or queue policies."""
+        self._queue: BatchQueue = self._levels or BatchQueue()
+        self._order = ArrivalOrder() if stated.preserve_ordering else None
+        self._plain = self._levels is None and self._order is None
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
         self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self, row_s)
         self._pumping = False
@@ -87,11 +99,15 @@ class Scheduler:
             NotReady, NoBackend, Draining: the model cannot take requests now.
         """
         self._admit(request)
+        if self._order is not None:
+            self._keep_in_order(request, self._order)
         self._accept(request)
 
     def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
         """Queue the parts of one request, all of them or none; otherwise as `submit`."""
         self._admit(whole)
+        if self._order is not None:
+            self._keep_in_order(whole, self._order)
         for part in parts:
             self._accept(part)
 
@@ -100,14 +116,32 @@ class Scheduler:
         if refusal is not None:
             self.statistics.reject(refusal.reason)
             raise type(refusal)(str(refusal))
-        rejected = admit(self._queue, self._policy, request)
+        rejected = admit(self._queue, self._policy, request) if self._plain else self._why_not(request)
+        if rejected is None:
+            return
+        if self._pumping and self._dispatcher.free_replica() is not None:
+            # Who came in this very turn only waits because nothing was handed out yet: that is no reason to refuse.
+            self._let_more_in = False
+            self._pump()
+            rejected = self._why_not(request)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
             raise rejected.error(rejected.message)
 
+    def _why_not(self, request: InferRequest) -> Rejected | None:
+        rejected = admit(self._queue, self._policy, request)
+        if rejected is None and self._order is not None:
+            rejected = admit_in_order(self._queue, self._order, self._policy, request)
+        if rejected is None and self._levels is not None:
+            rejected = admit_to_level(self._levels, request)
+        return rejected
+
     def _accept(self, request: InferRequest) -> None:
         request.owner = self
-        request.deadline = deadline_of(self._policy, request)
+        if self._levels is None:
+            request.deadline = deadline_of(self._policy, request)
+        else:
+            request.deadline = deadline_of(self._policy, request, self._levels.policy_of(request))
         self._queue.push(request)
         if not self._pumping:
             self._pumping = True
@@ -117,8 +151,10 @@ class Scheduler:
         """The caller left: drop the request, waiting or running. Batch-mates do not notice."""
         if request.state != SETTLED:
             if not request.part:
-                self.statistics.fail("CANCELED")
+                self.statistics.fail("CANCELED", spent_s=self._now() - request.received)
             self._settle(request, Cancelled("the caller left"))
+        elif self._order is not None:
+            self._tell(self._order.leave(request))
 
     def close(self, error: GatewayError) -> None:
         """Refuse new requests with `error` from now on; those inside are still answered."""
@@ -220,21 +256,25 @@ class Scheduler:
         self._pump()
 
     def _expire(self, now: float) -> None:
-        deadline = self._queue.next_deadline()
+        """Settle whose time is up, one by one: each is out of the queue before anyone else is told anything."""
+        queue, levels = self._queue, self._levels
+        deadline = queue.next_deadline()
         if deadline is None or deadline > now:
             return
-        for request in self._queue.expired(now):
-            if request.state == SETTLED:  # parts of one request: the first to expire took the others along
-                continue
+        while (request := queue.expired(now)) is not None:
+            waited_s = now - request.received
             if request.state == RUNNING:
                 where = "while the model ran"
-                self.statistics.fail("OTHER")
+                self.statistics.fail("OTHER", spent_s=waited_s)
             else:
                 where = "in the queue"
-                self.statistics.reject("deadline")
-            self._settle(
-                request, DeadlineExceeded(f"Request timeout expired {where} after {now - request.received:.3f} s")
-            )
+                self.statistics.reject("deadline", spent_s=waited_s)
+            self._settle(request, DeadlineExceeded(f"Request timeout expired {where} after {waited_s:.3f} s"))
+        while levels is not None and (request := levels.overdue(now)) is not None:
+            waited_s = now - request.received
+            error = QueueTimeout(f"Request timeout expired after {waited_s:.3f} s in the queue; retry later")
+            self.statistics.reject(error.reason, spent_s=waited_s)
+            self._settle(request, error)
 
     def _pump_soon(self) -> None:
         if not self._pumping:
@@ -273,12 +313,14 @@ class Scheduler:
             batch.backend, batch.rows, answered, batch.reason, batch.input_ns, batch.infer_ns, batch.output_ns,
             waited_s, batch.finished - dispatched,
         )  # fmt: skip
+        if self.tracer is not None:
+            self.tracer.batch(members, batch)
         self._after_batch()
 
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
         for request in members:
             if request.state != SETTLED:
-                self.statistics.fail("BACKEND")
+                self.statistics.fail("BACKEND", spent_s=self._now() - request.received)
                 self._settle(request, error)
         self._after_batch()
 
@@ -292,6 +334,7 @@ class Scheduler:
         if self._queue.count or self._dispatcher.isolated:
             if pause_s:
                 self._loop.call_later(pause_s, self._pump_soon)
+                self._arm(None)  # for those whose time is up before
             else:
                 self._pump_soon()
         self._check_drained()
@@ -306,6 +349,21 @@ class Scheduler:
         except Exception:
             log.exception("model %s: an error could not be written", self.spec.name)
         self._check_drained()
+
+    def _keep_in_order(self, request: InferRequest, order: ArrivalOrder) -> None:
+        order.enter(request)
+        request.settle = self._settled_in_order
+
+    def _settled_in_order(self, request: InferRequest) -> None:
+        if self._order is not None:
+            self._tell(self._order.settled(request))
+
+    def _tell(self, told: list[Told]) -> None:
+        for request, settle in told:
+            try:
+                settle(request)
+            except Exception:
+                log.exception("model %s: an answer could not be written", self.spec.name)
 
     def _check_drained(self) -> None:
         if not (self._queue.unsettled or self._dispatcher.running):

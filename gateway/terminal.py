@@ -71,13 +71,22 @@ def show_not_loaded(versions: Sequence[ServedVersion]) -> None:
 
 
 def show_started(
-    versions: Sequence[ServedVersion], host: str, http_port: int, operations_port: int, *, plain: bool = False
+    versions: Sequence[ServedVersion],
+    host: str,
+    http_port: int,
+    operations_port: int,
+    *,
+    grpc_port: int,
+    encrypted: bool = False,
+    plain: bool = False,
 ) -> None:
     """The table of models and the URLs; `plain`: one record of the log instead, where programs read the output."""
+    scheme = "https" if encrypted else "http"
     if plain:
         names = ", ".join(f"{version.name} version {version.version}" for version in versions)
         inference, operations = _address(host, http_port), _address(host, operations_port)
-        log.info("serving %s; inference http://%s/v2, operations http://%s/", names, inference, operations)
+        addresses = f"inference {scheme}://{inference}/v2, grpc {_address(host, grpc_port)}"
+        log.info("serving %s; %s, operations http://%s/", names, addresses, operations)
         return
     table = Table(title="models", title_justify="left", expand=False)
     for column in ("name", "version", "digest", "workers", "state", "batching"):
@@ -92,7 +101,8 @@ def show_started(
             _batching(version),
         )
     out.print(table)
-    out.print(f"inference   http://{_address(host, http_port)}/v2")
+    out.print(f"inference   {scheme}://{_address(host, http_port)}/v2")
+    out.print(f"grpc        {_address(host, grpc_port)}{'  (TLS)' if encrypted else ''}")
     out.print(f"operations  http://{_address(host, operations_port)}/  (metrics, models, workers)")
 
 

@@ -20,7 +20,9 @@ from gateway.backends.interface import Batch, Failure, FailureKind, Success
 from gateway.core.assembly import slice_rows, write_parts
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import InferRequest, InputTensor, OutputTensor
+from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.tensor import DATATYPE, pack_bytes, unpack_bytes
+from gateway.dispatcher import RunningBatch
 from gateway.errors import GatewayError
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
@@ -102,6 +104,7 @@ class ScriptedBatch:
         self.timeout_s = timeout_s
         self.numbers = _numbers(batch)
         self.ended = False
+        self.isolated = isinstance(batch, RunningBatch) and batch.isolated
         self._batch = batch
 
     def reply(self, tamper: Callable[[list[int]], list[int]] | None = None, infer_ns: int = 10) -> None:
@@ -164,7 +167,8 @@ class ScriptedReplica:
         return len(self.running)
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
-        assert self.free_slots > 0, "a batch was handed over without a free slot"
+        if self.free_slots <= 0:
+            self._backend.complaints.append(AssertionError("a batch was handed over without a free slot"))
         scripted = ScriptedBatch(self, batch, timeout_s)
         self.running.append(scripted)
         self._backend.arrived(scripted)
@@ -186,12 +190,17 @@ class Backend:
         self.respond: Callable[[ScriptedBatch], None] | None = None
         """If set, decides every batch in the loop's next turn instead of the test."""
         self.inspect: Callable[[ScriptedBatch], None] = lambda _: None
-        """Called with every batch the moment it is handed over."""
+        """Called with every batch the moment it is handed over; what it asserts is raised by `Bench.finish`."""
+        self.complaints: list[AssertionError] = []
+        """Kept, not raised: whoever hands over a batch survives what the backend raises."""
         self._unseen: asyncio.Queue[ScriptedBatch] = asyncio.Queue()
 
     def arrived(self, batch: ScriptedBatch) -> None:
         self.executed.append(batch)
-        self.inspect(batch)
+        try:
+            self.inspect(batch)
+        except AssertionError as complaint:
+            self.complaints.append(complaint)
         if self.respond is not None:
             asyncio.get_running_loop().call_soon(self.respond, batch)
         else:
@@ -263,30 +272,41 @@ def request_of(
     outputs: tuple[int, ...] = (0,),
     as_values: bool = True,
     timeout_s: float = 0.0,
+    stated_timeout_s: float = 0.0,
+    priority: int = 0,
 ) -> InferRequest:
     packed = None if as_values else np.array(numbers, "<i8").tobytes()
     tensor = InputTensor(INT64, (len(numbers), 1), list(numbers) if as_values else None, packed)
-    return InferRequest((tensor,), len(numbers), 8 * len(numbers), (key, outputs), outputs, None, None, timeout_s)
+    request = InferRequest((tensor,), len(numbers), 8 * len(numbers), (key, outputs), outputs, None, None, timeout_s)
+    request.stated_timeout_s, request.priority = stated_timeout_s, priority
+    return request
 
 
-def model_spec(policy: BatchPolicy) -> ModelSpec:
+def model_spec(policy: BatchPolicy, scheduling: Scheduling = PLAIN) -> ModelSpec:
     return ModelSpec(
         "m", "1", "sha256:" + "0" * 64, "onnxruntime_onnx",
         (TensorSpec("number", INT64, (1,)),),
         (TensorSpec("triple", INT64, (1,)), TensorSpec("name", BYTES, (1,))),
         policy,
+        scheduling=scheduling,
     )  # fmt: skip
 
 
 class Bench:
     """A scheduler on scripted replicas. Must be made inside a simulated loop."""
 
-    def __init__(self, policy: BatchPolicy | None = None, replicas: int = 1, slots: int = 1) -> None:
+    def __init__(
+        self,
+        policy: BatchPolicy | None = None,
+        replicas: int = 1,
+        slots: int = 1,
+        scheduling: Scheduling = PLAIN,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.policy = policy or BatchPolicy(max_batch_size=8)
         self.backend = Backend(replicas, slots)
         self.statistics = ModelStatistics()
-        self.spec = model_spec(self.policy)
+        self.spec = model_spec(self.policy, scheduling)
         self.scheduler = Scheduler(self.spec, self.backend.replicas, self.statistics, self.loop.time)
         self.callers: list[Caller] = []
         self.refused = 0
@@ -314,6 +334,8 @@ class Bench:
         """Everyone settled exactly once, every answer right, and nothing is left of anything."""
         await self.scheduler.drained()
         await turns()
+        for complaint in self.backend.complaints:
+            raise complaint
         for caller in self.callers:
             assert caller.settled == 1, (caller.numbers, caller.settled)
             if caller.answered:

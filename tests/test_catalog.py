@@ -29,6 +29,7 @@ from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import DATATYPE
 from gateway.errors import NotFound, NotReady
 from gateway.loading import CHOSEN_MAX_BATCH_SIZE, WantedVersion
+from gateway.registry import directory
 from gateway.registry.digest import read_artifact
 from tests.live import models
 from tests.workers.rig import PATIENCE_S, pid_of
@@ -199,7 +200,7 @@ def test_an_error_nobody_foresaw_fails_one_version_only(rig: Rig, monkeypatch: p
             raise ZeroDivisionError("surprise")
         return read_artifact(path, name, *rest)
 
-    monkeypatch.setattr(plan, "read_artifact", surprising)
+    monkeypatch.setattr(directory, "read_artifact", surprising)
     (failed,) = rig.load()
     assert failed.name == "odd"
     assert failed.reason == "the gateway failed on it: ZeroDivisionError: surprise"
@@ -210,7 +211,7 @@ def test_an_unreadable_file_is_a_reason_without_a_path(rig: Rig, monkeypatch: py
     def unreadable(*_: Any) -> Artifact:
         raise PermissionError(13, "Permission denied", "/secret/place")
 
-    monkeypatch.setattr(plan, "read_artifact", unreadable)
+    monkeypatch.setattr(directory, "read_artifact", unreadable)
     assert rig.refused(LINEAR) == "cannot read the model's files: Permission denied"
 
 
@@ -512,12 +513,12 @@ def test_a_config_that_forgets_an_input_is_refused(rig: Rig) -> None:
     )
 
 
-def test_the_order_of_inputs_is_the_files_whatever_the_config_says(rig: Rig) -> None:
-    """The workers number inputs as the file does."""
+def test_the_order_of_inputs_is_the_configs(rig: Rig) -> None:
+    """As Triton shows it; the workers number inputs as the file does, which backends/binding.py sees to."""
     config = "max_batch_size: 8 " + "".join(
         f'input [ {{ name: "{name}", data_type: TYPE_INT32, dims: [ -1 ] }} ]' for name in "ba"
     )
-    assert [tensor.name for tensor in rig.one(models.two_inputs(), config).spec.inputs] == ["a", "b"]
+    assert [tensor.name for tensor in rig.one(models.two_inputs(), config).spec.inputs] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def test_the_order_of_inputs_is_the_files_whatever_the_config_says(rig: Rig) -> 
         ("max_batch_size: 8 " + X % "16", 8, (16,), "reject"),
         ("max_batch_size: 8 " + X % "-1", 8, (16,), "reject"),
         ("max_batch_size: 0 " + X % "-1, 16", 0, (-1, 16), "reject"),
-        ("max_batch_size: 0 " + X % "3, 16", 0, (-1, 16), "reject"),
+        ("max_batch_size: 0 " + X % "3, 16", 0, (3, 16), "reject"),
         (X % "16", CHOSEN, (16,), "split"),
         (X % "-1, 16", 0, (-1, 16), "reject"),
         ("", CHOSEN, (16,), "split"),
@@ -567,3 +568,91 @@ def test_drain_waits_for_accepted_requests(rig: Rig) -> None:
     assert min(rig.run(ask())) >= 1
     assert version.scheduler is not None
     assert version.scheduler.pending == 0
+
+
+# -- ensembles ---------------------------------------------------------------------------------------------------
+
+
+def chain(*steps: str, max_batch_size: int = 4) -> str:
+    """The config.pbtxt of an ensemble that runs models `x` → `y`, FP32 [16], one behind the other."""
+    names = ["IN", *[f"t{place}" for place in range(1, len(steps))], "OUT"]
+    blocks = [
+        f'{{ model_name: "{step}" model_version: -1 input_map {{ key: "{"x" if step == "m" else "IN"}" value: '
+        f'"{names[place]}" }} output_map {{ key: "{"y" if step == "m" else "OUT"}" value: "{names[place + 1]}" }} }}'
+        for place, step in enumerate(steps)
+    ]
+    return f"""platform: "ensemble" max_batch_size: {max_batch_size}
+        input [ {{ name: "IN" data_type: TYPE_FP32 dims: [ 16 ] }} ]
+        output [ {{ name: "OUT" data_type: TYPE_FP32 dims: [ 16 ] }} ]
+        ensemble_scheduling {{ step [ {", ".join(blocks)} ] }}"""
+
+
+def ensembles(rig: Rig, configs: dict[str, str]) -> dict[str, str]:
+    """Load model `m` and these ensembles; returns why those that failed did."""
+    models.repository(rig.root, {"m": models.identity("FP32", 16)})
+    for name, text in configs.items():
+        (rig.root / name / "1").mkdir(parents=True)
+        (rig.root / name / "config.pbtxt").write_text(text)
+    return {version.name: version.reason for version in rig.load()}
+
+
+def test_ensembles_are_loaded_behind_what_they_contain(rig: Rig) -> None:
+    assert ensembles(rig, {"a": chain("b", "m"), "b": chain("c"), "c": chain("m", "m")}) == {}
+    assert rig.catalog.ready()
+    outer = rig.catalog.resolve("a", None)
+    assert (outer.dependencies, list(outer.replicas), outer.spec.platform) == (("b", "m"), [], "ensemble")
+    assert rig.catalog.resolve("c", None).dependencies == ("m",)
+
+
+def test_an_ensemble_that_lacks_a_model_or_contains_itself_fails_with_its_reason(rig: Rig) -> None:
+    reasons = ensembles(
+        rig, {"lost": chain("m", "nobody"), "self": chain("self"), "big": chain("m", max_batch_size=999)}
+    )
+    assert "'nobody' is not found" in reasons["lost"]
+    assert "it needs every model of its steps" in reasons["self"]
+    assert "it allows maximum batch size 999, but it contains model 'm'" in reasons["big"]
+    assert rig.catalog.resolve("m", None).ready
+
+
+def ready(version: ServedVersion) -> bool:
+    return version.ready
+
+
+def test_an_ensemble_s_readiness_is_its_models(rig: Rig) -> None:
+    assert ensembles(rig, {"e": chain("m")}) == {}
+    version, inner = rig.catalog.resolve("e", None), rig.catalog.resolve("m", None)
+    assert ready(version)
+    assert version.obstacle == ""
+    before = version.fingerprint()
+    rig.run(rig.catalog.unload("m"))
+    assert not ready(version)
+    assert "'m' has no available versions" in version.obstacle
+    assert inner.obstacle == "unloaded"
+    assert not rig.catalog.ready()
+    rig.run(rig.catalog.replace(rig.wanted("name: m")))
+    assert ready(version)
+    assert version.fingerprint() != before
+
+
+def test_a_model_is_freed_only_when_nobody_under_way_will_come_to_it(rig: Rig) -> None:
+    rig.one(LINEAR)
+    version = rig.catalog.resolve("m", None)
+
+    async def scenario() -> None:
+        version.pin()
+        unloading = asyncio.ensure_future(rig.catalog.unload("m"))
+        done, _ = await asyncio.wait({unloading}, timeout=0.05)
+        assert not done
+        assert version.scheduler is not None
+        version.unpin()
+        await unloading
+        assert version.scheduler is None
+
+    rig.run(scenario())
+    assert version.state is ModelState.UNAVAILABLE
+
+
+def test_the_cache_cannot_stand_before_ordered_answers(rig: Rig) -> None:
+    config = "max_batch_size: 4 dynamic_batching { preserve_ordering: true } response_cache { enable: true }"
+    assert "preserve_ordering forbids" in rig.refused(LINEAR, config)
+    assert rig.one(LINEAR, "max_batch_size: 4 response_cache { enable: true }").cached

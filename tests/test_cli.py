@@ -71,8 +71,8 @@ def test_help_names_every_verb_and_option(capsys: Said) -> None:
     assert all(verb in said for verb in ("serve", "demo", "check", "schema", "infer", "models"))
     assert main(["serve", "--help"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("--http-port", "--workers", "--instances", "GATEWAY_HOST", "--insecure"))
-    assert "--grpc-port" not in said
+    assert all(name in said for name in ("--http-port", "--grpc-port", "--workers", "--instances", "GATEWAY_HOST", "--insecure"))
+    assert "--processes" not in said
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) 
         (["serve", "/", "--host", "0.0.0.0"], "error: command line: --host: '0.0.0.0' can be reached"),
         (["serve", "/", "--http-port", "70000"], "error: command line: --http-port: must be at most 65535"),
         (["serve", "/", "--log-level", "inof"], "did you mean 'info'?"),
-        (["serve", "/", "--grpc-port", "9001"], "error: command line: --grpc-port: the gRPC port is not supported"),
+        (["serve", "/", "--grpc-port", "70000"], "error: command line: --grpc-port: must be at most 65535"),
         (["serve", "/", "--processes", "2"], "--processes: several front-end processes are not supported"),
         (["serve", "/", "--processes", "x"], "--processes: several front-end processes are not supported"),
-        (["serve", "/", "--model-control", "poll"], "--model-control: loading models at run time is not supported"),
-        (["models", "load", "m"], "error: 'models load' needs --model-control, which this version does not have"),
-        (["models", "unload"], "error: 'models unload' needs --model-control"),
-        (["models", "lsit"], "error: 'models lsit' does not exist; write list or status"),
+        (["serve", "/", "--model-control", "always"], "--model-control: "),
+        (["models", "load"], "error: name the model: gateway models load NAME"),
+        (["models", "unload"], "error: name the model: gateway models unload NAME"),
+        (["models", "lsit"], "error: 'models lsit' does not exist; write list, status, load or unload"),
     ],
 )
 def test_configuration_faults_exit_with_2_and_say_what_to_do(
@@ -198,12 +198,11 @@ def test_what_has_no_effect_is_said(
     served: Served, models: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "g.yaml"
-    file.write_text("server:\n  grpc_port: 8001\nmodels: [{source: models}]")
+    file.write_text("server:\n  processes: 1\nmodels: [{source: models}]")
     monkeypatch.setenv("GATEWAY_HTP_PORT", "1")
     for verb in ("check", "serve"):
         assert main([verb, "-c", str(file)]) == 0
         assert capsys.readouterr().err.splitlines() == [
-            f"warning: {file}:2: server.grpc_port: gRPC is not served in this version; the key has no effect",
             ("warning: environment: GATEWAY_HTP_PORT is not a known variable; did you mean GATEWAY_HTTP_PORT?"),
         ]
     assert main(["serve", str(models), "--processes", "1", "--model-control", "none"]) == 0
@@ -214,7 +213,6 @@ def test_no_option_of_a_later_version_is_suggested(capsys: Said) -> None:
     assert main(["serve", "--htp-port", "1"]) == 2
     said = capsys.readouterr().err
     assert "--http-port" in said
-    assert "--grpc-port" not in said
     assert main(["serve", "--proceses", "1"]) == 2
     assert "Possible options" not in capsys.readouterr().err
     hidden = {

@@ -16,7 +16,9 @@ from gateway.config_faults import OPTIONS
 from gateway.config_schema import ConfigFile, Section
 from gateway.config_tree import read_scalar
 from gateway.errors import ConfigError
+from gateway.ingress import body_coding
 from gateway.protocol.model_config import ModelConfig, parse
+from gateway.protocol.options import ProtocolOptions
 from gateway.registry.reference import DirectorySource
 
 README = """
@@ -140,7 +142,7 @@ def test_variables_that_kubernetes_makes_of_a_service_are_not_ours() -> None:
 
 
 def test_every_option_but_the_later_ones_sets_a_key_that_exists() -> None:
-    later = {"grpc_port", "processes", "model_control"}
+    later = {"processes"}
     sections: dict[str, type[Section]] = {"server": Server, "defaults": ModelKeys}
     for option, (section, key) in OPTIONS.items():
         assert (key in sections[section].model_fields) is (option not in later)
@@ -204,10 +206,10 @@ def test_built_in_settings() -> None:
 
 
 def test_a_queue_holds_at_least_one_full_batch() -> None:
-    stated = parse("max_batch_size: 32 dynamic_batching { default_queue_policy { max_queue_size: 4 } }")
-    assert Config().settings(entry(), stated).max_queue_rows == 32
-    unbounded = parse("dynamic_batching { default_queue_policy { max_queue_size: 0 } }")
-    assert Config().settings(entry(), unbounded).max_queue_rows == 16_384
+    assert Config().settings(entry(max_queue_rows=4), parse("max_batch_size: 32")).max_queue_rows == 32
+    # Triton's bound counts requests of a level, and holds beside this one on rows.
+    stated = parse("dynamic_batching { default_queue_policy { max_queue_size: 4 } }")
+    assert Config().settings(entry(), stated).max_queue_rows == 16_384
 
 
 def test_threads_of_a_model_default_to_the_servers() -> None:
@@ -260,3 +262,16 @@ def test_any_text_is_a_fault_or_a_configuration(tmp_path_factory: pytest.TempPat
 @given(st.text(max_size=20))
 def test_any_variable_has_a_value(text: str) -> None:
     assert read_scalar(text) is None or isinstance(read_scalar(text), str | int | float | bool)
+
+
+def test_ways_of_speaking_the_protocol(tmp_path: Path) -> None:
+    text = (
+        "server: {protocol: {server_name: triton, triton_status_codes: true, json_half: true, invent_ids: true, "
+        "typed_responses: mirror}, compression: {min_bytes: 0, level: 9}}"
+    )
+    config = load(write(tmp_path, text))
+    assert config.server.protocol.options() == ProtocolOptions("triton", True, True, True, "mirror")
+    assert (config.server.compression.min_bytes, config.server.compression.level) == (0, 9)
+    defaults = Config().server
+    assert defaults.protocol.options() == ProtocolOptions()
+    assert (defaults.compression.min_bytes, defaults.compression.level) == (body_coding.MIN_BYTES, body_coding.LEVEL)

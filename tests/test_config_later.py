@@ -12,7 +12,7 @@ from gateway.config_later import unknown_variables
 from gateway.config_schema import Server
 from gateway.errors import ConfigError
 
-NEUTRAL = "server: {grpc_port: 8001, processes: 1, model_control: none}"
+NEUTRAL = "server: {processes: 1}"
 
 
 def test_values_that_ask_for_nothing_more_are_accepted(tmp_path: Path) -> None:
@@ -20,20 +20,15 @@ def test_values_that_ask_for_nothing_more_are_accepted(tmp_path: Path) -> None:
     file.write_text(NEUTRAL)
     config = load(file)
     assert config.server == Server()
-    assert config.notes == (f"{file}:1: server.grpc_port: gRPC is not served in this version; the key has no effect",)
+    assert config.notes == ()
 
 
 def test_they_are_accepted_as_variables_and_options_too() -> None:
-    environ = {"GATEWAY_PROCESSES": "1", "GATEWAY_MODEL_CONTROL": "none", "GATEWAY_GRPC_PORT": "8001"}
-    (note,) = load(None, {}, environ).notes
-    assert note.startswith("environment: GATEWAY_GRPC_PORT: gRPC is not served")
-    (note,) = load(None, {"processes": "1", "model_control": "none", "grpc_port": "8001"}).notes
-    assert note.startswith("command line: --grpc-port: gRPC is not served")
+    assert load(None, {}, {"GATEWAY_PROCESSES": "1"}).server == Server()
+    assert load(None, {"processes": "1"}).server == Server()
 
 
-@pytest.mark.parametrize(
-    "environ", [{"GATEWAY_PROCESSES": "2"}, {"GATEWAY_MODEL_CONTROL": "explicit"}, {"GATEWAY_GRPC_PORT": "9001"}]
-)
+@pytest.mark.parametrize("environ", [{"GATEWAY_PROCESSES": "2"}])
 def test_any_other_value_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="not supported in this version"):
         load(None, {}, environ)
@@ -41,9 +36,7 @@ def test_any_other_value_is_refused(environ: dict[str, str]) -> None:
 
 def test_the_schema_accepts_exactly_these_values() -> None:
     keys = json_schema()["$defs"]["Server"]["properties"]
-    assert {key: keys[key]["const"] for key in ("grpc_port", "processes", "model_control")} == {
-        "grpc_port": 8001, "processes": 1, "model_control": "none"
-    }  # fmt: skip
+    assert {key: keys[key]["const"] for key in ("processes",)} == {"processes": 1}
 
 
 @pytest.mark.parametrize(

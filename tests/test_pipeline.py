@@ -29,6 +29,7 @@ class Version:
     spec: ModelSpec
     scheduler: Scheduler | None
     split_rows: int
+    cached: bool = False
 
 
 class Road:

@@ -333,8 +333,10 @@ async def test_rows_whose_deadline_has_passed_are_never_executed() -> None:
     bench.send()
     first = await bench.backend.expect_batch(rows=1)
     late, patient = bench.send(timeout_s=0.2), bench.send()
+    await turns()
     bench.scheduler.stop()
     await asyncio.sleep(0.5)
+    assert late.settled == 0
     first.reply()
     batch = await bench.backend.expect_batch(rows=1)
     assert batch.numbers == patient.numbers

@@ -74,7 +74,7 @@ def served(name: str, version: str, policy: BatchPolicy) -> ServedVersion:
 def started(*models: tuple[str, BatchPolicy], host: str = "127.0.0.1") -> None:
     async def show() -> None:
         versions = [served(name, str(number), policy) for number, (name, policy) in enumerate(models, 1)]
-        terminal.show_started(versions, host, 8000, 8002)
+        terminal.show_started(versions, host, 8000, 8002, grpc_port=8001)
 
     asyncio.run(show())
 
@@ -93,6 +93,7 @@ def test_the_table_tells_every_model(screen: Console) -> None:
         cells = [cell.strip() for cell in row.split("│")[1:-1]]
         assert cells == [name, version, "sha256:0123456789ab…", "onnx-1, onnx-2", "READY", batching]
     assert "inference   http://127.0.0.1:8000/v2" in lines
+    assert "grpc        127.0.0.1:8001" in lines
     assert any(line.startswith("operations  http://127.0.0.1:8002/ ") for line in lines)
     assert max(map(len, lines)) <= 100
 
@@ -230,13 +231,14 @@ def test_the_program_is_named_the_way_it_can_be_called(tmp_path: Path, monkeypat
 
 def test_plain_is_one_record_of_the_log(screen: Console, caplog: pytest.LogCaptureFixture) -> None:
     async def show() -> None:
-        terminal.show_started([served("digits", "3", BatchPolicy(0))], "127.0.0.1", 8000, 8002, plain=True)
+        terminal.show_started([served("digits", "3", BatchPolicy(0))], "127.0.0.1", 8000, 8002, grpc_port=8001, plain=True)
 
     with caplog.at_level("INFO", "gateway"):
         asyncio.run(show())
     assert screen.export_text() == ""
     assert caplog.messages == [
-        "serving digits version 3; inference http://127.0.0.1:8000/v2, operations http://127.0.0.1:8002/"
+        "serving digits version 3; inference http://127.0.0.1:8000/v2, grpc 127.0.0.1:8001, "
+        "operations http://127.0.0.1:8002/"
     ]
 
 

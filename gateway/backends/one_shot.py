@@ -18,10 +18,11 @@ TIMEOUT_S: Final = 120.0
 class _Once:
     """A batch of one; fits `backends.interface.Batch`."""
 
-    def __init__(self, inputs: Sequence[InputTensor], outputs: tuple[int, ...], rows: int) -> None:
+    def __init__(self, inputs: Sequence[InputTensor | None], outputs: tuple[int, ...], rows: int) -> None:
         self.inputs = [
             BatchInput(index, tensor.datatype, tensor.shape, part_nbytes(tensor), [tensor])
             for index, tensor in enumerate(inputs)
+            if tensor is not None
         ]
         self.outputs = outputs
         self.rows = rows
@@ -33,10 +34,11 @@ class _Once:
 
 
 async def run_once(
-    replica: Replica, inputs: Sequence[InputTensor], outputs: tuple[int, ...], timeout_s: float = TIMEOUT_S
+    replica: Replica, inputs: Sequence[InputTensor | None], outputs: tuple[int, ...], timeout_s: float = TIMEOUT_S
 ) -> Success | Failure:
-    """Execute `inputs` (one per model input, in its order) on a replica with a free slot."""
-    rows = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    """Execute `inputs` (one per model input, in its order; None: left out) on a replica with a free slot."""
+    first = next((tensor for tensor in inputs if tensor is not None), None)
+    rows = first.shape[0] if first is not None and first.shape else 1
     once = _Once(inputs, outputs, rows)
     replica.execute(once, timeout_s)
     return await once.outcome

@@ -1,15 +1,19 @@
 """Whether a request is let in: every queue has a bound in rows and in bytes, checked before anything is kept.
 
-Refusals cost no memory and happen at arrival, not after a timeout. The bounds are per model version.
+Refusals cost no memory and happen at arrival, not after a timeout. The bounds are per model version, and in requests
+per priority level where its owner states a queue policy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.core.arrival_order import ArrivalOrder
 from gateway.core.batch_queue import BatchQueue
 from gateway.core.model import BatchPolicy
+from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import InferRequest
+from gateway.core.scheduling import QueuePolicy
 from gateway.errors import GatewayError, Overloaded, TooLarge
 
 
@@ -54,8 +58,41 @@ def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Reje
     return None
 
 
-def deadline_of(policy: BatchPolicy, request: InferRequest) -> float:
-    """Monotonic instant by which the caller wants its answer; `request.received` must be set."""
-    if request.timeout_s:
-        return request.received + min(request.timeout_s, MAX_TIMEOUT_S)
-    return request.received + policy.deadline_s
+def admit_to_level(queue: PolicyQueue, request: InferRequest) -> Rejected | None:
+    """What the queue policy of its priority level adds to `admit`. A split request counts as one here."""
+    bound = queue.full_for(request)
+    if not bound:
+        return None
+    level = queue.level_of(request)
+    where = f" with priority {level}" if level else ""
+    return Rejected(
+        "queue_size",
+        f"Exceeds maximum queue size: {bound} requests{where} wait, as many as max_queue_size allows; retry later",
+    )
+
+
+def admit_in_order(
+    queue: BatchQueue, order: ArrivalOrder, policy: BatchPolicy, request: InferRequest
+) -> Rejected | None:
+    """What `preserve_ordering` adds to `admit`: answers that are held back take room in the queue."""
+    rows, nbytes = queue.rows + order.rows, queue.nbytes + order.nbytes
+    if rows + request.rows <= policy.max_queue_rows and nbytes + request.nbytes <= policy.max_queue_bytes:
+        return None
+    return Rejected(
+        "queue_order",
+        f"Exceeds maximum queue size: {queue.rows} rows wait, and the answers of {order.rows} for those of earlier "
+        f"requests, which is as much as fits with preserve_ordering; retry later",
+    )
+
+
+def deadline_of(policy: BatchPolicy, request: InferRequest, queue_policy: QueuePolicy | None = None) -> float:
+    """Monotonic instant by which the caller wants its answer; `request.received` must be set.
+
+    OIP's `timeout` counts towards it only where no queue policy is stated for the request: there it is about queueing
+    and nothing else (core/policy_queue.py).
+    """
+    allowed_s = request.timeout_s
+    if request.stated_timeout_s and queue_policy is None:
+        stated = request.stated_timeout_s
+        allowed_s = min(allowed_s, stated) if allowed_s else stated
+    return request.received + (min(allowed_s, MAX_TIMEOUT_S) if allowed_s else policy.deadline_s)

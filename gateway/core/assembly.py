@@ -129,6 +129,8 @@ def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
             inputs, stop - start, nbytes, request.key, request.outputs, request.request_id, request.form,
             request.timeout_s,
         )  # fmt: skip
+        part.stated_timeout_s = request.stated_timeout_s
+        part.priority = request.priority
         part.received = request.received
         part.part = True
         parts.append(part)

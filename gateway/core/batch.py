@@ -6,9 +6,21 @@ One object per batch carries everything that answers, metrics and records need, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from gateway.core.request import OutputTensor
+
+
+class Execution(NamedTuple):
+    """What is said of one executed batch to those whose rows were in it."""
+
+    backend: str
+    """Who executed it; "cache" where an answer was remembered; model, version and backend for an ensemble's step."""
+    attempt: int
+    batch_id: str
+    rows: int
+    """In the executed batch."""
 
 
 class FinishedBatch:
@@ -54,7 +66,14 @@ class FinishedBatch:
         """Why the batch was closed (core.batching.Reason)."""
         self.input_ns, self.infer_ns, self.output_ns = compute_ns
         """Nanoseconds as the backend measured them: preparing inputs, running the model, writing outputs."""
-        self.parts: list[tuple[FinishedBatch, int]] | None = None
-        """Where this is the answer to a split request, put together again: (batch, first row) of each part."""
+        self.parts: Sequence[tuple[Execution | FinishedBatch, int]] | None = None
+        """Where several executions, or an earlier one, made this answer (a split request put together again, an
+        ensemble, an answer from the cache): each, and the request's first row in it. It then belongs to one request."""
         self.http_memo: Any = None
         self.grpc_memo: Any = None
+
+
+def executions(batch: FinishedBatch, row: int) -> Iterator[tuple[Execution, int]]:
+    """What made the answer of a request that starts at `row` of `batch`: (execution, first row in it), in order."""
+    for part, first in [(batch, row)] if batch.parts is None else batch.parts:
+        yield Execution(part.backend, part.attempt, part.batch_id, part.rows), first

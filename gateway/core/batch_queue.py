@@ -12,13 +12,14 @@ before the heap is twice as long as what matters, and so are the ghosts of remov
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Protocol
 
 from gateway.core.request import QUEUED, RUNNING, SETTLED, InferRequest
 
-_SLACK: Final = 64
+SLACK: Final = 64
 """Dead entries tolerated whatever the queue's length, so that short queues are not rebuilt all the time."""
 
 
@@ -32,14 +33,27 @@ class QueueStatistics:
     """Arrival of the request that waits longest, monotonic seconds."""
 
 
+class Line(Protocol):
+    """Requests of a group in the order they are served: a deque, or `policy_queue.Line`."""
+
+    def append(self, request: InferRequest, /) -> None: ...
+    def appendleft(self, request: InferRequest, /) -> None: ...
+    def popleft(self) -> InferRequest: ...
+    def __getitem__(self, index: Any, /) -> InferRequest: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[InferRequest]: ...
+
+
 class Group:
     """Queued requests with equal keys. `count` and `rows` cover QUEUED ones only."""
 
-    __slots__ = ("count", "key", "requests", "rows")
+    __slots__ = ("count", "key", "memo", "requests", "rows")
 
-    def __init__(self, key: object) -> None:
+    def __init__(self, key: object, line: Line) -> None:
         self.key = key
-        self.requests: deque[InferRequest] = deque()
+        self.requests = line
+        self.memo: Any = None
+        """What core/batching.py found out about it; forgotten with every change."""
         self.count = 0
         self.rows = 0
 
@@ -59,7 +73,10 @@ that an entry that waits to be dropped keeps nobody's bytes alive."""
 
 
 class BatchQueue:
-    """See the module's docstring. All methods are amortised O(1) or O(rows handed out)."""
+    """See the module's docstring. What happens to a request is amortised O(1); what looks at groups, O(groups)."""
+
+    ranked: ClassVar[bool] = False
+    """Whether anything but arrival decides who goes first."""
 
     __slots__ = ("_deadlines", "_sequence", "_unsettled", "count", "groups", "nbytes", "rows")
 
@@ -79,11 +96,12 @@ class BatchQueue:
         request.place = place = [request.deadline, self._sequence, request]
         deadlines = self._deadlines
         heappush(deadlines, place)
-        if len(deadlines) > 2 * self._unsettled + _SLACK:
+        if len(deadlines) > 2 * self._unsettled + SLACK:
             self._deadlines = [entry for entry in deadlines if entry[2] is not None]
             heapify(self._deadlines)
         group = self.groups.get(request.key) or self._group(request)
         group.requests.append(request)
+        group.memo = None
         group.count += 1
         group.rows += request.rows
         self.rows += request.rows
@@ -121,6 +139,7 @@ class BatchQueue:
             else:
                 requests.popleft()
         rows = max_rows - room
+        group.memo = None
         group.count -= len(taken)
         group.rows -= rows
         self.rows -= rows
@@ -142,15 +161,15 @@ class BatchQueue:
             self._count(request, -1)
             self._bury(self.groups[request.key])
 
-    def expired(self, now: float) -> list[InferRequest]:
-        """Unsettled requests, waiting or running, whose deadline is not after `now`. They stay unsettled."""
-        found = []
+    def expired(self, now: float) -> InferRequest | None:
+        """An unsettled request, waiting or running, whose deadline is not after `now`: one at a time, each once. The
+        caller must settle it before it does anything else here."""
         heap = self._deadlines
         while heap and (heap[0][2] is None or heap[0][0] <= now):
-            request = heappop(heap)[2]
+            request: InferRequest | None = heappop(heap)[2]
             if request is not None:
-                found.append(request)
-        return found
+                return request
+        return None
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of an unsettled request."""
@@ -158,6 +177,22 @@ class BatchQueue:
         while heap and heap[0][2] is None:
             heappop(heap)
         return heap[0][0] if heap else None
+
+    def first(self) -> Group:
+        """The group whose head goes first; somebody must wait."""
+        groups = self.groups
+        if len(groups) == 1:
+            return next(iter(groups.values()))
+        return min(groups.values(), key=_head_received)
+
+    def in_order(self) -> Sequence[Group]:
+        """All groups, in the order of their heads."""
+        groups = self.groups
+        return [*groups.values()] if len(groups) == 1 else sorted(groups.values(), key=_head_received)
+
+    def outranks(self, one: Group, other: Group) -> bool:
+        """Whether the head of `one` goes before that of `other` whoever came first."""
+        return False
 
     def waiting(self) -> list[InferRequest]:
         """Every request that waits, for shutting the room."""
@@ -178,20 +213,30 @@ class BatchQueue:
     def _group(self, request: InferRequest) -> Group:
         group = self.groups.get(request.key)
         if group is None:
-            group = self.groups[request.key] = Group(request.key)
+            group = self.groups[request.key] = Group(request.key, self._line())
         return group
+
+    def _line(self) -> Line:
+        """A line for a new group."""
+        return deque()
 
     def _bury(self, group: Group) -> None:
         """Drop ghosts before they outnumber the living: they hold their callers' bytes."""
         if not group.count:
             del self.groups[group.key]
-        elif len(group.requests) > 2 * group.count + _SLACK:
+        elif len(group.requests) > 2 * group.count + SLACK:
             group.requests = deque([request for request in group.requests if request.state == QUEUED])
 
     def _count(self, request: InferRequest, sign: int) -> None:
         group = self.groups[request.key]
+        group.memo = None
         group.count += sign
         group.rows += sign * request.rows
         self.rows += sign * request.rows
         self.nbytes += sign * request.nbytes
         self.count += sign
+
+
+def _head_received(group: Group) -> float:
+    head = group.head()
+    return head.received if head is not None else float("inf")

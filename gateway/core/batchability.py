@@ -35,6 +35,8 @@ class SignatureTensor:
     name: str
     datatype: Datatype
     shape: tuple[int | None, ...]
+    optional: bool = False
+    """The model has a default for it (an initializer that may be overridden); it may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,11 @@ def _random(
     shape = tuple([size if dim is None else dim for dim in tensor.shape])
     if rows is not None:
         shape = (rows, *shape[1:])
-    return InputTensor(tensor.datatype, shape, None, _random_bytes(tensor.datatype, shape, ceiling, rng))
+    return InputTensor(tensor.datatype, shape, None, random_bytes(tensor.datatype, shape, ceiling, rng))
 
 
-def _random_bytes(datatype: Datatype, shape: tuple[int, ...], ceiling: int, rng: np.random.Generator) -> bytes:
+def random_bytes(datatype: Datatype, shape: tuple[int, ...], ceiling: int, rng: np.random.Generator) -> bytes:
+    """Random elements in OIP binary form; whole numbers from 0 to below `ceiling`."""
     count = element_count(shape)
     if datatype.kind == "bytes":
         return pack_bytes([b"w%d" % number for number in rng.integers(0, 1000, count)])

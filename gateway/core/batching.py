@@ -13,6 +13,8 @@ With one, groups are looked at in the order of their heads, and of each, in this
   5. ... or when waiting on would cost the head its deadline                                          → DEADLINE
   6. otherwise wait until the earliest instant at which 4 or 5 can become true.
 Time is up once 4 or 5 holds.
+With priorities (core/policy_queue.py) the head is not always the oldest: 4 and 5 look at everyone pending. And a group
+that still waits is sent, for reason SHAPE, before one of lower rank takes the replica from it: strict means strict.
 Batches of a model that does not batch, or whose rows are not proven independent, hold one request each.
 """
 
@@ -20,11 +22,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.core.batch_queue import BatchQueue, Group
 from gateway.core.model import BatchPolicy
-from gateway.core.request import QUEUED, InferRequest
+from gateway.core.request import QUEUED
 
 
 class Reason(enum.Enum):
@@ -35,7 +37,7 @@ class Reason(enum.Enum):
     DELAY = "delay"
     DEADLINE = "deadline"
     SHAPE = "shape"
-    """Closed early because the next request in line could not join: it would not fit."""
+    """Closed early because others in line could not join: the next would not fit, or waits with less priority."""
 
 
 SHORT_RUN_S: Final = 0.0005
@@ -92,62 +94,70 @@ def decide(queue: BatchQueue, policy: BatchPolicy, now: float, execute_s: float 
         return IDLE
     limit = policy.max_batch_size
     if not limit or not policy.merge:
-        return Dispatch(_oldest(queue), 1, Reason.WORKER_FREE)  # at least one request is taken, whatever its rows
+        return Dispatch(queue.first(), 1, Reason.WORKER_FREE)  # at least one request is taken, whatever its rows
     if policy.max_queue_delay_s <= 0.0:
-        group = _oldest(queue)
+        group = queue.first()
         return Dispatch(group, limit, Reason.FULL if group.rows >= limit else Reason.WORKER_FREE)
     return _decide_delayed(queue, policy, now, execute_s, limit)
 
 
-def _oldest(queue: BatchQueue) -> Group:
-    groups = queue.groups
-    if len(groups) == 1:
-        return next(iter(groups.values()))
-    return min(groups.values(), key=_head_received)
+class _Pending(NamedTuple):
+    """A group's oldest requests, as many as fit; remembered until the group changes."""
 
-
-def _head_received(group: Group) -> float:
-    head = group.head()
-    return head.received if head is not None else float("inf")
+    rows: int
+    preferred: int
+    """The largest preferred size that the first of them make up exactly; 0: none."""
+    closed: bool
+    """Whether the next in line does not fit."""
+    received: float
+    """Arrival of the one that waits longest."""
+    deadline: float
+    """Of the head; in a ranked queue the earliest of all."""
 
 
 def _decide_delayed(queue: BatchQueue, policy: BatchPolicy, now: float, execute_s: float, limit: int) -> Decision:
     wake = float("inf")
     preferred = policy.preferred_batch_sizes or (limit,)
-    for group in sorted(queue.groups.values(), key=_head_received):
-        head = group.head()
-        if head is None:
+    enough = min(limit, max(preferred))
+    ahead: Group | None = None
+    """The first group that waits on."""
+    for group in queue.in_order():
+        pending: _Pending = group.memo or _look_at(group, preferred, limit, queue.ranked)
+        ripe = pending.received + policy.max_queue_delay_s
+        # Twice the longest run seen lately: the next may be longer, and an answer after the deadline is worth nothing.
+        urgent = pending.deadline - 2.0 * execute_s
+        time_is_up = now >= ripe or now >= urgent
+        if pending.preferred and not time_is_up:
+            verdict = Dispatch(group, pending.preferred, Reason.FULL)
+        elif pending.rows >= enough:
+            verdict = Dispatch(group, limit, Reason.FULL)
+        elif pending.closed:
+            verdict = Dispatch(group, limit, Reason.SHAPE)
+        elif time_is_up:
+            verdict = Dispatch(group, limit, Reason.DELAY if now >= ripe else Reason.DEADLINE)
+        else:
+            wake = min(wake, ripe, urgent)
+            ahead = ahead or group
             continue
-        pending, largest, closed = _prefix(group, preferred, limit)
-        ripe = head.received + policy.max_queue_delay_s
-        urgent = _urgent(head, execute_s)
-        time_is_up = now >= min(ripe, urgent)
-        if largest and not time_is_up:
-            return Dispatch(group, largest, Reason.FULL)
-        if pending >= limit or pending >= max(preferred):
-            return Dispatch(group, limit, Reason.FULL)
-        if closed:
-            return Dispatch(group, limit, Reason.SHAPE)
-        if time_is_up:
-            return Dispatch(group, limit, Reason.DELAY if now >= ripe else Reason.DEADLINE)
-        wake = min(wake, ripe, urgent)
+        if ahead is not None and queue.outranks(ahead, group):
+            return Dispatch(ahead, limit, Reason.SHAPE)
+        return verdict
     return WaitUntil(wake)
 
 
-def _urgent(head: InferRequest, execute_s: float) -> float:
-    # Twice the longest run seen lately: the next may be longer, and an answer after the deadline is worth nothing.
-    return head.deadline - 2.0 * execute_s
-
-
-def _prefix(group: Group, preferred: tuple[int, ...], limit: int) -> tuple[int, int, bool]:
-    """(rows pending, largest preferred size that the oldest make up exactly or 0, whether the next does not fit)."""
-    total, largest = 0, 0
+def _look_at(group: Group, preferred: tuple[int, ...], limit: int, ranked: bool) -> _Pending:
+    total, largest, closed = 0, 0, False
+    received = deadline = float("inf")
     for request in group.requests:
         if request.state != QUEUED:
             continue
         if total + request.rows > limit:
-            return total, largest, True
+            closed = True
+            break
+        if ranked or not total:
+            received, deadline = min(received, request.received), min(deadline, request.deadline)
         total += request.rows
         if total in preferred:
             largest = total
-    return total, largest, False
+    group.memo = found = _Pending(total, largest, closed, received, deadline)
+    return found

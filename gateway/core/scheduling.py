@@ -158,6 +158,11 @@ class Scheduling:
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Output name → its classification labels, by index."""
 
+    @property
+    def states_queue_policy(self) -> bool:
+        """Whether the model states any; then OIP's `timeout` is about queueing, as with Triton."""
+        return self.default_queue_policy is not None or bool(self.priority_queue_policies)
+
     def queue_policy(self, level: int) -> QueuePolicy | None:
         """The policy of a priority level (0 where there are no levels)."""
         for stated, policy in self.priority_queue_policies:

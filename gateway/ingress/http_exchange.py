@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, Overloaded
 from gateway.protocol.http1 import Head, adapt, error_response
 
 if TYPE_CHECKING:
@@ -55,6 +55,21 @@ class Exchange:
     def __repr__(self) -> str:
         state = "open" if self._answer is None and self._connection is not None else "over"
         return f"<Exchange {self.head!r} {state}>"
+
+    def hold(self, nbytes: int) -> None:
+        """Count further bytes as held for this request until it ends: what its body became.
+
+        Raises:
+            Overloaded: the server holds as many bytes as it may.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        held = connection.shared.held
+        if held.used_bytes + nbytes > held.limit_bytes:
+            raise Overloaded(f"the bodies of all requests may hold {held.limit_bytes} bytes; retry later")
+        held.used_bytes += nbytes
+        self._held_bytes += nbytes
 
     def send(self, data: bytes) -> None:
         """Answer with the bytes of a complete response. Does nothing if the client is gone.

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from gateway.ingress.http_connection import Connection, Shared
 from gateway.ingress.http_exchange import Application, Exchange
-from gateway.protocol.http1 import Head, HttpLimits
+from gateway.protocol.http1 import Head, Held, HttpLimits
 
 __all__ = ["Application", "Exchange", "Head", "HttpLimits", "HttpServer", "HttpStatistics"]
 
@@ -76,6 +76,11 @@ class HttpServer:
 
     def protocol(self) -> Connection:
         return Connection(self._shared)
+
+    @property
+    def held(self) -> Held:
+        """The budget of request bytes; another server may share it."""
+        return self._shared.held
 
     def attach(self, listener: Closable) -> None:
         """`drain` closes `listener` first."""

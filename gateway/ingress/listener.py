@@ -1,4 +1,4 @@
-"""Listening sockets of the data port.
+"""Listening sockets of the data ports.
 
 Rules: SO_REUSEADDR always, so that a restart does not wait for old connections to time out; SO_REUSEPORT only when
 asked, because it would let a second gateway start silently on the same port. All addresses a host name stands for
@@ -10,12 +10,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import Final
+import ssl
+from typing import Final, Protocol
 
 from gateway.errors import BindError
-from gateway.ingress.http_server import HttpServer
 
 _BACKLOG: Final = 1024
+
+
+class Accepting(Protocol):
+    """A server that is given connections."""
+
+    def protocol(self) -> asyncio.BaseProtocol: ...
+    def attach(self, listener: Listener, /) -> None: ...
 
 
 class Listener:
@@ -35,8 +42,21 @@ class Listener:
             server.close()
 
 
-async def listen(host: str, port: int, server: HttpServer, *, reuse_port: bool = False) -> Listener:
-    """Start to accept connections for `server`. `port` 0 takes a free one.
+async def listen(
+    host: str,
+    port: int,
+    server: Accepting,
+    *,
+    reuse_port: bool = False,
+    tls: ssl.SSLContext | None = None,
+    option: str = "--http-port",
+) -> Listener:
+    """Start to accept connections for `server`.
+
+    Args:
+        port: 0 takes a free one.
+        tls: connections are encrypted with it.
+        option: the command line option that a fault tells to change.
 
     Raises:
         BindError: the address cannot be listened on; the text says why and what to change.
@@ -55,8 +75,8 @@ async def listen(host: str, port: int, server: HttpServer, *, reuse_port: bool =
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise BindError(host, port, _cause(error)) from None
-    servers = [await loop.create_server(server.protocol, sock=sock, backlog=_BACKLOG) for sock in sockets]
+        raise BindError(host, port, _cause(error, option)) from None
+    servers = [await loop.create_server(server.protocol, sock=sock, backlog=_BACKLOG, ssl=tls) for sock in sockets]
     listener = Listener(host, bound_port, servers)
     server.attach(listener)
     return listener
@@ -82,13 +102,13 @@ def _bind(family: int, address: tuple[object, ...], reuse_port: bool) -> socket.
     return sock
 
 
-def _cause(error: OSError) -> str:
+def _cause(error: OSError, option: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return "the port is in use by another process; stop that process or choose another port with --http-port"
+            return f"the port is in use by another process; stop that process or choose another port with {option}"
         case errno.EADDRNOTAVAIL:
             return "the address does not belong to this machine; use one that does, such as 127.0.0.1"
         case errno.EACCES:
-            return "not permitted; ports below 1024 need privileges, choose another with --http-port"
+            return f"not permitted; ports below 1024 need privileges, choose another with {option}"
         case _:
             return error.strerror or str(error)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import Final
+import uuid
+from typing import Any, Final
 
 from gateway.catalog import ServedVersion
 from gateway.core.batch import FinishedBatch
-from gateway.core.request import InferRequest
-from gateway.errors import Cancelled, GatewayError, InvalidRequest
+from gateway.core.request import InferRequest, Settle
+from gateway.errors import Cancelled, GatewayError, InvalidRequest, as_triton
+from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.http_server import Exchange
 from gateway.protocol.http1 import Head, response_head
 from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.protocol.oip_json import RequestDecoder
+from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 from gateway.provenance import headers
 
 log = logging.getLogger("gateway.http")
@@ -55,9 +58,12 @@ class BatchMemo:
 class HttpCodec:
     """Reads requests for one model version and writes their answers."""
 
-    def __init__(self, version: ServedVersion) -> None:
+    def __init__(self, version: ServedVersion, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         spec = version.spec
-        self.decoder = RequestDecoder(spec)
+        self.options = options
+        self.decoder = RequestDecoder(spec, options)
+        self.generate: Any = None
+        """Belongs to `rest_generate`: what it made for this version."""
         self.model_header = headers.model_header(spec.name, spec.version, spec.digest)
         self._spec = spec
         self._encoder = AnswerEncoder(spec)
@@ -76,12 +82,31 @@ class HttpCodec:
         else:
             request = self.decoder.decode(body, _header_length(raw_length, len(body)))
         if head.request_timeout_ms is not None:
-            timeout_s = _timeout_s(head.request_timeout_ms)
-            request.timeout_s = min(request.timeout_s or timeout_s, timeout_s)
+            request.timeout_s = _timeout_s(head.request_timeout_ms)
         request.received = exchange.received
         request.context = exchange
         request.settle = self.settle
         return request
+
+    def prepared(self, request: InferRequest, head: Head, exchange: Exchange, settle: Settle) -> InferRequest:
+        """A request that was read in another way than `decode`'s, ready for the pipeline.
+
+        Raises:
+            InvalidRequest: a header of it makes no sense.
+        """
+        if head.request_timeout_ms is not None:
+            request.timeout_s = _timeout_s(head.request_timeout_ms)
+        request.received = exchange.received
+        request.context = exchange
+        request.settle = settle
+        if self.options.invent_ids and request.request_id is None:
+            request.request_id = str(uuid.uuid4())
+        return request
+
+    def memo_of(self, batch: FinishedBatch) -> BatchMemo:
+        """What the answers of one batch share."""
+        memo: BatchMemo = batch.http_memo or self._memo(batch)
+        return memo
 
     def settle(self, request: InferRequest) -> None:
         """Write the answer; the scheduler's callback."""
@@ -94,11 +119,36 @@ class HttpCodec:
         try:
             self._answer(request, exchange)
         except Exception as error:
-            # Whatever went wrong, the caller gets an answer: nobody else will settle this request.
-            if not isinstance(error, GatewayError):
-                log.exception("an answer of model %s could not be written", self._spec.name)
-            if not exchange.answered:
-                self.refuse(exchange, error)
+            self.failed(request, error)
+
+    def settle_coded(self, bodies: BodyCoding, coding: bytes, request: InferRequest) -> None:
+        """As `settle`, for a caller who takes compressed answers in `coding`."""
+        exchange: Exchange = request.context
+        if request.error is not None:
+            self.settle(request)
+            return
+        exchange.on_abort = None
+        try:
+            memo = self.memo_of(request.batch)
+            parts, length, json_length = self._encoder.encode(request, memo.encoded)
+        except Exception as error:
+            self.failed(request, error)
+            return
+
+        def then(body: list[bytes | memoryview], coding: bytes | None) -> None:
+            try:
+                self.write(request, memo, body, json_length, coding)
+            except Exception as error:
+                self.failed(request, error)
+
+        bodies.deflate(parts, length, coding, then)
+
+    def failed(self, request: InferRequest, error: Exception) -> None:
+        """An answer could not be written. The caller gets one all the same: nobody else will settle its request."""
+        if not isinstance(error, GatewayError):
+            log.error("an answer of model %s could not be written", self._spec.name, exc_info=error)
+        if not request.context.answered:
+            self.refuse(request.context, error)
 
     def _answer(self, request: InferRequest, exchange: Exchange) -> None:
         batch: FinishedBatch = request.batch
@@ -114,17 +164,44 @@ class HttpCodec:
                 exchange.send(memo.json_head % (length, *timed) + parts[0])
             else:
                 exchange.send(b"".join([memo.octets_head % (json_length, length, *timed), *parts]))
+            self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
         else:
-            provenance = self._provenance(request, memo, queue_s * 1e3, total_s * 1e3)
-            if json_length is not None:
-                provenance += b"Inference-Header-Content-Length: %d\r\n" % json_length
-            content_type = JSON if json_length is None else OCTETS
-            exchange.send_parts([response_head(200, content_type, length, provenance, exchange.keep_alive), *parts])
+            self.write(request, memo, parts, json_length)
+
+    def write(
+        self,
+        request: InferRequest,
+        memo: BatchMemo,
+        parts: list[bytes | memoryview],
+        json_length: int | None,
+        coding: bytes | None = None,
+        content_type: bytes | None = None,
+    ) -> None:
+        """Any answer of a batch, with its provenance.
+
+        Args:
+            parts: the body, compressed already where `coding` says so.
+            json_length: length of the JSON part before compression, where binary tensors follow it.
+            content_type: where it is neither JSON nor JSON and tensors.
+        """
+        exchange: Exchange = request.context
+        batch: FinishedBatch = request.batch
+        queue_s, total_s = batch.dispatched - request.received, self._now() - request.received
+        lines = self._provenance(request, memo, queue_s * 1e3, total_s * 1e3)
+        if json_length is not None:
+            lines += b"Inference-Header-Content-Length: %d\r\n" % json_length
+        if coding is not None:
+            lines += b"Content-Encoding: %b\r\n" % coding
+        length = sum(map(len, parts))
+        kind = content_type or (JSON if json_length is None else OCTETS)
+        exchange.send_parts([response_head(200, kind, length, lines, exchange.keep_alive), *parts])
         self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
 
     def refuse(self, exchange: Exchange, error: Exception, executed: bytes = b"") -> None:
         """Write an error, with what is known of its provenance. `executed`: header line of the last attempt."""
         known = error if isinstance(error, GatewayError) else GatewayError("the gateway failed on this request")
+        if self.options.triton_status_codes:
+            known = as_triton(known)
         self._statistics.count(known.status)
         if isinstance(known, Cancelled):
             return  # nobody is there to read it
@@ -141,7 +218,7 @@ class HttpCodec:
         )
         ids = headers.uuid7_block(time.time_ns() // 1_000_000, os.urandom(headers.UUID7_RANDOM_BYTES), batch.rows)
         ids.reverse()
-        memo = BatchMemo(BatchEncoder(self._spec, batch), template, ids)
+        memo = BatchMemo(BatchEncoder(self._spec, batch.outputs, batch.rows), template, ids)
         batch.http_memo = memo
         return memo
 
@@ -155,6 +232,23 @@ class HttpCodec:
             members = [headers.Member(b.backend, b.attempt, b.batch_id, b.rows, row) for b, row in batch.parts]
         infer_ms = (batch.finished - batch.dispatched) * 1e3
         return headers.split_headers(self.model_header, members, queue_ms, infer_ms, total_ms, memo.ids.pop())
+
+
+class InventingHttpCodec(HttpCodec):
+    """For owners who want an `id` in every answer (`ProtocolOptions.invent_ids`)."""
+
+    def decode(self, head: Head, body: bytes, exchange: Exchange) -> InferRequest:
+        request = super().decode(head, body, exchange)
+        if request.request_id is None:
+            request.request_id = str(uuid.uuid4())
+        return request
+
+
+def codec_for(version: ServedVersion, options: ProtocolOptions) -> HttpCodec:
+    """The codec of a version that has none yet; it is kept with the version."""
+    codec = (InventingHttpCodec if options.invent_ids else HttpCodec)(version, options)
+    version.http_codec = codec
+    return codec
 
 
 def request_id_header() -> bytes:

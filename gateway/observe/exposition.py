@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
-Kind = Literal["counter", "gauge", "histogram"]
+Kind = Literal["counter", "gauge", "histogram", "summary"]
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -55,6 +55,16 @@ class Family:
         self.lines.append(f'{bucket}"+Inf"{rest}{cumulative[-1]}\n')
         self.lines.append(f"{self.name}_count{braces} {cumulative[-1]}\n")
         self.lines.append(f"{self.name}_sum{braces} {float(total)}\n")
+
+    def add_summary(self, label_text: str, quantiles: Sequence[tuple[float, float]], count: int, total: float) -> None:
+        """`quantiles`: (quantile, value), as Triton writes them: behind the other labels."""
+        braces = f"{{{label_text}}}" if label_text else ""
+        lead = f"{label_text}," if label_text else ""
+        self.lines.append(f"{self.name}_count{braces} {count}\n")
+        self.lines.append(f"{self.name}_sum{braces} {float(total)}\n")
+        for quantile, value in quantiles:
+            shown = "NaN" if value != value else value  # noqa: PLR0124  # NaN, as both formats write it
+            self.lines.append(f'{self.name}{{{lead}quantile="{quantile}"}} {shown}\n')
 
     def head(self, openmetrics: bool) -> str:
         name, kind = self.name, str(self.kind)

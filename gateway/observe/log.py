@@ -94,6 +94,38 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(row).decode()
 
 
+class Switches(logging.Filter):
+    """Which severities are written; a record that is none of the named ones (critical) always is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.info = self.warning = self.error = True
+        self.verbose = 0
+        """0: no debug records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        level = record.levelno
+        if level < logging.INFO:
+            return self.verbose > 0
+        if level < logging.WARNING:
+            return self.info
+        if level < logging.ERROR:
+            return self.warning
+        return self.error or level >= logging.CRITICAL
+
+
+SWITCHES: Final = Switches()
+"""Of the one log that `set_up` makes; change them with `switch`."""
+
+
+def switch(*, info: bool, warning: bool, error: bool, verbose: int) -> None:
+    """Write these severities and no others. `verbose` above 0 adds debug records; they are no richer above 1."""
+    SWITCHES.info, SWITCHES.warning, SWITCHES.error, SWITCHES.verbose = info, warning, error, verbose
+    # What no switch lets through is not even made.
+    wanted = (logging.DEBUG, verbose > 0), (logging.INFO, info), (logging.WARNING, warning), (logging.ERROR, error)
+    logging.getLogger().setLevel(next((level for level, on in wanted if on), logging.CRITICAL))
+
+
 def set_up(level: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
     """Send every log record of `level` ("debug", "info", "warning", "error") and above to one stream.
 
@@ -105,6 +137,10 @@ def set_up(level: str, log_format: LogFormat, stream: TextIO | None = None) -> N
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else ConsoleFormatter())
+    handler.addFilter(SWITCHES)
     root = logging.getLogger()
     root.setLevel(level.upper())
+    least = root.level
+    switch(info=least <= logging.INFO, warning=least <= logging.WARNING, error=True, verbose=int(least < logging.INFO))
+    root.setLevel(least)
     root.handlers[:] = [handler]

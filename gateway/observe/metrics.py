@@ -14,9 +14,10 @@ invent.
 from __future__ import annotations
 
 import platform
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Final
 
@@ -27,7 +28,13 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 import gateway
 from gateway.core.batch_queue import QueueStatistics
 from gateway.observe.exposition import OPENMETRICS, TEXT, Family, Kind, labels, render
-from gateway.observe.record import Histogram, ModelStatistics
+from gateway.observe.host import Host, HostUsage
+from gateway.observe.record import Histogram, ModelStatistics, Recent
+
+QUANTILES: Final = (0.5, 0.9, 0.95, 0.99, 0.999)
+SUMMARIES: Final = ("request", "queue", "compute_input", "compute_infer", "compute_output")
+_TAG: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_OWN_LABELS: Final = frozenset(("model", "version", "reason", "quantile"))
 
 BACKEND_STATES: Final = ("ready", "starting", "unavailable", "failed")
 """Every backend shows each of these as 0 or 1; a state not listed here appears only while it lasts."""
@@ -54,6 +61,12 @@ class ModelView:
     statistics: ModelStatistics
     queue: QueueStatistics
     replicas: Sequence[ReplicaView]
+    load_s: float = 0.0
+    """Seconds that loading it took."""
+    cached: bool = False
+    """Whether its answers may come from the response cache."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Labels that its configuration adds to Triton's metrics (`metric_tags`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,20 @@ class HttpView:
 
 
 @dataclass(frozen=True, slots=True)
+class GrpcView:
+    """The gRPC port, as seen now. What it holds counts in `HttpView.held_bytes`: both ports share one budget."""
+
+    open_connections: int
+    rejected: Mapping[str, int]
+    """Calls and connections refused before they reached a model, by reason."""
+    requests: int = 0
+    aborted: int = 0
+    """Calls whose client left before the answer."""
+    expired: int = 0
+    """Calls whose deadline passed before the answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """Where a scrape reads from; each is called once per scrape."""
 
@@ -80,6 +107,7 @@ class Sources:
     """Event-loop lag in seconds by process name."""
     build: Mapping[str, str]
     """Labels of `gateway_build_info`, see `build_labels`."""
+    grpc: Callable[[], GrpcView] | None = None
 
 
 def build_labels() -> dict[str, str]:
@@ -95,6 +123,11 @@ def build_labels() -> dict[str, str]:
     }
 
 
+def _only_where_asked_for(name: str) -> bool:
+    """Families that are left out whole while nothing has a sample of them."""
+    return name.startswith("nv_cache_") or name.endswith("_summary_us")
+
+
 class Metrics:
     """What `/metrics` serves; one for the process."""
 
@@ -102,6 +135,7 @@ class Metrics:
         """`clock`: monotonic seconds, the one that requests' arrival times are read from."""
         self.sources = sources
         self._clock = clock
+        self._host = Host()
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
         PlatformCollector(registry=self._process)
@@ -113,7 +147,10 @@ class Metrics:
 
     def finish(self, scrape: Scrape, openmetrics: bool) -> tuple[bytes, str]:
         """The text of a scrape and its content type."""
+        scrape.add_host(self._host.usage())
         scrape.add_process(self.sources.http(), self.sources.loop_lag, self.sources.build)
+        if self.sources.grpc is not None:
+            scrape.add_grpc(self.sources.grpc())
         own = render(scrape.families(), openmetrics)
         if openmetrics:
             return own + generate_openmetrics(self._process), OPENMETRICS  # type: ignore[no-untyped-call]
@@ -145,7 +182,7 @@ class Scrape:
         for (name, label_text), value in self._sums.items():
             self._by_name[name].add(label_text, value)
         self._sums.clear()
-        return list(self._by_name.values())
+        return [family for family in self._by_name.values() if family.lines or not _only_where_asked_for(family.name)]
 
     def add(self, view: ModelView) -> None:
         """Read one model version. A second view of it is ignored: a series may appear only once."""
@@ -173,17 +210,40 @@ class Scrape:
         ):
             self._family(f"nv_inference_{name}", "counter", text, foreign=True)
         self._family("nv_inference_pending_request_count", "gauge", "Requests waiting to be executed")
+        for name, text in (
+            ("num_hits", "Answers taken from the response cache"),
+            ("num_misses", "Look-ups in the response cache that found nothing"),
+            ("hit_duration", "Cumulative time of look-ups that found an answer in microseconds"),
+            ("miss_duration", "Cumulative time of look-ups that found nothing, and of storing, in microseconds"),
+        ):
+            self._family(f"nv_cache_{name}_per_model", "counter", text, foreign=True)
+        self._family("nv_model_load_duration_secs", "gauge", "Time that loading the model took in seconds")
+        for name in SUMMARIES:
+            self._family(f"nv_inference_{name}_summary_us", "summary", f"Newest {name} durations in microseconds")
 
     def _add_triton(self, view: ModelView) -> None:
         s, family = view.statistics, self._by_name
-        version = labels(model=view.name, version=view.version)
+        tags = {name: value for name, value in view.tags.items() if _TAG.fullmatch(name) and name not in _OWN_LABELS}
+        named = {**tags, "model": view.name, "version": view.version}
+        version = labels(**named)
         for reason, n in s.failures.items():
-            family["nv_inference_request_failure"].add(labels(model=view.name, reason=reason, version=view.version), n)
+            family["nv_inference_request_failure"].add(labels(**named, reason=reason), n)
+        family["nv_model_load_duration_secs"].add(version, view.load_s)
+        if view.cached:
+            for name, value in (
+                ("num_hits", s.cache_hits),
+                ("num_misses", s.cache_misses),
+                ("hit_duration", s.cache_hit_ns // 1000),
+                ("miss_duration", s.cache_miss_ns // 1000),
+            ):
+                family[f"nv_cache_{name}_per_model"].add(version, value)
+        if s.recent is not None:
+            self._add_summaries(s, s.recent, version)
         for name, value in (
             ("request_success", s.success),
             ("count", s.inference_count),
             ("exec_count", s.execution_count),
-            ("request_duration_us", s.request_ns // 1000),
+            ("request_duration_us", s.success_ns // 1000),
             ("queue_duration_us", s.queue_ns // 1000),
             ("compute_input_duration_us", s.compute_input_ns // 1000),
             ("compute_infer_duration_us", s.compute_infer_ns // 1000),
@@ -191,6 +251,20 @@ class Scrape:
             ("pending_request_count", view.queue.requests),
         ):
             family[f"nv_inference_{name}"].add(version, value)
+
+    def _add_summaries(self, s: ModelStatistics, recent: Recent, version: str) -> None:
+        executed = s.success - s.cache_hits
+        sums = {
+            "request": (s.success, s.success_ns),
+            "queue": (s.success, s.queue_ns),
+            "compute_input": (executed, s.compute_input_ns),
+            "compute_infer": (executed, s.compute_infer_ns),
+            "compute_output": (executed, s.compute_output_ns),
+        }
+        for name, values in recent.quantiles(QUANTILES).items():
+            count, total_ns = sums[name]
+            quantiles = [(quantile, value / 1e3) for quantile, value in zip(QUANTILES, values, strict=True)]
+            self._by_name[f"nv_inference_{name}_summary_us"].add_summary(version, quantiles, count, total_ns / 1e3)
 
     # -- families by model version -------------------------------------------------------------------------
 
@@ -278,11 +352,19 @@ class Scrape:
     # -- families of the process ---------------------------------------------------------------------------
 
     def _describe_process(self) -> None:
+        self._family("nv_cpu_utilization", "gauge", "Share of the machine's CPU time in use since the last scrape")
+        self._family("nv_cpu_memory_total_bytes", "gauge", "The machine's memory")
+        self._family("nv_cpu_memory_used_bytes", "gauge", "The machine's memory in use")
         self._family("gateway_http_open_connections", "gauge", "Open connections to the data port")
         self._family("gateway_http_held_bytes", "gauge", "Bytes of request bodies being received or processed")
         self._family("gateway_http_requests_total", "counter", "Requests received whole on the data port, on any path")
         self._family("gateway_http_aborted_total", "counter", "Requests whose client left before the answer")
         self._family("gateway_http_rejected_total", "counter", "Requests refused at the data port, by reason")
+        self._family("gateway_grpc_open_connections", "gauge", "Open connections to the gRPC port")
+        self._family("gateway_grpc_calls_total", "counter", "Calls handed over by the gRPC port, of any method")
+        self._family("gateway_grpc_aborted_total", "counter", "Calls whose client left before the answer")
+        self._family("gateway_grpc_expired_total", "counter", "Calls whose deadline passed before the answer")
+        self._family("gateway_grpc_rejected_total", "counter", "Calls and connections refused there, by reason")
         self._family("gateway_event_loop_lag_seconds", "histogram", "How late the event loop runs what is due")
         self._family("gateway_build_info", "gauge", "Always 1; the labels name the versions running")
 
@@ -297,6 +379,24 @@ class Scrape:
         for process, histogram in lag.items():
             self._histogram("gateway_event_loop_lag_seconds", labels(process=process), histogram)
         family["gateway_build_info"].add(labels(**build), 1)
+
+    def add_grpc(self, grpc: GrpcView) -> None:
+        family = self._by_name
+        family["gateway_grpc_open_connections"].add("", grpc.open_connections)
+        family["gateway_grpc_calls_total"].add("", grpc.requests)
+        family["gateway_grpc_aborted_total"].add("", grpc.aborted)
+        family["gateway_grpc_expired_total"].add("", grpc.expired)
+        for reason, n in grpc.rejected.items():
+            family["gateway_grpc_rejected_total"].add(labels(reason=reason), n)
+
+    def add_host(self, usage: HostUsage) -> None:
+        for name, value in (
+            ("nv_cpu_utilization", usage.cpu),
+            ("nv_cpu_memory_total_bytes", usage.memory_total_bytes),
+            ("nv_cpu_memory_used_bytes", usage.memory_used_bytes),
+        ):
+            if value is not None:
+                self._by_name[name].add("", value)
 
     # -- small print ---------------------------------------------------------------------------------------
 

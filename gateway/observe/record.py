@@ -2,8 +2,11 @@
 
 Decides what an event means for the counters (Triton's semantics where Triton has the counter):
   * a batch is recorded once; every answered member is charged the whole batch's compute time;
-  * `success` are requests answered from a batch, `failures` those that ended otherwise, by Triton's reasons;
-  * requests refused as invalid are in `codes` only: neither success nor failure.
+  * `success` are requests answered, from a batch or from the response cache; `failures` those that ended otherwise, by
+    Triton's reasons;
+  * requests refused as invalid are in `codes` only: neither success nor failure; `failed` (Triton's `fail` statistic)
+    leaves out those that were turned away at once as well (queue full, not ready) and holds what had been accepted;
+  * an answer from the cache is a success that was never executed: it is in no `inference_count` and no `compute_*`.
 
 Rules: everything here runs on the event loop's thread and takes no lock. A float per request is parked in a
 list and folded into buckets by numpy when `FOLD_AT` have gathered or when somebody reads: memory is bounded.
@@ -13,7 +16,10 @@ Label sets stay bounded: protocols, codes, reasons and outcomes come from the ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -30,6 +36,12 @@ DURATION_BOUNDS_S: Final = (
 PHASE_BOUNDS_S: Final = (0.00005, 0.0001, *DURATION_BOUNDS_S)
 """Queue wait and overhead are often far below a quarter of a millisecond."""
 ROW_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+EXPIRED: Final = frozenset(("deadline", "timeout"))
+"""Reasons of rejection that end a request which had been accepted: its time ran out in the queue."""
+
+RECENT_BATCHES: Final = 1024
+"""Executions that quantiles are made of."""
 
 FOLD_AT: Final = 4096
 """Parked values that trigger a fold: about 0.2 ms of work, 40 ns a value."""
@@ -151,6 +163,46 @@ class ProtocolStatistics:
         return f"<ProtocolStatistics codes={self.codes}>"
 
 
+class BatchSizeStatistics:
+    """Executions of one batch size; nanoseconds once per execution, not per request."""
+
+    __slots__ = ("compute_infer_ns", "compute_input_ns", "compute_output_ns", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.compute_input_ns = 0
+        self.compute_infer_ns = 0
+        self.compute_output_ns = 0
+
+
+class Recent:
+    """Durations of the newest executions, for quantiles: nanoseconds, the mean of a batch for each of its requests."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT_BATCHES)
+
+    def add(self, requests: int, queue_ns: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
+        """`queue_ns` is the sum over `requests`, at least 1."""
+        self._rows.append((requests, queue_ns // requests, input_ns, infer_ns, output_ns))
+
+    def quantiles(self, wanted: Sequence[float]) -> dict[str, list[float]]:
+        """Nanoseconds at each wanted quantile, of `request`, `queue`, `compute_input`, `compute_infer` and
+        `compute_output`; NaN while nothing was executed."""
+        names = ("request", "queue", "compute_input", "compute_infer", "compute_output")
+        if not self._rows:
+            return {name: [math.nan] * len(wanted) for name in names}
+        rows = np.array(self._rows, dtype=np.float64)
+        weights = rows[:, 0].astype(np.int64)
+        columns = [rows[:, 1:].sum(axis=1), *rows[:, 1:].T]
+        found = {}
+        for name, column in zip(names, columns, strict=True):
+            values = np.quantile(np.repeat(column, weights), wanted, method="inverted_cdf")
+            found[name] = [float(value) for value in values]
+        return found
+
+
 class ModelStatistics:
     """All counters of one model version. Fields are public to read; only the methods write.
 
@@ -158,15 +210,36 @@ class ModelStatistics:
     """
 
     __slots__ = (
-        "attempts", "batches", "compute_infer_ns", "compute_input_ns", "compute_output_ns", "execute",
-        "execution_count", "failures", "inference_count", "overhead", "protocols", "queue_ns", "queue_waits",
-        "rejected", "retries", "rows", "success",
+        "_wall_clock_ns", "attempts", "batch_sizes", "batches", "cache_hit_ns", "cache_hits", "cache_miss_ns",
+        "cache_misses", "compute_infer_ns", "compute_input_ns", "compute_output_ns", "execute", "execution_count",
+        "failed", "failed_ns", "failures", "inference_count", "last_inference_ms", "overhead", "protocols", "queue_ns",
+        "queue_waits", "recent", "rejected", "retries", "rows", "success", "success_ns",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, wall_clock_ns: Callable[[], int] = time.time_ns) -> None:
+        """`wall_clock_ns`: nanoseconds since 1970, read once a batch."""
+        self._wall_clock_ns = wall_clock_ns
         self.protocols: dict[str, ProtocolStatistics] = {}
         self.success = 0
-        """Requests answered from a batch."""
+        """Requests answered."""
+        self.success_ns = 0
+        """From arrival to the end of the execution (or of the look-up), summed over answered requests."""
+        self.failed = 0
+        """Accepted requests that ended without an answer; see the header."""
+        self.failed_ns = 0
+        """From arrival to their end, where it is known."""
+        self.last_inference_ms = 0
+        """When the newest batch or cached answer was done: milliseconds since 1970; 0: never."""
+        self.cache_hits = 0
+        self.cache_hit_ns = 0
+        """Spent on look-ups that found an answer."""
+        self.cache_misses = 0
+        self.cache_miss_ns = 0
+        """Spent on look-ups that found none, and on storing answers."""
+        self.batch_sizes: dict[int, BatchSizeStatistics] = {}
+        """Executions by rows; no more entries than the model's largest batch has rows."""
+        self.recent: Recent | None = None
+        """Kept only where somebody wants quantiles of it."""
         self.failures: dict[str, int] = dict.fromkeys(FAILURE_REASONS, 0)
         self.inference_count = 0
         """Rows executed successfully."""
@@ -221,7 +294,19 @@ class ModelStatistics:
         self.success += requests
         self.inference_count += rows
         self.execution_count += 1
-        self.queue_ns += round(queue_s_total * 1e9)
+        queue_ns = round(queue_s_total * 1e9)
+        self.queue_ns += queue_ns
+        self.success_ns += queue_ns + requests * round(execute_s * 1e9)
+        self.last_inference_ms = self._wall_clock_ns() // 1_000_000
+        size = self.batch_sizes.get(rows)
+        if size is None:
+            size = self.batch_sizes[rows] = BatchSizeStatistics()
+        size.count += 1
+        size.compute_input_ns += compute_input_ns
+        size.compute_infer_ns += compute_infer_ns
+        size.compute_output_ns += compute_output_ns
+        if self.recent is not None and requests:
+            self.recent.add(requests, queue_ns, compute_input_ns, compute_infer_ns, compute_output_ns)
         self.compute_input_ns += compute_input_ns * requests
         self.compute_infer_ns += compute_infer_ns * requests
         self.compute_output_ns += compute_output_ns * requests
@@ -233,6 +318,28 @@ class ModelStatistics:
         """A request that was executed in parts is answered: it is one request, charged what its batches ran."""
         self.success += 1
         self.compute_infer_ns += compute_infer_ns
+        self.success_ns += compute_infer_ns  # what its parts waited was added with their batches
+
+    def record_cache_hit(self, lookup_ns: int, n: int = 1, queue_ns: int = 0) -> None:
+        """`n` requests were answered from the response cache; `lookup_ns` and `queue_ns` are their sums.
+
+        `queue_ns` is what they waited for, for instance while the first of several equal requests was executed.
+        """
+        self.success += n
+        self.cache_hits += n
+        self.cache_hit_ns += lookup_ns
+        self.queue_ns += queue_ns
+        self.success_ns += lookup_ns + queue_ns
+        self.last_inference_ms = self._wall_clock_ns() // 1_000_000
+
+    def record_cache_miss(self, ns: int, n: int = 1) -> None:
+        """`n` look-ups found nothing; `ns` is the time of those look-ups and of storing the answers.
+
+        The requests themselves are counted when they are answered, like any other; with `n` 0 time is added to a
+        miss that was counted before.
+        """
+        self.cache_misses += n
+        self.cache_miss_ns += ns
 
     def attempt(self, backend: str, outcome: str) -> None:
         """An attempt ended; failed ones only, `record_batch` counts the successful ones."""
@@ -247,23 +354,23 @@ class ModelStatistics:
         """`n` requests ended with `code` without an answer from a batch."""
         self.protocol(protocol).count(code, n)
 
-    def reject(self, reason: str, n: int = 1) -> None:
-        """Refused for load or state (queue full, deadline passed while queued, draining), not as invalid."""
+    def reject(self, reason: str, n: int = 1, spent_s: float = 0.0) -> None:
+        """Refused for load or state (queue full, deadline passed while queued, draining), not as invalid.
+
+        `spent_s`: seconds from arrival to the refusal, summed; only kept for the reasons in `EXPIRED`.
+        """
         self.rejected[reason] = self.rejected.get(reason, 0) + n
         self.failures["REJECTED"] += n
+        if reason in EXPIRED:
+            self.failed += n
+            self.failed_ns += round(spent_s * 1e9)
 
-    def fail(self, reason: FailureReason, n: int = 1) -> None:
-        """`n` accepted requests ended without an answer; for REJECTED use `reject`."""
+    def fail(self, reason: FailureReason, n: int = 1, spent_s: float = 0.0) -> None:
+        """`n` accepted requests ended without an answer, `spent_s` seconds (their sum) after they had arrived; for
+        REJECTED use `reject`."""
         self.failures[reason] += n
-
-    @property
-    def request_ns(self) -> int:
-        """Total duration of all answered requests, nanoseconds; folds what is parked."""
-        total = 0.0
-        for part in self.protocols.values():
-            part.durations.fold()
-            total += part.durations.sum
-        return round(total * 1e9)
+        self.failed += n
+        self.failed_ns += round(spent_s * 1e9)
 
     def __repr__(self) -> str:
         counts = f"success={self.success} rows={self.inference_count} batches={self.execution_count}"

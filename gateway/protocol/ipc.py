@@ -337,7 +337,7 @@ def encode_signature(signature: Signature) -> bytes:
     """Payload of LOADED."""
 
     def plain(tensors: tuple[SignatureTensor, ...]) -> list[list[Any]]:
-        return [[tensor.name, tensor.datatype.name, tensor.shape] for tensor in tensors]
+        return [[tensor.name, tensor.datatype.name, tensor.shape, tensor.optional] for tensor in tensors]
 
     return orjson.dumps({"inputs": plain(signature.inputs), "outputs": plain(signature.outputs)})
 
@@ -345,8 +345,10 @@ def encode_signature(signature: Signature) -> bytes:
 def decode_signature(payload: memoryview) -> Signature:
     """Raises FrameError."""
 
-    def tensors(items: list[tuple[str, str, list[int | None]]]) -> tuple[SignatureTensor, ...]:
-        return tuple(SignatureTensor(name, DATATYPE[kind], tuple(shape)) for name, kind, shape in items)
+    def tensors(items: list[tuple[str, str, list[int | None], bool]]) -> tuple[SignatureTensor, ...]:
+        return tuple(
+            SignatureTensor(name, DATATYPE[kind], tuple(dims), optional) for name, kind, dims, optional in items
+        )
 
     try:
         value = orjson.loads(payload)

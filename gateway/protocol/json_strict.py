@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
-from gateway.errors import InvalidRequest
+from gateway.errors import Malformed
 
 MAX_INTEGER_DIGITS: Final = 308
 """Every integer of so few digits is a finite float; a longer one is tried, as a float, before it is made."""
@@ -27,33 +27,33 @@ def parse_strict(body: bytes) -> Any:
     """JSON text → Python objects.
 
     Raises:
-        InvalidRequest: not UTF-8, not JSON, a lone surrogate, a key given twice, a number out of range, or nested too
+        Malformed: not UTF-8, not JSON, a lone surrogate, a key given twice, a number out of range, or nested too
             deeply.
     """
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"request body is not valid UTF-8 at byte {error.start}") from error
+        raise Malformed(f"request body is not valid UTF-8 at byte {error.start}") from error
     if text.startswith("\ufeff"):
-        raise InvalidRequest("request body starts with a byte order mark; send plain UTF-8")
+        raise Malformed("request body starts with a byte order mark; send plain UTF-8")
     try:
         document = _DECODER.decode(text)
         if _SURROGATE.search(text):
             _refuse_lone_surrogates(document)
     except RecursionError as error:
-        raise InvalidRequest("request body is nested too deeply") from error
+        raise Malformed("request body is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise InvalidRequest(
+        raise Malformed(
             f"failed to parse the request JSON buffer: {error.msg} at line {error.lineno} column {error.colno}"
         ) from error
     return document
 
 
-def given_twice(names: Iterable[str]) -> InvalidRequest:
+def given_twice(names: Iterable[str]) -> Malformed:
     """The refusal of an object with these keys, one of which is there twice."""
     seen: set[str] = set()
     twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-    return InvalidRequest(f"the key '{twice[:64]}' is given twice in one JSON object; give each key once")
+    return Malformed(f"the key '{twice[:64]}' is given twice in one JSON object; give each key once")
 
 
 def _refuse_lone_surrogates(document: Any) -> None:
@@ -61,7 +61,7 @@ def _refuse_lone_surrogates(document: Any) -> None:
         try:
             document.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequest(
+            raise Malformed(
                 "request body holds a lone surrogate (\\ud800 to \\udfff without its other half) in a string"
             ) from error
     elif type(document) is dict:
@@ -83,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise InvalidRequest(f"the number {text[:32]} is too large for a 64-bit float")
+        raise Malformed(f"the number {text[:32]} is too large for a 64-bit float")
     return number
 
 
@@ -91,7 +91,7 @@ def _integer(text: str) -> int:
     if text == "-0":
         return MinusZero(0)
     if len(text) > MAX_INTEGER_DIGITS and math.isinf(float(text)):
-        raise InvalidRequest(f"the integer {text[:32]}… has {len(text)} digits, more than any datatype holds")
+        raise Malformed(f"the integer {text[:32]}… has {len(text)} digits, more than any datatype holds")
     return int(text)
 
 

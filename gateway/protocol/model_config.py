@@ -2,27 +2,40 @@
 
 Rules: every key is either obeyed, refused with what to do instead, or listed in `ModelConfig.ignored`; the
 last only if it cannot change an answer, a refusal or a batch (hints about memory, labels of metrics, free-form
-parameters). A refused key may stand with its neutral value (`response_cache { enable: false }`). All faults
-are reported at once. `None`: the file does not say. Sans-I/O; any text gives a result or `ConfigError`.
+parameters). A refused key may stand with its neutral value (`model_transaction_policy { decoupled: false }`). All
+faults are reported at once. `None`: the file does not say. Sans-I/O; any text gives a result or `ConfigError`. Files
+that a configuration names (labels, first states) are read by whoever found it, and put in with `with_files`.
+Chapters: model_config_tensors, _batching, _sequences, _samples; model_config_json reads the JSON form.
 Keys: wire notes §5, Triton's model_config.proto.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from gateway.core.model import TensorSpec
 from gateway.core.scheduling import PLAIN, Scheduling
-from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype
 from gateway.errors import ConfigError, Fault
+from gateway.protocol.model_config_batching import read_dynamic_batching
+from gateway.protocol.model_config_samples import read_ensemble, read_warm_up
+from gateway.protocol.model_config_sequences import read_sequences
+from gateway.protocol.model_config_tensors import (
+    INT64,
+    read_batch_inputs,
+    read_batch_outputs,
+    read_inputs,
+    read_outputs,
+)
 from gateway.protocol.spelling import nearest
 from gateway.protocol.text_format import TextFormatError
 from gateway.protocol.text_format import parse as parse_text
 from gateway.protocol.text_section import Section
 
-_INT32: Final = 2**31 - 1
-_INT64: Final = 2**63 - 1
+ENSEMBLE: Final = "ensemble"
+"""The platform of a model that is made of other models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +58,43 @@ class ModelConfig:
     outputs: tuple[TensorSpec, ...] = ()
     preferred_batch_sizes: tuple[int, ...] | None = None
     max_queue_delay_us: int | None = None
-    max_queue_size: int | None = None
-    """Waiting requests; 0: no bound stated."""
     instances: int | None = None
     intra_op_threads: int | None = None
     version_policy: VersionPolicy = VersionPolicy()
     default_model_filename: str | None = None
     scheduling: Scheduling = PLAIN
+    label_files: tuple[tuple[str, str], ...] = ()
+    """(output, file in the model's directory) with the classification labels of an output, one a line."""
+    state_files: tuple[tuple[str, str], ...] = ()
+    """(state input, file in `initial_state` of the model's directory) with a sequence's first state."""
+    metric_tags: tuple[tuple[str, str], ...] = ()
+    """Labels of the model's metrics."""
     ignored: tuple[str, ...] = ()
     """Keys without effect here, for the log."""
+    text: str = field(default="", repr=False, compare=False)
+    """What was read; empty: nothing stated."""
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether it is made of other models, and has no file of its own."""
+        return bool(self.scheduling.ensemble)
+
+    def with_files(self, labels: Mapping[str, tuple[str, ...]], states: Mapping[str, bytes]) -> ModelConfig:
+        """With the contents of `label_files` (by output) and `state_files` (by state input)."""
+        sequence = self.scheduling.sequence
+        if sequence is not None and states:
+            changed = [replace(state, initial=states.get(state.input_name)) for state in sequence.states]
+            sequence = replace(sequence, states=tuple(changed))
+        return replace(self, scheduling=replace(self.scheduling, sequence=sequence, labels=tuple(labels.items())))
 
 
-_DATA_TYPES: Final[dict[str, Datatype]] = {
-    "TYPE_STRING" if name == "BYTES" else f"TYPE_{name}": datatype for name, datatype in DATATYPE.items()
-}
+_LABEL: Final = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,63}")
+_OWN_LABELS: Final = frozenset(("model", "version", "reason", "gpu_uuid", "namespace", "le", "quantile"))
 _UNSUPPORTED: Final = {
-    "sequence_batching": "sequences are not supported yet; remove the block if requests are independent",
-    "ensemble_scheduling": "ensembles are not supported yet; serve the steps as models of their own",
-    "model_warmup": "own warm-up samples are not supported yet; remove it, every model is warmed up at load",
-    "batch_input": "ragged batching is not supported yet; pad the inputs instead",
-    "batch_output": "ragged batching is not supported yet; pad the inputs instead",
     "model_operations": "operator libraries are not supported; use operators onnxruntime has built in",
     "model_repository_agents": "repository agents are not supported; remove the block",
     "cc_model_filenames": "one file per GPU kind is not supported; name one file in default_model_filename",
-    "reshape": "reshaping is not supported yet; state the model's own dims",
     "scheduling_choice": "write dynamic_batching { } instead",
-    "priority_queue_policy": "priority levels are not supported yet; remove it",
     "rate_limiter": "the rate limiter is not supported; remove it",
     "gpus": "GPUs are not supported in this version; remove it",
     "secondary_devices": "secondary devices are not supported; remove it",
@@ -103,20 +127,92 @@ def parse(text: str, file: str = "config.pbtxt") -> ModelConfig:
         raise ConfigError([Fault(file, error.line, "", f"column {error.column}: {error.message}")]) from None
     faults: list[Fault] = []
     ignored: list[str] = []
-    config = _read_model(Section(message, "", 1, faults, ignored), ignored)
+    config = replace(_read_model(Section(message, "", 1, faults, ignored)), ignored=tuple(ignored), text=text)
     if faults:
         raise ConfigError([Fault(file, f.line, f.where, f.message) for f in sorted(faults, key=lambda f: f.line)])
     return config
 
 
-def _read_model(top: Section, ignored: list[str]) -> ModelConfig:
-    _check_platform(top)
+def _read_model(top: Section) -> ModelConfig:
+    steps = read_ensemble(top)
+    _check_platform(top, ensemble=bool(steps) or top.has("ensemble_scheduling"))
     batch_size = top.integer("max_batch_size", 0)
-    preferred, delay, queue_size = _read_batching(top, batch_size)
+    batching = read_dynamic_batching(top, batch_size)
+    sequence, state_files = read_sequences(top, batch_size)
+    inputs = read_inputs(top, batch_size)
+    outputs, label_files = read_outputs(top, batch_size)
+    scheduling = Scheduling(
+        priority_levels=batching.priority_levels,
+        default_priority_level=batching.default_priority_level,
+        default_queue_policy=batching.default_queue_policy,
+        priority_queue_policies=batching.priority_queue_policies,
+        preserve_ordering=batching.preserve_ordering,
+        sequence=sequence,
+        ensemble=steps,
+        response_cache=_read_cache(top),
+        batch_inputs=read_batch_inputs(top, inputs),
+        batch_outputs=read_batch_outputs(top, inputs, outputs),
+        warm_up=read_warm_up(top),
+    )
+    _check_choice(top)
+    _check_hints(top)
+    config = ModelConfig(
+        name=top.text("name"),
+        max_batch_size=batch_size,
+        inputs=inputs,
+        outputs=outputs,
+        preferred_batch_sizes=batching.preferred_batch_sizes,
+        max_queue_delay_us=batching.max_queue_delay_us,
+        instances=_read_instances(top),
+        intra_op_threads=_read_parameters(top),
+        version_policy=_read_versions(top),
+        default_model_filename=_read_filename(top),
+        scheduling=scheduling,
+        label_files=label_files,
+        state_files=state_files,
+        metric_tags=_read_metric_tags(top),
+    )
+    if steps:
+        config = _check_ensemble(top, config)
+    top.finish(_UNSUPPORTED)
+    return config
+
+
+def _check_platform(top: Section, *, ensemble: bool) -> None:
+    if ensemble:
+        hint = f'an ensemble has no model file of its own; write platform: "{ENSEMBLE}"'
+        top.refuse_unless("platform", (ENSEMBLE,), hint)
+        top.refuse_unless("backend", ("",), hint)
+        return
+    if (value := top.single("platform")) is not None and value.content == ENSEMBLE:
+        top.fault(value.line, "platform", "an ensemble needs an ensemble_scheduling block with its steps")
+        return
+    for name, accepted in (("platform", "onnxruntime_onnx"), ("backend", "onnxruntime")):
+        hint = f'only ONNX models are served; write {name}: "{accepted}" and export the model to ONNX'
+        top.refuse_unless(name, ("", accepted), hint)
+
+
+def _check_choice(top: Section) -> None:
+    """The three ways to schedule exclude each other; so do some of them and the response cache."""
+    choices = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")
+    stated = [top.values(name)[0] for name in choices if top.values(name)]
+    if len(stated) > 1:
+        names = [name for name in choices if top.has(name)]
+        top.fault(stated[1].line, names[1], f"only one of {', '.join(choices)} may stand; {names[0]} does already")
+
+
+def _read_cache(top: Section) -> bool:
     cache = top.section("response_cache")
-    if cache is not None:
-        cache.refuse_unless("enable", ("false", 0), "the response cache is not supported yet; write enable: false")
-        cache.finish()
+    if cache is None:
+        return False
+    enabled = cache.flag("enable")
+    if enabled and top.has("sequence_batching"):
+        cache.fault(cache.line, "enable", "answers within a sequence cannot be cached; write enable: false")
+    cache.finish()
+    return enabled
+
+
+def _check_hints(top: Section) -> None:
     transactions = top.section("model_transaction_policy")
     if transactions is not None:
         hint = "models that answer a request several times are not supported; write decoupled: false"
@@ -124,29 +220,31 @@ def _read_model(top: Section, ignored: list[str]) -> ModelConfig:
         transactions.finish()
     _check_optimization(top)
     top.refuse_unless("runtime", ("",), "runtimes of their own are not supported; remove it")
-    top.ignore("metric_tags", "model_metrics")
-    config = ModelConfig(
-        name=top.text("name"),
-        max_batch_size=batch_size,
-        inputs=_read_tensors(top, "input"),
-        outputs=_read_tensors(top, "output"),
-        preferred_batch_sizes=preferred,
-        max_queue_delay_us=delay,
-        max_queue_size=queue_size,
-        instances=_read_instances(top),
-        intra_op_threads=_read_parameters(top),
-        version_policy=_read_versions(top),
-        default_model_filename=_read_filename(top),
-        ignored=tuple(ignored),
-    )
-    top.finish(_UNSUPPORTED)
-    return config
+    top.ignore("model_metrics")
 
 
-def _check_platform(top: Section) -> None:
-    for name, accepted in (("platform", "onnxruntime_onnx"), ("backend", "onnxruntime")):
-        hint = f'only ONNX models are served; write {name}: "{accepted}" and export the model to ONNX'
-        top.refuse_unless(name, ("", accepted), hint)
+def _read_metric_tags(top: Section) -> tuple[tuple[str, str], ...]:
+    tags = []
+    for key, entry in top.entries("metric_tags"):
+        tags.append((key, entry.text("value") or ""))
+        if not _LABEL.fullmatch(key):
+            entry.fault(entry.line, "key", f"'{key[:64]}' cannot be a label; write letters, digits and _")
+        elif key in _OWN_LABELS:
+            entry.fault(entry.line, "key", f"'{key}' is a label already; choose another name")
+        entry.finish()
+    return tuple(tags)
+
+
+def _check_ensemble(top: Section, config: ModelConfig) -> ModelConfig:
+    """An ensemble runs nothing itself: what says how to run a file cannot stand. Unstated, its batch size is 0."""
+    for name in ("instance_group", "default_model_filename", "model_warmup", "batch_input", "batch_output"):
+        if top.values(name):
+            hint = "should not be specified for an ensemble; state it for the models of its steps"
+            top.fault(top.values(name)[0].line, name, hint)
+    for name, tensors in (("input", config.inputs), ("output", config.outputs)):
+        if not tensors:
+            top.fault(1, name, f"is missing; state every {name} of the ensemble")
+    return replace(config, max_batch_size=config.max_batch_size or 0)
 
 
 def _read_filename(top: Section) -> str | None:
@@ -155,77 +253,6 @@ def _read_filename(top: Section) -> str | None:
     if name and ("/" in name or "\0" in name or name in (".", "..")):
         top.fault(line, "default_model_filename", "must be the name of a file in the version directory, not a path")
     return name or None
-
-
-def _read_tensors(top: Section, name: str) -> tuple[TensorSpec, ...]:
-    specs = []
-    for tensor in top.sections(name):
-        label = tensor.text("name")
-        if not label:
-            tensor.fault(tensor.line, "name", 'is missing; write name: "…" as in the model')
-        kind = tensor.word("data_type", tuple(_DATA_TYPES))
-        if not tensor.has("data_type"):
-            tensor.fault(tensor.line, "data_type", "is missing; write for example data_type: TYPE_FP32")
-        if not tensor.has("dims"):
-            tensor.fault(tensor.line, "dims", "is missing; write for example dims: [ -1 ]")
-        dims = tensor.integers("dims", -1, _INT64)
-        if 0 in dims or len(dims) > MAX_RANK:
-            hint = f"must be 1 or more each, or -1 for variable, and at most {MAX_RANK} of them"
-            tensor.fault(tensor.line, "dims", hint)
-        optional = _read_input_keys(tensor) if name == "input" else False
-        if name == "output":
-            tensor.ignore("label_filename")
-        tensor.refuse_unless("is_shape_tensor", ("false", 0), "shape tensors belong to TensorRT; remove it")
-        hint = "non-linear formats belong to TensorRT; remove it"
-        tensor.refuse_unless("is_non_linear_format_io", ("false", 0), hint)
-        tensor.finish(_UNSUPPORTED)
-        if label and kind:
-            specs.append(TensorSpec(label, _DATA_TYPES[kind], dims, optional))
-    names = [spec.name for spec in specs]
-    for repeated in sorted({n for n in names if names.count(n) > 1}):
-        top.fault(0, name, f"'{repeated}' is described twice; keep one of them")
-    return tuple(specs)
-
-
-def _read_input_keys(tensor: Section) -> bool:
-    tensor.refuse_unless("format", ("FORMAT_NONE",), "image formats have no effect on ONNX models; remove it")
-    hint = "ragged batching is not supported yet; pad the inputs instead"
-    tensor.refuse_unless("allow_ragged_batch", ("false", 0), hint)
-    return tensor.flag("optional")
-
-
-def _read_batching(top: Section, limit: int | None) -> tuple[tuple[int, ...] | None, int | None, int | None]:
-    """(preferred batch sizes, max queue delay in µs, max queue size) of `dynamic_batching`."""
-    batching = top.section("dynamic_batching")
-    if batching is None:
-        return None, None, None
-    preferred = batching.integers("preferred_batch_size", 1, _INT32)
-    line = next((value.line for value in batching.values("preferred_batch_size")), batching.line)
-    if limit is not None and any(size > limit for size in preferred):
-        batching.fault(line, "preferred_batch_size", f"must not exceed max_batch_size, which is {limit}")
-    delay = batching.integer("max_queue_delay_microseconds", 0, 60_000_000)
-    hint = "answers in order of arrival are not supported; remove it, each answer goes to its own request"
-    batching.refuse_unless("preserve_ordering", ("false", 0), hint)
-    for name in ("priority_levels", "default_priority_level"):
-        batching.refuse_unless(name, (0,), "priority levels are not supported yet; remove it")
-    queue_size = _read_queue_policy(batching)
-    batching.finish(_UNSUPPORTED)
-    return preferred if batching.has("preferred_batch_size") else None, delay, queue_size
-
-
-def _read_queue_policy(batching: Section) -> int | None:
-    policy = batching.section("default_queue_policy")
-    if policy is None:
-        return None
-    size = policy.integer("max_queue_size", 0)
-    hint = "only REJECT is supported; remove it"
-    policy.refuse_unless("timeout_action", ("REJECT", 0), hint)
-    hint = "is not supported here; write deadline_ms for the model in gateway.yaml, which also covers execution"
-    policy.refuse_unless("default_timeout_microseconds", (0,), hint)
-    hint = "remove it; callers may always set a timeout of their own"
-    policy.refuse_unless("allow_timeout_override", ("false", 0), hint)
-    policy.finish()
-    return size
 
 
 def _read_instances(top: Section) -> int | None:
@@ -239,7 +266,8 @@ def _read_instances(top: Section) -> int | None:
             group.fault(group.line, "kind", f"{kind} is not supported in this version; write KIND_CPU")
         group.refuse_unless("passive", ("false", 0), "passive instances are not supported; remove it")
         group.refuse_unless("host_policy", ("",), "host policies are not supported; remove it")
-        group.ignore("name")
+        if group.text("name"):
+            group.note_ignored(group.path("name"))
         group.finish(_UNSUPPORTED)
     return total or None
 
@@ -256,7 +284,7 @@ def _read_versions(top: Section) -> VersionPolicy:
         chosen.append(VersionPolicy("all"))
         every.finish()
     if (specific := policy.section("specific")) is not None:
-        versions = specific.integers("versions", 0, _INT64)
+        versions = specific.integers("versions", 0, INT64)
         if not versions:
             specific.fault(specific.line, "versions", "is missing; write for example versions: [ 1, 3 ]")
         chosen.append(VersionPolicy("specific", versions=tuple(sorted(set(versions)))))
@@ -297,7 +325,16 @@ def _check_optimization(top: Section) -> None:
     block = top.section("optimization")
     if block is None:
         return
-    block.ignore("input_pinned_memory", "output_pinned_memory", "gather_kernel_buffer_threshold", "eager_batching")
+    for name in ("input_pinned_memory", "output_pinned_memory"):
+        buffer = block.section(name)
+        if buffer is not None:
+            buffer.flag("enable")
+            buffer.finish()
+            block.note_ignored(block.path(name))
+    if block.integer("gather_kernel_buffer_threshold", 0):
+        block.note_ignored(block.path("gather_kernel_buffer_threshold"))
+    if block.flag("eager_batching"):
+        block.note_ignored(block.path("eager_batching"))
     block.refuse_unless("priority", ("PRIORITY_DEFAULT", 0), "model priorities are not supported; remove it")
     graph = block.section("graph")
     if graph is not None:

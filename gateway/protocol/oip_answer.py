@@ -10,17 +10,18 @@ a response with at least one non-empty binary output carries `Inference-Header-C
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 import orjson
 
 from gateway.core import assembly
-from gateway.core.batch import FinishedBatch
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest, OutputTensor
-from gateway.core.tensor import unpack_bytes
+from gateway.core.tensor import Datatype, element_count, unpack_bytes
 from gateway.errors import InvalidRequest
+from gateway.protocol.oip_outputs import answer_tensors
 from gateway.protocol.oip_plan import ResponseForm
 
 _NUMPY: Final = orjson.OPT_SERIALIZE_NUMPY
@@ -45,34 +46,40 @@ class AnswerEncoder:
         `encoded` belongs to the request's batch and is shared by all its members.
 
         Raises:
-            InvalidRequest: a BYTES output is wanted as JSON but is not valid UTF-8.
+            InvalidRequest: a BYTES output is wanted as JSON but is not valid UTF-8, or an answer of the wanted form
+                cannot be made.
         """
         form: ResponseForm = request.form
         opening = (
             self._opening if request.request_id is None else self._opening_with_id % orjson.dumps(request.request_id)
         )
-        if not form.any_binary:
+        if form.all_json:
             body = opening + encoded.json_outputs(form.outputs, request.row, request.rows)
             return [body], len(body), None
-        return self._encode_binary(opening, encoded, request, form)
+        if form.plain:
+            return self._encode_binary(opening, encoded, request.row, request.rows, form)
+        # Nobody else gets these tensors, so they are as a batch of their own.
+        tensors = answer_tensors(self.spec, form, request.batch, request.row, request.rows)
+        own = BatchEncoder(self.spec, dict(zip(form.outputs, tensors, strict=True)), request.rows)
+        return self._encode_binary(opening, own, 0, request.rows, form)
 
     def _encode_binary(
-        self, opening: bytes, encoded: BatchEncoder, request: InferRequest, form: ResponseForm
+        self, opening: bytes, encoded: BatchEncoder, row: int, rows: int, form: ResponseForm
     ) -> tuple[list[bytes | memoryview], int, int | None]:
-        plain = encoded.binary_frame(form, request.rows)
+        plain = encoded.binary_frame(form, rows)
         if plain is not None:
             head = opening + plain
-            found = [encoded.blob(index, request.row, request.rows) for index in form.outputs]
+            found = [encoded.blob(index, row, rows) for index in form.outputs]
             return [head, *found], len(head) + sum(map(len, found)), len(head)
         fields: list[bytes] = []
         blobs: list[bytes | memoryview] = []
         total = 0
         for index, binary in zip(form.outputs, form.binary, strict=True):
             if not binary:
-                fields.append(encoded.json_output(index, request.row, request.rows))
+                fields.append(encoded.json_output(index, row, rows))
                 continue
-            blob = encoded.blob(index, request.row, request.rows)
-            fields.append(encoded.binary_head(index, request.rows) + b"%d}}" % len(blob))
+            blob = encoded.blob(index, row, rows)
+            fields.append(encoded.binary_head(index, rows) + b"%d}}" % len(blob))
             if len(blob):
                 blobs.append(blob)
                 total += len(blob)
@@ -83,16 +90,17 @@ class AnswerEncoder:
 class BatchEncoder:
     """What is encoded once per batch. `row` and `rows` of its methods select a request's part of the batch.
 
-    It is kept with the batch, so it must not refer to it: a cycle would hold the outputs until the garbage collector
-    comes by.
+    It is kept with the batch, so it does not know it: a cycle would hold the outputs until the garbage collector comes
+    by.
     """
 
     __slots__ = ("_count", "_frames", "_heads", "_offsets", "_outputs", "_rows", "_single_rows", "_spec")
 
-    def __init__(self, spec: ModelSpec, batch: FinishedBatch) -> None:
+    def __init__(self, spec: ModelSpec, outputs: Mapping[int, OutputTensor], rows: int) -> None:
+        """`outputs` by index into the model's outputs, each of `rows` rows where the model batches."""
         self._spec = spec
-        self._outputs = batch.outputs
-        self._count = batch.rows
+        self._outputs = outputs
+        self._count = rows
         self._rows: dict[int, list[bytes | None]] = {}
         self._single_rows: dict[tuple[int, ...], list[bytes] | None] = {}
         self._heads: dict[tuple[int, int, bool], bytes] = {}
@@ -130,8 +138,16 @@ class BatchEncoder:
 
     def json_output(self, index: int, row: int, rows: int) -> bytes:
         """One output object with its data."""
-        texts = self._texts(index)
         head = self._heads.get((index, rows, False)) or self._head(index, rows, binary=False)
+        return head + self.json_elements(index, row, rows) + b"]}"
+
+    def json_elements(self, index: int, row: int, rows: int) -> bytes:
+        """The elements of one output, separated by commas.
+
+        Raises:
+            InvalidRequest: it holds bytes that JSON cannot.
+        """
+        texts = self._texts(index)
         if not self._spec.batched:
             text = texts[0]
         else:
@@ -142,7 +158,12 @@ class BatchEncoder:
                 f"output '{self._outputs[index].name}' holds bytes that are not valid UTF-8 and cannot be "
                 "sent as JSON; ask for it with the parameter binary_data: true"
             )
-        return head + text + b"]}"
+        return text
+
+    def elements(self, index: int, rows: int) -> int:
+        """How many elements `rows` rows of one output have."""
+        output = self._outputs[index]
+        return element_count((rows, *output.shape[1:]) if self._spec.batched else output.shape)
 
     def binary_frame(self, form: ResponseForm, rows: int) -> bytes | None:
         """All output objects and the closing brackets, where every output is binary, of fixed size and not empty."""
@@ -197,14 +218,23 @@ class BatchEncoder:
         numbers = np.frombuffer(output.data, output.datatype.numpy)
         if numbers.size == 0:
             return [b""] * rows
+        if output.datatype.kind == "half":
+            numbers = _widened(output.datatype, numbers)
         if numbers.size == rows:
             texts: list[bytes | None] = orjson.dumps(numbers, option=_NUMPY)[1:-1].split(b",")  # type: ignore[assignment]
         else:
             table = numbers.reshape(rows, -1)
             texts = orjson.dumps(table, option=_NUMPY)[2:-2].split(b"],[")  # type: ignore[assignment]
-        if output.datatype.kind == "float" and not np.isfinite(numbers).all():
+        if output.datatype.kind in {"float", "half"} and not np.isfinite(numbers).all():
             return _with_literals(texts, numbers.reshape(rows, -1))
         return texts
+
+
+def _widened(datatype: Datatype, halves: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """FP16 or BF16 as float32, exactly."""
+    if datatype.name == "FP16":
+        return halves.astype(np.float32)
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _string_rows(output: OutputTensor, rows: int) -> list[bytes | None]:

@@ -44,7 +44,12 @@ def _check_bytes(plan: InputPlan, blob: memoryview) -> None:
         elements = unpack_bytes(blob)
     except ValueError as error:
         raise InvalidRequest(f"{error} for inference input '{plan.name}'") from error
-    if len(elements) != plan.elements:
+    if len(elements) > plan.elements:
+        raise InvalidRequest(
+            f"unexpected number of string elements {len(elements)} for inference input '{plan.name}', expecting "
+            f"{plan.elements}"
+        )
+    if len(elements) < plan.elements:
         raise InvalidRequest(
             f"expected {plan.elements} string elements for inference input '{plan.name}', got {len(elements)}"
         )
@@ -71,10 +76,8 @@ def raw_request_key(spec: ModelSpec, size: int) -> InputKey:
     dims = list(tensor.dims)
     variable = [place for place, dim in enumerate(dims) if dim < 0]
     if tensor.datatype.kind == "bytes":
-        if variable and len(variable) == len(dims):
-            dims = [1] * len(dims)
-        if any(dim != 1 for dim in dims):
-            raise InvalidRequest("For BYTES datatype raw input, the model must have input shape [1]")
+        if dims != [1]:
+            raise InvalidRequest(f"For BYTE datatype raw input '{tensor.name}', the model must have input shape [1]")
     elif variable:
         if len(variable) > 1:
             raise InvalidRequest(

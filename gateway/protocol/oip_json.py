@@ -6,7 +6,8 @@ Four roads lead to the same checks; a body takes the cheapest that can read it:
      outcome is remembered by its bytes;
   3. large (simdjson): arrays go from text to numbers in C without becoming Python objects;
   4. standard library: bodies with the literals NaN, Infinity, −Infinity or −0, which no other parser reads, and to
-     word what is wrong with a text.
+     word what is wrong with a text. It is too slow for the largest bodies: in those, numbers stand in for NaN and
+     Infinity (`json_literals`), and simdjson reads the rest.
 A road that stumbles hands over to a more general one; only the general ones word errors.
 
 Invariants: each road refuses duplicate keys, invalid UTF-8 and elements of a wrong type; unknown keys are ignored;
@@ -25,18 +26,21 @@ import simdjson
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import pack_bytes
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol import oip_binary, oip_data
+from gateway.protocol.json_literals import MAX_LITERALS, Literals
 from gateway.protocol.json_strict import given_twice, parse_strict
 from gateway.protocol.oip_frame import Frame, FrameInput, read_frame
-from gateway.protocol.oip_plan import MAX_INPUTS, Plan, Planner, ResponseForm
+from gateway.protocol.oip_parameters import NO_OPTIONS
+from gateway.protocol.oip_plan import MAX_INPUTS, InputPlan, Plan, Planner, ResponseForm
+from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 
 LARGE_BYTES: Final = 10_240
 """From this body size on simdjson is faster than a list of Python floats that becomes an array later."""
 REMEMBERED_HEADER_BYTES: Final = 2048
 SLOW_BYTES: Final = 1_048_576
 """Largest JSON body for the roads that make Python objects of everything: about a tenth of a second for a mebibyte, in
-which nobody else is served. Above it the sign of a literal -0 is lost, and NaN is refused."""
+which nobody else is served. Above it the sign of a literal -0 is lost."""
 REMEMBERED_FORMS: Final = 512
 _UNRANGED: Final = frozenset({"float", "bool"})
 """Kinds of which every element of the right Python type is in range."""
@@ -70,7 +74,7 @@ class _BinaryForm:
     """A request whose inputs are all binary, of fixed size and unrestricted in value, once accepted: the same JSON
     part with as many bytes behind it is as valid."""
 
-    __slots__ = ("_key", "_needed", "_places", "_request_id", "_rows", "_timeout_s", "_total", "body_length", "form")
+    __slots__ = ("_key", "_needed", "_options", "_places", "_request_id", "_rows", "_total", "body_length", "form")
 
     def __init__(self, header_length: int, frame: Frame, request: InferRequest, spec: ModelSpec) -> None:
         starts: dict[str, int] = {}
@@ -89,7 +93,7 @@ class _BinaryForm:
         self._key = request.key
         self._needed = request.outputs
         self._request_id = request.request_id
-        self._timeout_s = request.timeout_s
+        self._options = frame.options
         self.form = request.form
         self.body_length = header_length + request.nbytes
 
@@ -100,9 +104,10 @@ class _BinaryForm:
                 for place in self._places
             ]
         )
-        return InferRequest(
-            inputs, self._rows, self._total, self._key, self._needed, self._request_id, self.form, self._timeout_s
-        )
+        request = InferRequest(inputs, self._rows, self._total, self._key, self._needed, self._request_id, self.form)
+        if self._options is not NO_OPTIONS:
+            self._options.apply(request)
+        return request
 
 
 def _is_plain_binary(frame: Frame, request: InferRequest) -> bool:
@@ -114,12 +119,12 @@ def _is_plain_binary(frame: Frame, request: InferRequest) -> bool:
 class RequestDecoder:
     """Decodes requests for one model version; everything that only depends on the model is made here, once."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         self.spec = spec
-        self._planner = Planner(spec)
+        self.planner = Planner(spec, options)
         self._all_json: ResponseForm | InvalidRequest
         try:
-            self._all_json = self._planner.response_form(None, all_binary=False)
+            self._all_json = self.planner.response_form(None, all_binary=False)
         except InvalidRequest as error:  # an FP16 output: only a request that asks for binary can be answered
             self._all_json = error
         self._typed = _typed_decoder(spec)
@@ -134,7 +139,7 @@ class RequestDecoder:
             Unsupported: it asks for something this gateway does not offer.
         """
         try:
-            if header_length is not None and header_length != len(body):
+            if header_length is not None and (header_length != len(body) or not body):
                 return self._decode_binary(body, header_length)
             if self._typed is not None and len(body) < LARGE_BYTES:
                 request = self._decode_typed(body)
@@ -142,7 +147,7 @@ class RequestDecoder:
                     return request
             return self._decode_general(body)
         except RecursionError as error:
-            raise InvalidRequest("request body is nested too deeply") from error
+            raise Malformed("request body is nested too deeply") from error
 
     # -- road 1 ------------------------------------------------------------------------------------------------
 
@@ -174,9 +179,9 @@ class RequestDecoder:
         form = self._all_json
         if isinstance(form, InvalidRequest):
             raise InvalidRequest(str(form))
-        plan = self._planner.plan(tuple([(item.name, item.datatype, tuple(item.shape)) for item in inputs]))
+        plan = self.planner.plan(tuple([(item.name, item.datatype, tuple(item.shape)) for item in inputs]))
         tensors = [oip_data.from_checked(planned, item.data) for planned, item in zip(plan.inputs, inputs, strict=True)]
-        request = self._request(plan, tensors, form, request_id, 0.0)
+        request = self.request(plan, tensors, form, request_id)
         if len(plan.trailing) == 1 and plan.inputs[0].datatype.kind in _UNRANGED:
             if len(self._single) >= REMEMBERED_FORMS:
                 self._single.clear()
@@ -193,11 +198,19 @@ class RequestDecoder:
             if request is not None and (len(body) > SLOW_BYTES or not _may_lack_a_sign(request, body)):
                 return request
             if len(body) > SLOW_BYTES:
-                raise InvalidRequest(
-                    f"a JSON body of more than {SLOW_BYTES} bytes must be valid, keep its numbers in 'data' arrays "
-                    "and hold neither NaN nor Infinity; send such tensors with the binary tensor extension"
-                )
-        return self._from_frame(read_frame(_parse_small(body)))
+                return self._decode_with_literals(body)
+        return self._from_frame(read_frame(parse_small(body)))
+
+    def _decode_with_literals(self, body: bytes) -> InferRequest:
+        literals = Literals(body)
+        frame = None if literals.text is None else self._large_frame(literals.text)
+        request = None if frame is None else self._from_frame(frame, literals=literals)
+        if request is None or not literals.all_restored:
+            raise Malformed(
+                f"a JSON body of more than {SLOW_BYTES} bytes must be valid, and keep its numbers and at most "
+                f"{MAX_LITERALS} NaN and Infinity in 'data' arrays; send such tensors with the binary tensor extension"
+            )
+        return request
 
     def _large_frame(self, body: bytes) -> Frame | None:
         if body.startswith(_BYTE_ORDER_MARK) or oip_data.may_nest_deeply(body):
@@ -221,7 +234,7 @@ class RequestDecoder:
             raise InvalidRequest(
                 f"the JSON part before binary tensors is over {SLOW_BYTES} bytes; send large tensors as binary too"
             )
-        frame = read_frame(_parse_small(header))
+        frame = read_frame(parse_small(header))
         request = self._from_frame(frame, memoryview(body)[header_length:])
         if header_length <= REMEMBERED_HEADER_BYTES and _is_plain_binary(frame, request):
             if len(self._binary) >= REMEMBERED_FORMS:
@@ -231,21 +244,22 @@ class RequestDecoder:
 
     def _decode_raw(self, body: bytes) -> InferRequest:
         spec = self.spec
-        plan = self._planner.plan((oip_binary.raw_request_key(spec, len(body)),))
-        form = self._planner.response_form(None, all_binary=True)
+        plan = self.planner.plan((oip_binary.raw_request_key(spec, len(body)),))
+        form = self.planner.response_form(None, all_binary=True)
         blob = pack_bytes([body]) if spec.inputs[0].datatype.kind == "bytes" else body
         tensor = oip_binary.from_blob(plan.inputs[0], memoryview(blob), spec.name)
-        return self._request(plan, [tensor], form, None, 0.0)
+        return self.request(plan, [tensor], form, None)
 
-    def _from_frame(self, frame: Frame, blobs: memoryview = _NO_BLOBS) -> InferRequest:
+    def _from_frame(
+        self, frame: Frame, blobs: memoryview = _NO_BLOBS, literals: Literals | None = None
+    ) -> InferRequest:
         # Without a header length there are no blobs, but a tensor of no elements may still be declared binary.
-        plan = self._planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
-        form = self._planner.response_form(frame.outputs, all_binary=frame.binary_data_output)
+        plan = self.planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
         at = 0
         tensors = []
         for planned, item in zip(plan.inputs, frame.inputs, strict=True):
             if item.binary_data_size is None:
-                tensors.append(_json_tensor(planned, item))
+                tensors.append(_json_tensor(planned, item, literals))
                 continue
             end = at + item.binary_data_size
             if end > len(blobs):
@@ -260,11 +274,16 @@ class RequestDecoder:
                 f"unexpected additional input data for model '{self.spec.name}': {len(blobs) - at} bytes behind the "
                 "last input"
             )
-        return self._request(plan, tensors, form, frame.request_id, frame.timeout_s)
+        form = self.planner.response_form(frame.outputs, all_binary=frame.options.binary_data_output)
+        request = self.request(plan, tensors, form, frame.request_id)
+        if frame.options is not NO_OPTIONS:
+            frame.options.apply(request)
+        return request
 
-    def _request(
-        self, plan: Plan, tensors: list[InputTensor], form: ResponseForm, request_id: str | None, timeout_s: float
+    def request(
+        self, plan: Plan, tensors: list[InputTensor], form: ResponseForm, request_id: str | None
     ) -> InferRequest:
+        """The request of a plan; `tensors` in the plan's order."""
         nbytes = 0
         for tensor in tensors:
             buffer = tensor.buffer
@@ -276,9 +295,7 @@ class RequestDecoder:
             for planned, tensor in zip(plan.inputs, tensors, strict=True):
                 ordered[planned.place] = tensor
             inputs = tuple(ordered)
-        return InferRequest(
-            inputs, plan.rows, nbytes, (plan.trailing, form.needed), form.needed, request_id, form, timeout_s
-        )
+        return InferRequest(inputs, plan.rows, nbytes, (plan.trailing, form.needed), form.needed, request_id, form)
 
 
 def _typed_decoder(spec: ModelSpec) -> Any:
@@ -300,9 +317,9 @@ def _typed_decoder(spec: ModelSpec) -> Any:
     return msgspec.json.Decoder(request)
 
 
-def _json_tensor(planned: Any, item: FrameInput) -> InputTensor:
+def _json_tensor(planned: InputPlan, item: FrameInput, literals: Literals | None) -> InputTensor:
     if isinstance(item.data, simdjson.Array):
-        return oip_data.from_array(planned, item.data)
+        return oip_data.from_array(planned, item.data, literals)
     return oip_data.from_json(planned, item.data)
 
 
@@ -314,7 +331,7 @@ def _may_lack_a_sign(request: InferRequest, body: bytes) -> bool:
     )
 
 
-def _parse_small(body: bytes) -> Any:
+def parse_small(body: bytes) -> Any:
     """JSON text → Python objects, strictly: no duplicate keys, no BOM, UTF-8 only; NaN literals allowed."""
     try:
         document = orjson.loads(body)
@@ -382,4 +399,4 @@ def _plain(value: Any) -> Any:
     text: Any = value.mini  # bytes; its stub says otherwise
     if len(text) > _MAX_BESIDE_DATA:
         raise ValueError("not data, but large")
-    return _parse_small(text)
+    return parse_small(text)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
+from gateway.core.classification import check_classifiable
 from gateway.core.model import ModelSpec, TensorSpec
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, Malformed
+from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_EMPTY_ELEMENTS: Final = 2**31
@@ -42,17 +44,37 @@ class InputPlan:
     datatype: Datatype
     shape: tuple[int, ...]
     elements: int
+    in_json: bool = True
+    """Whether its elements may stand in JSON; FP16 and BF16 may where the server's owner says so."""
+
+
+class WantedOutput(NamedTuple):
+    """One output as a caller lists it."""
+
+    name: str
+    binary: bool = False
+    classes: int = 0
+    """0: the tensor itself; else the parameter `classification`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseForm:
-    """Which outputs the caller wants, in its order, and which of them as binary."""
+    """Which outputs the caller wants, in its order, and in what form."""
 
     outputs: tuple[int, ...]
     binary: tuple[bool, ...]
-    any_binary: bool
+    all_json: bool
+    """Plain, and none of them in binary form: the usual answer, worth one look only."""
     needed: tuple[int, ...]
     """`outputs`, ascending: what a batch must produce."""
+    classes: tuple[int, ...] = ()
+    """`classification` of each output, 0: off; empty where nobody asked."""
+    plain: bool = True
+    """Whether the answer is the caller's rows of the outputs and nothing else; otherwise see `oip_outputs`."""
+
+    @property
+    def any_binary(self) -> bool:
+        return any(self.binary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +90,9 @@ class Plan:
 class Planner:
     """Makes and remembers plans for one model version."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         self.spec = spec
+        self._json_half = options.json_half
         self._inputs = {tensor.name: place for place, tensor in enumerate(spec.inputs)}
         self._outputs = {tensor.name: place for place, tensor in enumerate(spec.outputs)}
         self._required = sum(not tensor.optional for tensor in spec.inputs)
@@ -121,8 +144,9 @@ class Planner:
         if len(shape) > MAX_RANK:
             raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
         if any(dim < 0 for dim in shape):
-            raise InvalidRequest(
-                f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {shown(_dims(shape))}"
+            raise Malformed(
+                f"input '{tensor.name}': dimensions in 'shape' must not be negative, got {shown(_dims(shape))}. All "
+                f"input dimensions should be specified for input '{tensor.name}' for model '{self.spec.name}'"
             )
         elements = element_count(shape)
         # A dimension of 0 makes the count 0 whatever the others are; runtimes multiply the others all the same.
@@ -133,7 +157,7 @@ class Planner:
                 f"size of {MAX_ELEMENTS}"
             )
         self._check_dims(tensor, shape)
-        return InputPlan(place, tensor.name, datatype, shape, elements)
+        return InputPlan(place, tensor.name, datatype, shape, elements, datatype.kind != "half" or self._json_half)
 
     def _check_dims(self, tensor: TensorSpec, shape: tuple[int, ...]) -> None:
         spec = self.spec
@@ -184,29 +208,35 @@ class Planner:
             raise InvalidRequest(f"inference request batch-size must be <= {limit} for '{spec.name}'")
         return rows
 
-    def response_form(self, wanted: Sequence[tuple[str, bool]] | None, all_binary: bool) -> ResponseForm:
-        """`wanted`: (output name, binary) as listed by the caller; None or empty: all outputs, `all_binary` each.
+    def response_form(self, wanted: Sequence[WantedOutput] | None, all_binary: bool) -> ResponseForm:
+        """`wanted`: as listed by the caller; None or empty: all outputs, `all_binary` each.
 
         Raises:
-            InvalidRequest: unknown or repeated output, or one that JSON cannot carry (FP16, BF16).
+            InvalidRequest: unknown or repeated output, one that JSON cannot carry (FP16, BF16), or one whose values
+                cannot be ranked.
         """
         spec = self.spec
         if not wanted:
             outputs = tuple(range(len(spec.outputs)))
             binary = (all_binary,) * len(outputs)
+            classes: tuple[int, ...] = ()
         else:
-            outputs = tuple(self._output(name) for name, _ in wanted)
-            binary = tuple(flag for _, flag in wanted)
+            outputs = tuple(self._output(item.name) for item in wanted)
+            binary = tuple(item.binary for item in wanted)
+            classes = tuple(item.classes for item in wanted) if any(item.classes for item in wanted) else ()
             if len(set(outputs)) != len(outputs):
                 raise InvalidRequest(f"an output is requested twice from model '{spec.name}'; list each output once")
-        for place, flag in zip(outputs, binary, strict=True):
-            tensor = spec.outputs[place]
-            if tensor.datatype.kind == "half" and not flag:
+        for place, index in enumerate(outputs):
+            tensor = spec.outputs[index]
+            if classes and classes[place]:
+                check_classifiable(tensor.name, tensor.datatype)
+            elif tensor.datatype.kind == "half" and not binary[place] and not self._json_half:
                 raise InvalidRequest(
                     f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format "
                     f"for output '{tensor.name}' (parameter binary_data: true)"
                 )
-        return ResponseForm(outputs, binary, any(binary), tuple(sorted(outputs)))
+        plain = not classes
+        return ResponseForm(outputs, binary, plain and not any(binary), tuple(sorted(outputs)), classes, plain)
 
     def _output(self, name: str) -> int:
         place = self._outputs.get(name)

@@ -1,6 +1,6 @@
 """Protobuf text format → a plain tree: the syntax of `config.pbtxt`, with no schema and no protobuf library.
 
-    field   = name [":"] (message | list)  |  name ":" scalar          followed by an optional "," or ";"
+    field   = name [":"] (message | list of messages)  |  name ":" (scalar | list)   then an optional "," or ";"
     message = "{" field* "}"  |  "<" field* ">"
     list    = "[" [ value ("," value)* ] "]"
     scalar  = string+ | ["-"] number | word          (words are enum values, true, false, inf, nan)
@@ -148,13 +148,13 @@ class _Reader:
     def values(self, into: list[Value], name: _Token, depth: int) -> None:
         """The right-hand side of one field; a list is the same as the field repeated."""
         colon = self.take_if(":")
-        if (opening := self.take_if("[")) is None:
+        if self.take_if("[") is None:
             into.append(self.value(name, depth, needs_colon=colon is None))
             return
         if self.take_if("]"):
             return
         while True:
-            into.append(self.value(opening, depth, needs_colon=False))
+            into.append(self.value(name, depth, needs_colon=colon is None))
             if self.take_if("]"):
                 return
             if not self.take_if(","):

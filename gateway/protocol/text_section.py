@@ -60,21 +60,44 @@ class Section:
         checked = [self.check_integer(value, name, low, high) for value in self.values(name)]
         return tuple(number for number in checked if number is not None)
 
+    def number(self, name: str, low: float, high: float) -> float | None:
+        value = self.single(name)
+        return None if value is None else self._check_number(value, name, low, high)
+
+    def numbers(self, name: str, low: float, high: float) -> tuple[float, ...]:
+        checked = [self._check_number(value, name, low, high) for value in self.values(name)]
+        return tuple(number for number in checked if number is not None)
+
+    def _check_number(self, value: Value, name: str, low: float, high: float) -> float | None:
+        content = value.content
+        if isinstance(content, int | float) and low <= content <= high:
+            return float(content)
+        self.fault(value.line, name, f"expected a number from {low:g} to {high:g}, found {_shown(content)}")
+        return None
+
     def text(self, name: str) -> str | None:
         value = self.single(name)
-        if value is None or isinstance(value.content, str):
-            return None if value is None else str(value.content)
-        self.fault(
-            value.line,
-            name,
-            f'expected text in quotes, for example {name}: "…", found {_shown(value.content)}',
-        )
+        return None if value is None else self._check_text(value, name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        checked = [self._check_text(value, name) for value in self.values(name)]
+        return tuple(text for text in checked if text is not None)
+
+    def _check_text(self, value: Value, name: str) -> str | None:
+        if isinstance(value.content, str):
+            return value.content
+        hint = f'expected text in quotes, for example {name}: "…", found {_shown(value.content)}'
+        self.fault(value.line, name, hint)
         return None
 
     def flag(self, name: str) -> bool:
         value = self.single(name)
-        if value is None:
-            return False
+        return False if value is None else self._check_flag(value, name)
+
+    def flags(self, name: str) -> tuple[bool, ...]:
+        return tuple(self._check_flag(value, name) for value in self.values(name))
+
+    def _check_flag(self, value: Value, name: str) -> bool:
         if isinstance(value.content, Word) and value.content.text in ("true", "false"):
             return value.content.text == "true"
         if value.content in (0, 1) and isinstance(value.content, int):
@@ -102,6 +125,16 @@ class Section:
                 found.append(Section(value.content, self.path(where), value.line, self._faults, self._ignored))
             else:
                 self.fault(value.line, where, f"expected a block {{ … }}, found {_shown(value.content)}")
+        return found
+
+    def entries(self, name: str) -> list[tuple[str, Section]]:
+        """A map of texts to texts or blocks: its keys, each with the entry it stands in; a repeated key is a fault."""
+        found: list[tuple[str, Section]] = []
+        for entry in self.sections(name):
+            key = entry.text("key") or ""
+            if any(key == known for known, _ in found):
+                entry.fault(entry.line, "key", f"'{key[:64]}' stands twice; keep one of them")
+            found.append((key, entry))
         return found
 
     def section(self, name: str) -> Section | None:

@@ -42,7 +42,8 @@ def read_artifact(path: Path, name: str, version: str, model_file: str = MODEL_F
         path: the version directory or the file.
         name: the model's name.
         version: the version, as text.
-        model_file: name of the model file in the directory; not used for a single file.
+        model_file: name of the model file in the directory; not used for a single file; empty: it has none (an
+            ensemble), and `Artifact.model` is empty.
         source: where it came from, for people.
 
     Raises:
@@ -52,8 +53,8 @@ def read_artifact(path: Path, name: str, version: str, model_file: str = MODEL_F
     if path.is_file():
         content, entry = _read_whole(path, MODEL_FILE, follow=True)
         return Artifact(name, version, source or str(path), (entry,), digest_of([entry]), content, MODEL_FILE)
-    wanted = _model_path(path, model_file)
-    model: bytes | None = None
+    wanted = _model_path(path, model_file) if model_file else None
+    model: bytes | None = None if model_file else b""
     files = []
     for relative in _regular_files(path):
         if relative == wanted:

@@ -12,22 +12,28 @@ follows `version_policy` (default: the highest). Nothing is read but config.pbtx
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from gateway.core.model import Artifact, ArtifactFile
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.model_config import ModelConfig, VersionPolicy, parse
 from gateway.protocol.text_format import MAX_CHARACTERS
-from gateway.registry.digest import MODEL_FILE
+from gateway.registry.digest import MODEL_FILE, digest_of, read_artifact
 from gateway.registry.reference import name_fault
 
 log = logging.getLogger("gateway.registry")
 
 CONFIG_FILE: Final = "config.pbtxt"
+WARM_UP_FOLDER: Final = "warmup"
+STATE_FOLDER: Final = "initial_state"
+MAX_SIDE_FILE: Final = 64 * 1024 * 1024
+"""Bytes of one file of labels, of a first state or of a warm-up sample."""
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,18}")
 
 
@@ -41,6 +47,9 @@ class FoundModel:
     source: str
     """Where it was found, for people."""
     model_file: str = MODEL_FILE
+    """Empty for an ensemble, which has none."""
+    directory: Path | None = None
+    """The model's directory, or the one file it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,52 @@ def scan(path: Path, name: str | None = None) -> Scan:
         return Scan(faults=(_fault(path, f"cannot be read: {error.strerror}; check its permissions"),))
 
 
+def locate(path: Path, name: str | None, wanted: str) -> Path | None:
+    """Directory or file of the model that `scan(path, name)` would call `wanted`; None if it is not there."""
+    try:
+        if path.is_file():
+            return path if path.suffix == ".onnx" and (name or path.stem) == wanted else None
+        if not path.is_dir():
+            return None
+        if _is_model(path):
+            return path if (name or path.resolve().name) == wanted else None
+        child = path / wanted
+        usable = name in (None, wanted) and name_fault(wanted) is None and not wanted.startswith(".")
+        return child if usable and child.is_dir() else None
+    except OSError:
+        return None
+
+
+def read(path: Path, name: str) -> Scan:
+    """The one model at `path`, a directory or file that `locate` found."""
+    return _scan_file(path, name) if path.is_file() else _collect([(path, name)])
+
+
+def names(path: Path, name: str | None = None) -> list[str]:
+    """What the models that `scan(path, name)` would find are called, broken ones included; reads no config.pbtxt."""
+    try:
+        if path.is_file():
+            return [name or path.stem]
+        if not path.is_dir():
+            return []
+        if _is_model(path):
+            return [name or path.resolve().name]
+        children = [child for child in path.iterdir() if not child.name.startswith(".") and child.is_dir()]
+        return sorted(c.name for c in children if name in (None, c.name) and name_fault(c.name) is None)
+    except OSError:
+        return []
+
+
+def configured(path: Path, name: str, config: ModelConfig, at: str) -> FoundModel:
+    """The model at `path` (a directory, or one `.onnx` file) with `config` in place of its config.pbtxt.
+
+    `at`: where that configuration comes from, for people. Raises ConfigError.
+    """
+    if path.is_file():
+        return FoundModel(name, {"1": path}, config, str(path), directory=path)
+    return _with_config(path, name, config, at)
+
+
 def select_versions(versions: Iterable[int], policy: VersionPolicy) -> tuple[int, ...]:
     """The versions that `policy` serves, lowest first; a specific version that does not exist is left out."""
     existing = sorted(set(versions))
@@ -90,7 +145,7 @@ def _scan_file(path: Path, name: str | None) -> Scan:
     chosen = name or path.stem
     if (wrong := name_fault(chosen)) is not None:
         return Scan(faults=(_fault(path, f"{wrong}; set `name` in the configuration or rename the file"),))
-    return Scan((FoundModel(chosen, {"1": path}, None, str(path)),))
+    return Scan((FoundModel(chosen, {"1": path}, None, str(path), directory=path),))
 
 
 def _scan_repository(path: Path, name: str | None) -> Scan:
@@ -161,22 +216,91 @@ def _read_model(path: Path, name: str) -> FoundModel:
         raise ConfigError([_fault(path, f"is a repository of models, not a model; give {path} instead")])
     if (wrong := name_fault(name)) is not None:
         raise ConfigError([_fault(path, f"{wrong}; rename the directory")])
-    config = _read_config(path / CONFIG_FILE)
+    return _with_config(path, name, _read_config(path / CONFIG_FILE), str(path / CONFIG_FILE))
+
+
+def _with_config(path: Path, name: str, config: ModelConfig | None, at: str) -> FoundModel:
+    """`at`: where the configuration stands."""
     policy = config.version_policy if config is not None else VersionPolicy()
     model_file = (config.default_model_filename if config is not None else None) or MODEL_FILE
     if config is not None and config.name and config.name != path.resolve().name:
         hint = f"is '{config.name}' but its directory is '{path.resolve().name}'; make them equal or leave it out"
-        raise ConfigError([Fault(str(path / CONFIG_FILE), 0, "name", hint)])
+        raise ConfigError([Fault(at, 0, "name", hint)])
     existing = _version_directories(path)
+    ensemble = config is not None and config.ensemble
+    if not existing and ensemble:
+        existing = {1: path}
     if not existing:
         raise ConfigError([_fault(path, f"has no version directory; move the model to {path.name}/1/{model_file}")])
     selected = select_versions(existing, policy)
     if missing := sorted(set(policy.versions) - set(selected)):
         hint = f"version {missing[0]} does not exist; there are {', '.join(map(str, existing))}"
-        raise ConfigError([Fault(str(path / CONFIG_FILE), 0, "version_policy", hint)])
-    _check_files([existing[version] for version in selected], model_file)
+        raise ConfigError([Fault(at, 0, "version_policy", hint)])
+    if ensemble:
+        model_file = ""
+    else:
+        _check_files([existing[version] for version in selected], model_file)
+    if config is not None:
+        config = _with_files(path, config, at)
     versions = {str(version): existing[version] for version in selected}
-    return FoundModel(name, versions, config, str(path), model_file)
+    return FoundModel(name, versions, config, str(path), model_file, path)
+
+
+def read_version(model: FoundModel, version: str, path: Path) -> Artifact:
+    """Read and hash one version of a model; `path` is what `model.versions` says.
+
+    An ensemble is what its configuration says: that counts among its files, as `config.pbtxt`, wherever it stands. To
+    check the digest of one that has nothing else: `sha256sum config.pbtxt | sha256sum` in its directory.
+
+    Raises:
+        ConfigError, OSError: as `read_artifact`.
+    """
+    origin = str(path) if str(path).startswith(model.source) else model.source  # what was uploaded is soon nowhere
+    artifact = read_artifact(path, model.name, version, model.model_file, origin)
+    if model.config is None or not model.config.ensemble:
+        return artifact
+    text = model.config.text.encode()
+    files = [file for file in artifact.files if file.path != CONFIG_FILE]
+    files.append(ArtifactFile(CONFIG_FILE, len(text), hashlib.sha256(text).hexdigest()))
+    files.sort(key=lambda file: file.path.encode())
+    return replace(artifact, files=tuple(files), digest=digest_of(files))
+
+
+def read_side_file(directory: Path, name: str, limit: int = MAX_SIDE_FILE) -> bytes:
+    """A file below a model's directory that its configuration names; `name` is relative.
+
+    Raises:
+        ConfigError: it is missing, unreadable, no regular file, outside the directory, or larger than `limit` bytes.
+    """
+    path = directory / name
+    try:
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise ConfigError([_fault(path, "this link leaves the model's directory; put the file itself there")])
+        if not path.is_file():
+            raise ConfigError([_fault(path, "this file is missing, and the model's configuration names it")])
+        with path.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except OSError as error:
+        raise ConfigError([_fault(path, f"cannot be read: {error.strerror}; check its permissions")]) from None
+    if len(content) > limit:
+        raise ConfigError([_fault(path, f"is larger than {limit} bytes")])
+    return content
+
+
+def _with_files(path: Path, config: ModelConfig, at: str) -> ModelConfig:
+    """`config` with the contents of the files it names, but for warm-up samples, which are read when they are run."""
+    if not config.label_files and not config.state_files:
+        return config
+    labels: dict[str, tuple[str, ...]] = {}
+    for output, name in config.label_files:
+        try:
+            lines = read_side_file(path, name).decode().removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            message = f"{name} is not UTF-8; save it as UTF-8"
+            raise ConfigError([Fault(at, 0, f"output '{output}'.label_filename", message)]) from None
+        labels[output] = tuple(line.removesuffix("\r") for line in lines)
+    states = {tensor: read_side_file(path, f"{STATE_FOLDER}/{name}") for tensor, name in config.state_files}
+    return config.with_files(labels, states)
 
 
 def _read_config(path: Path) -> ModelConfig | None:

@@ -46,6 +46,8 @@ class PoolEvent:
     version: str = ""
     text: str = ""
     """Why, in words: the exit code or signal, or the reason of a failed model."""
+    subject: object = None
+    """The `LoadedModel` that failed or recovered: a model that is loaded again is for a while there twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +163,14 @@ class LoadedModel(Generic[R]):
     def outputs(self) -> Sequence[SignatureTensor]:
         return self.signature.outputs
 
-    def set_warm_up(self, batches: list[list[InputTensor]], /) -> None:
-        """Inputs (one per model input, in its order) that every instance runs after a restart, before it is
-        available again."""
+    def set_warm_up(self, batches: Sequence[Sequence[InputTensor | None]], /) -> None:
+        """Inputs (one per model input, in its order; None: left out) that every instance runs after a restart, before
+        it is available again."""
         self.warm_up = [
             [
                 BatchInput(index, tensor.datatype, tensor.shape, part_nbytes(tensor), [tensor])
                 for index, tensor in enumerate(batch)
+                if tensor is not None
             ]
             for batch in batches
         ]

@@ -270,7 +270,11 @@ class WorkerPool(Generic[R]):
             model = instance.model
             if model.failed and instance.channel is not None:
                 model.reason = ""
-                self.emit(PoolEvent("model_recovered", worker=keeper.name, model=model.name, version=model.version))
+                self.emit(
+                    PoolEvent(
+                        "model_recovered", worker=keeper.name, model=model.name, version=model.version, subject=model
+                    )
+                )
 
     def _isolate(self, model: Model) -> None:
         """Move every instance to a worker of its own. Where one still serves elsewhere it does so until then."""
@@ -315,7 +319,9 @@ class WorkerPool(Generic[R]):
             elif channel is not None:
                 self._background(keeper.free(channel, instance))
         if not was_failed:
-            self.emit(PoolEvent("model_failed", model=model.name, version=model.version, text=reason))
+            self.emit(
+                PoolEvent("model_failed", model=model.name, version=model.version, text=reason, subject=model)
+            )
         handle = self._retries.pop(model, None)
         if handle is not None:
             handle.cancel()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +27,7 @@ from gateway.protocol.ipc import Signature
 
 RUNTIME_VERSION: Final[str] = onnxruntime.__version__
 TEXT_LIMIT: Final = 500
+MAX_OPTIONAL: Final = 64
 
 _BF16: Final = DATATYPE["BF16"]
 _BF16_ONNX: Final = 16  # TensorProto.DataType.BFLOAT16
@@ -82,7 +83,8 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ModelRefusedError(_load_text(str(error))) from None
         self.signature = Signature(
-            _signature("input", self._session.get_inputs()), _signature("output", self._session.get_outputs())
+            _signature("input", self._session.get_inputs()) + _optional(self._session.get_overridable_initializers()),
+            _signature("output", self._session.get_outputs()),
         )
         self._output_names = [tensor.name for tensor in self.signature.outputs]
         datatypes = {tensor.datatype for tensor in self.signature.inputs + self.signature.outputs}
@@ -182,6 +184,14 @@ def _signature(role: str, tensors: list[Any]) -> tuple[SignatureTensor, ...]:
         shape = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in tensor.shape)
         signatures.append(SignatureTensor(tensor.name, datatype, shape))
     return tuple(signatures)
+
+
+def _optional(tensors: list[Any]) -> tuple[SignatureTensor, ...]:
+    """Inputs with a default. Some exporters declare every weight as one; then none is meant to be an input."""
+    if len(tensors) > MAX_OPTIONAL:
+        return ()
+    known = [tensor for tensor in tensors if (match := _TENSOR_TYPE.fullmatch(tensor.type)) and match[1] in _TYPES]
+    return tuple(replace(tensor, optional=True) for tensor in _signature("input", known))
 
 
 def _strings(name: str, count: int, data: memoryview) -> np.ndarray[Any, np.dtype[Any]]:

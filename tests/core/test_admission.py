@@ -4,10 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.admission import MAX_TIMEOUT_S, admit, deadline_of
+from gateway.core.admission import MAX_TIMEOUT_S, admit, admit_in_order, admit_to_level, deadline_of
+from gateway.core.arrival_order import ArrivalOrder
 from gateway.core.batch_queue import BatchQueue
 from gateway.core.model import BatchPolicy
+from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import InferRequest
+from gateway.core.scheduling import QueuePolicy, Scheduling
 from gateway.errors import Overloaded, TooLarge
 from tests.scripted import request_of
 
@@ -64,3 +67,49 @@ def test_deadlines(timeout_s: float, expected: float) -> None:
     request = sized(1, 0)
     request.timeout_s, request.received = timeout_s, 100.0
     assert deadline_of(BatchPolicy(8, deadline_s=30.0), request) == expected
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "stated_s", "alone", "with_policy"),
+    [
+        (0.0, 0.5, 100.5, 130.0),
+        (2.0, 0.5, 100.5, 102.0),
+        (0.5, 2.0, 100.5, 100.5),
+        (0.0, 1e18, 100.0 + MAX_TIMEOUT_S, 130.0),
+    ],
+)
+def test_a_stated_timeout_is_a_deadline_only_where_no_queue_policy_is(
+    timeout_s: float, stated_s: float, alone: float, with_policy: float
+) -> None:
+    request = sized(1, 0)
+    request.timeout_s, request.stated_timeout_s, request.received = timeout_s, stated_s, 100.0
+    policy = BatchPolicy(8, deadline_s=30.0)
+    assert deadline_of(policy, request) == alone
+    assert deadline_of(policy, request, QueuePolicy()) == with_policy
+
+
+def test_a_level_is_full_when_as_many_requests_wait_as_its_policy_says() -> None:
+    queue = PolicyQueue(Scheduling(2, 1, QueuePolicy(max_queue_size=2)))
+    for _ in range(2):
+        assert admit_to_level(queue, sized(5, 0)) is None
+        queue.push(sized(5, 0))
+    rejected = admit_to_level(queue, sized(5, 0))
+    assert rejected is not None
+    assert (rejected.reason, rejected.error) == ("queue_size", Overloaded)
+    assert rejected.message.startswith("Exceeds maximum queue size: 2 requests with priority 1 wait")
+    other = sized(1, 0)
+    other.priority = 2
+    assert admit_to_level(queue, other) is None
+
+
+@pytest.mark.parametrize(("rows", "nbytes", "fits"), [(4, 100, True), (5, 100, False), (4, 101, False)])
+def test_answers_that_are_held_take_room_in_the_queue(rows: int, nbytes: int, fits: bool) -> None:
+    queue, order = BatchQueue(), ArrivalOrder()
+    queue.push(sized(3, 400))
+    for held in (False, True):
+        request = sized(3, 500)
+        request.settle = lambda _: None
+        order.enter(request)
+        if held:
+            order.settled(request)
+    assert (admit_in_order(queue, order, POLICY, sized(rows, nbytes)) is None) is fits

@@ -91,7 +91,7 @@ def test_a_batch_is_its_members_one_behind_the_other(datatype: Datatype, data: s
 def test_split_parts_make_up_the_whole(datatype: Datatype, data: st.DataObject) -> None:
     request, buffer = data.draw(requests(datatype, data.draw(TRAILING), max_rows=20))
     max_rows = data.draw(st.integers(1, 8))
-    request.received = 7.0
+    request.received, request.priority, request.stated_timeout_s = 7.0, 3, 0.5
     parts = split_request(request, max_rows)
     assert all(1 <= part.rows <= max_rows for part in parts)
     assert [part.rows for part in parts[:-1]] == [max_rows] * (len(parts) - 1)
@@ -103,6 +103,7 @@ def test_split_parts_make_up_the_whole(datatype: Datatype, data: st.DataObject) 
         assert tensor is not None
         assert tensor.shape == (part.rows, *request.inputs[1].shape[1:])
         assert (part.key, part.outputs, part.request_id, part.received, part.timeout_s) == ("k", (0,), "id", 7.0, 2.5)
+        assert (part.priority, part.stated_timeout_s) == (3, 0.5)
     (batch_input,) = concat(parts, request.rows, batched=True)
     assert written(batch_input) == buffer
 

@@ -18,17 +18,23 @@ import numpy as np
 from gateway import plan
 from gateway.backends.interface import Batch, Failure, FailureKind, Success
 from gateway.catalog import Catalog, ServedVersion
+from gateway.config import Config
 from gateway.core.assembly import write_parts
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import Artifact, ArtifactFile, ModelState
 from gateway.core.request import InputTensor, OutputTensor
 from gateway.core.tensor import DATATYPE, pack_bytes
 from gateway.errors import GatewayError
+from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpServer
 from gateway.ingress.listener import Listener, listen
 from gateway.loading import WantedVersion
+from gateway.management import Management
+from gateway.management_access import Restrictions
+from gateway.management_repository import Repository
 from gateway.pipeline import Pipeline
+from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
 ILLEGIBLE, POISON = -13, -66
@@ -93,7 +99,7 @@ class NumberModel:
             SignatureTensor("name", BYTES, (None, 1)),
         )
 
-    def set_warm_up(self, batches: list[list[InputTensor]], /) -> None:
+    def set_warm_up(self, batches: Sequence[Sequence[InputTensor | None]], /) -> None:
         assert len(batches) == 1
 
     async def unload(self) -> None:
@@ -161,14 +167,30 @@ class Answer:
 class Bench:
     """The application, listening."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        restrictions: Restrictions | None = None,
+        options: ProtocolOptions = DEFAULT_OPTIONS,
+        bodies: BodyCoding | None = None,
+    ) -> None:
         self.ready = True
         self.catalog = Catalog()
         self.pipeline = Pipeline()
-        self.application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, lambda: self.ready)
+        self.management = Management(self.catalog, self._repository(), lambda: self.ready, restrictions=restrictions)
+        self.application = OipApplication(
+            self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies
+        )
         self.server = HttpServer(self.application)
         self.listener: Listener
         self.clients: list[Client] = []
+
+    def _repository(self) -> Repository:
+        """Of no models at all, and nothing can be loaded from it."""
+
+        async def load(artifact: Artifact, settings: object) -> NumberModel:
+            raise AssertionError("nothing is loaded by request here")
+
+        return Repository(Config(), self.catalog, load)
 
     async def serve(
         self,
@@ -208,9 +230,14 @@ class Bench:
 
 
 @asynccontextmanager
-async def oip_bench(models: bool = True) -> AsyncIterator[Bench]:
+async def oip_bench(
+    models: bool = True,
+    restrictions: Restrictions | None = None,
+    options: ProtocolOptions = DEFAULT_OPTIONS,
+    bodies: BodyCoding | None = None,
+) -> AsyncIterator[Bench]:
     """With `models`: `numbers` in the versions 1 and 2. When it ends, nothing may be left waiting or held."""
-    bench = Bench()
+    bench = Bench(restrictions, options, bodies)
     if models:
         await bench.serve(version="1")
         await bench.serve(version="2")

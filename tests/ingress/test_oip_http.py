@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from gateway.core.admission import deadline_of
 from gateway.errors import InvalidRequest, NotReady
 from gateway.ingress.http_connection import Connection
 from gateway.ingress.http_server import Exchange
@@ -241,7 +242,8 @@ async def test_the_shorter_timeout_holds(parameter_us: int | None, header: bytes
         connection = Connection(bench.server._shared)
         exchange = Exchange(connection, head, 7.0, 0)
         request = codec.decode(head, body.partition(b"\r\n\r\n")[2], exchange)
-        assert (request.timeout_s, request.received, request.context) == (expected_s, 7.0, exchange)
+        assert (request.received, request.context) == (7.0, exchange)
+        assert deadline_of(bench.catalog.find("numbers", "2").spec.policy, request) == 7.0 + (expected_s or 30.0)
         head.request_timeout_ms = b"0"
         with pytest.raises(InvalidRequest):
             codec.decode(head, body.partition(b"\r\n\r\n")[2], exchange)

@@ -20,28 +20,34 @@ START_S = 120.0
 """Generous: a loaded two-core machine is slow, not broken."""
 
 
+_ADDRESSES = re.compile(
+    r"inference\s+https?://[^:]+:(\d+)/v2\s+grpc\s+[^:]+:(\d+)\b[^\n]*\n\s*operations\s+http://[^:]+:(\d+)/"
+)
+
+
 class GatewayProcess:
     """`python -m gateway serve …` on free ports unless told otherwise; stdout and stderr are kept in files."""
 
     def __init__(self, verb: str, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.log = Path(self._directory.name) / "log"
-        ports = ["--http-port", "0", "--metrics-port", "0"]  # the last of several wins
+        ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]  # the last of several wins
         command = [sys.executable, "-m", "gateway", verb, *ports, *arguments]
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}
             )
         self.port = 0
+        self.grpc_port = 0
         self.operations_port = 0
 
     def wait_started(self) -> None:
         def ports() -> bool:
             if self.process.poll() is not None:
                 raise AssertionError(f"the gateway ended with {self.process.returncode}:\n{self.output()}")
-            found = re.search(r"inference\s+http://[^:]+:(\d+)/v2\s+operations\s+http://[^:]+:(\d+)/", self.output())
+            found = _ADDRESSES.search(self.output())
             if found:
-                self.port, self.operations_port = int(found[1]), int(found[2])
+                self.port, self.grpc_port, self.operations_port = map(int, found.groups())
             return found is not None
 
         until(ports, START_S, "the gateway did not start")

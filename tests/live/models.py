@@ -144,6 +144,28 @@ def slow(width: int = 768, layers: int = 24) -> bytes:
     return model(nodes, [value("x", "FP32", ["batch", width])], [value("y", "FP32", ["batch", width])], weights)
 
 
+def difference() -> bytes:
+    """`a`, `b` FP32 [batch, n] → `d` = a − b, `s` = a + b FP32 [batch, n]."""
+    shape: list[int | str | None] = ["batch", "n"]
+    return model(
+        [helper.make_node("Sub", ["a", "b"], ["d"]), helper.make_node("Add", ["a", "b"], ["s"])],
+        [value("a", "FP32", shape), value("b", "FP32", shape)],
+        [value("d", "FP32", shape), value("s", "FP32", shape)],
+    )
+
+
+def with_default(bias_shape: list[int | str | None]) -> bytes:
+    """`x` FP32 [batch, 2], `bias` FP32 (default 10, 20) → `y` = x + bias FP32 [batch, 2]."""
+    shape: list[int | str | None] = ["batch", 2]
+    default = np.array([10, 20], np.float32).reshape([1, 2] if len(bias_shape) == 2 else [2])
+    return model(
+        [helper.make_node("Add", ["x", "bias"], ["y"])],
+        [value("x", "FP32", shape), value("bias", "FP32", bias_shape)],
+        [value("y", "FP32", shape)],
+        {"bias": default},
+    )
+
+
 def repository(root: Path, models: dict[str, bytes], configs: dict[str, str] | None = None) -> Path:
     """Write `<root>/<name>/1/model.onnx` [+ config.pbtxt] for each model; returns `root`."""
     for name, data in models.items():

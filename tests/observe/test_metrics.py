@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import Metric
@@ -10,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from gateway.core.batch_queue import QueueStatistics
 from gateway.observe.exposition import OPENMETRICS, TEXT, labels, prefers_openmetrics
+from gateway.observe.host import Host, HostUsage
 from gateway.observe.metrics import (
     BACKEND_STATES,
+    GrpcView,
     HttpView,
     Metrics,
     ModelView,
@@ -19,7 +23,7 @@ from gateway.observe.metrics import (
     Sources,
     build_labels,
 )
-from gateway.observe.record import FAILURE_REASONS, Histogram, ModelStatistics
+from gateway.observe.record import FAILURE_REASONS, Histogram, ModelStatistics, Recent
 
 EMPTY = QueueStatistics(0, 0, 0, 0, None)
 NOW = 100.0
@@ -87,7 +91,8 @@ def metrics(*views: ModelView) -> Metrics:
     lag = Histogram((0.1, 1.0))
     lag.add(0.5)
     http = HttpView(open_connections=4, held_bytes=17, rejected={"too_large": 2}, requests=9, aborted=1)
-    sources = Sources(lambda: views, lambda: http, {"0": lag}, build_labels())
+    grpc = GrpcView(open_connections=5, rejected={"slow": 3}, requests=8, aborted=2, expired=6)
+    sources = Sources(lambda: views, lambda: http, {"0": lag}, build_labels(), lambda: grpc)
     return Metrics(sources, lambda: NOW)
 
 
@@ -112,7 +117,7 @@ def test_tritons_names_and_label_order_are_exact() -> None:
         'nv_inference_request_success{model="m",version="1"} 2',
         'nv_inference_count{model="m",version="1"} 3',
         'nv_inference_exec_count{model="m",version="1"} 1',
-        'nv_inference_request_duration_us{model="m",version="1"} 21000',
+        'nv_inference_request_duration_us{model="m",version="1"} 10000',
         'nv_inference_queue_duration_us{model="m",version="1"} 4000',
         'nv_inference_compute_input_duration_us{model="m",version="1"} 3',
         'nv_inference_compute_infer_duration_us{model="m",version="1"} 4000',
@@ -163,6 +168,11 @@ def test_both_formats_say_the_same(openmetrics: bool) -> None:
     assert samples[("gateway_http_open_connections",)] == 4
     assert samples[("gateway_http_requests_total",)] == 9
     assert samples[("gateway_http_aborted_total",)] == 1
+    assert samples[("gateway_grpc_open_connections",)] == 5
+    assert samples[("gateway_grpc_calls_total",)] == 8
+    assert samples[("gateway_grpc_aborted_total",)] == 2
+    assert samples[("gateway_grpc_expired_total",)] == 6
+    assert samples[("gateway_grpc_rejected_total", ("reason", "slow"))] == 3
     count = "nv_inference_count" if openmetrics else "nv_inference_count_total"
     assert samples[count, ("model", "n"), ("version", "2")] == 3
     assert samples[("gateway_build_info", *sorted(build_labels().items()))] == 1
@@ -245,10 +255,69 @@ def test_scraping_between_records_loses_and_repeats_nothing() -> None:
         if n % 7 == 0:
             text = lines(subject)
             assert f'gateway_request_duration_seconds_count{{model="m",protocol="http",version="1"}} {n}' in text
-    assert lines(subject) >= {
-        'gateway_requests_total{code="200",model="m",protocol="http",version="1"} 199',
-        f'nv_inference_request_duration_us{{model="m",version="1"}} {199 * 200 // 2 * 1000}',
+    text = lines(subject)
+    assert 'gateway_requests_total{code="200",model="m",protocol="http",version="1"} 199' in text
+    (total,) = [line for line in text if line.startswith("gateway_request_duration_seconds_sum")]
+    assert float(total.split()[-1]) == pytest.approx(0.001 * 199 * 200 / 2)
+
+
+def test_cache_counters_are_there_for_cached_models_only() -> None:
+    plain = families(metrics(view()))
+    assert not [name for name in plain if name.startswith("nv_cache_")]
+    statistics = ModelStatistics()
+    statistics.record_cache_hit(7_000, 2)
+    statistics.record_cache_miss(9_000)
+    text = lines(metrics(replace(view("a", statistics=statistics), cached=True), view("b")))
+    assert {line for line in text if line.startswith("nv_cache_")} == {
+        'nv_cache_num_hits_per_model{model="a",version="1"} 2',
+        'nv_cache_num_misses_per_model{model="a",version="1"} 1',
+        'nv_cache_hit_duration_per_model{model="a",version="1"} 7',
+        'nv_cache_miss_duration_per_model{model="a",version="1"} 9',
     }
+
+
+def test_tags_of_the_configuration_are_labels_of_tritons_metrics_and_hide_none_of_theirs() -> None:
+    tagged = replace(view(), tags={"team": 'vi"sion', "model": "forged", "not a name": "x"}, load_s=0.25)
+    text = lines(metrics(tagged))
+    assert {
+        'nv_inference_count{model="m",team="vi\\"sion",version="1"} 3',
+        'nv_inference_request_failure{model="m",reason="OTHER",team="vi\\"sion",version="1"} 0',
+        'nv_model_load_duration_secs{model="m",team="vi\\"sion",version="1"} 0.25',
+    } <= text
+    assert not [line for line in text if "forged" in line or "not a name" in line]
+
+
+@pytest.mark.parametrize("openmetrics", [False, True])
+def test_summaries_where_asked_for(openmetrics: bool) -> None:
+    assert not [name for name in families(metrics(view()), openmetrics) if name.endswith("_summary_us")]
+    statistics = ModelStatistics()
+    statistics.recent = Recent()
+    for n in range(1, 101):
+        statistics.record_batch("onnx-1", 1, 1, "full", 1_000, n * 1_000, 2_000, 0.0, 0.001)
+    statistics.record_batch("onnx-1", 9, 900, "full", 1_000, 7_000_000, 2_000, 0.9, 0.001)
+    found = families(metrics(view(statistics=statistics)), openmetrics)
+    samples = found["nv_inference_compute_infer_summary_us"].samples
+    values = {s.labels.get("quantile", s.name.rsplit("_", 1)[1]): s.value for s in samples}
+    assert values["0.5"] == values["0.999"] == 7000.0  # 900 of the 1000 requests
+    assert (values["count"], values["sum"]) == (1000, pytest.approx(5050 + 900 * 7000))
+    queue = {s.labels.get("quantile"): s.value for s in found["nv_inference_queue_summary_us"].samples}
+    assert queue["0.5"] == 1000.0
+    fresh = ModelStatistics()
+    fresh.recent = Recent()
+    empty = families(metrics(view(statistics=fresh)), openmetrics)["nv_inference_request_summary_us"].samples
+    assert all(math.isnan(s.value) for s in empty if "quantile" in s.labels)
+
+
+def test_the_machines_cpu_and_memory(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\n")
+    host = Host(tmp_path)
+    assert host.usage() == HostUsage(None, 1_024_000, 614_400)
+    (tmp_path / "stat").write_text("cpu 10 0 10 70 10 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    assert host.usage().cpu == pytest.approx(0.2)
+    (tmp_path / "stat").write_text("cpu 40 0 10 80 10 0 0 0 0 0\n")
+    assert host.usage().cpu == pytest.approx(0.75)
+    assert host.usage().cpu == 0.0
+    assert 0.0 <= families(metrics())["nv_cpu_utilization"].samples[0].value <= 1.0
 
 
 def test_what_is_standard_about_a_process_is_there_too() -> None:

@@ -13,9 +13,11 @@ from gateway.observe.record import (
     FAILURE_REASONS,
     FOLD_AT,
     PHASE_BOUNDS_S,
+    RECENT_BATCHES,
     ROW_BOUNDS,
     Histogram,
     ModelStatistics,
+    Recent,
     RowHistogram,
 )
 
@@ -107,7 +109,6 @@ def test_an_answered_request_is_counted_in_every_place_once() -> None:
     http.answered(0.020, 0.004, 0.005)
     statistics.protocol("grpc").answered(0.030, 0.0, 0.030, code=0)
     assert http.codes == {200: 2}
-    assert statistics.request_ns == 60_000_000
     assert statistics.queue_waits.cumulative()[-1] == 3
     statistics.overhead.fold()
     assert statistics.overhead.sum == pytest.approx(0.001 + 0.011)
@@ -155,3 +156,68 @@ def test_refusals_and_failures() -> None:
 def test_bounds_are_strictly_increasing() -> None:
     for bounds in (DURATION_BOUNDS_S, PHASE_BOUNDS_S, ROW_BOUNDS):
         assert list(bounds) == sorted(set(bounds))
+
+
+def test_executions_are_counted_by_rows_and_not_by_request() -> None:
+    statistics = ModelStatistics()
+    batch(statistics, rows=8, requests=3)
+    batch(statistics, rows=8, requests=1)
+    batch(statistics, rows=2, requests=2)
+    sizes = {
+        rows: (s.count, s.compute_input_ns, s.compute_infer_ns, s.compute_output_ns)
+        for rows, s in statistics.batch_sizes.items()
+    }
+    assert sizes == {8: (2, 20, 200, 10), 2: (1, 10, 100, 5)}
+
+
+def test_success_lasts_from_arrival_to_the_end_of_the_execution() -> None:
+    statistics = ModelStatistics()
+    batch(statistics, requests=3, queue_s_total=0.25, execute_s=0.002)
+    assert statistics.success_ns == 250_000_000 + 3 * 2_000_000
+    assert statistics.success_ns >= statistics.queue_ns + statistics.compute_infer_ns
+
+
+def test_when_the_last_inference_was() -> None:
+    now = [1_000_000_000_000_000_000]
+    statistics = ModelStatistics(lambda: now[0])
+    assert statistics.last_inference_ms == 0
+    batch(statistics)
+    assert statistics.last_inference_ms == 1_000_000_000_000
+    now[0] += 5_000_000
+    statistics.record_cache_hit(1)
+    assert statistics.last_inference_ms == 1_000_000_000_005
+
+
+def test_an_answer_from_the_cache_is_a_success_that_was_not_executed() -> None:
+    statistics = ModelStatistics()
+    statistics.record_cache_miss(500)
+    batch(statistics, rows=1, requests=1, queue_s_total=0.0, execute_s=0.001)
+    statistics.record_cache_miss(70, 0)
+    statistics.record_cache_hit(30, 2, queue_ns=1_000)
+    assert (statistics.success, statistics.inference_count, statistics.execution_count) == (3, 1, 1)
+    assert (statistics.cache_hits, statistics.cache_hit_ns) == (2, 30)
+    assert (statistics.cache_misses, statistics.cache_miss_ns) == (1, 570)
+    assert statistics.queue_ns == 1_000
+    assert statistics.success_ns == 1_000_000 + 1_030
+
+
+def test_what_was_turned_away_at_once_has_not_failed_and_what_waited_in_vain_has() -> None:
+    statistics = ModelStatistics()
+    statistics.reject("overloaded", 3)
+    assert (statistics.failed, statistics.failed_ns) == (0, 0)
+    statistics.reject("timeout", spent_s=0.5)
+    statistics.fail("BACKEND", spent_s=0.25)
+    assert (statistics.failed, statistics.failed_ns) == (2, 750_000_000)
+    assert statistics.failures["REJECTED"] == 4
+
+
+def test_newest_durations_are_bounded_and_weighted_by_requests() -> None:
+    recent = Recent()
+    for _ in range(RECENT_BATCHES):
+        recent.add(1, 9_000, 9, 9, 9)
+    for n in range(RECENT_BATCHES):
+        recent.add(1 + 10_000 * (n == 0), 100 * (1 + 10_000 * (n == 0)), n, 0, 0)
+    quantiles = recent.quantiles([0.0, 0.5, 1.0])
+    assert quantiles["queue"] == [100.0, 100.0, 100.0]
+    assert quantiles["compute_input"] == [0.0, 0.0, RECENT_BATCHES - 1]
+    assert quantiles["request"][0] == 100.0

@@ -138,7 +138,7 @@ def test_control_payloads_round_trip() -> None:
     assert ipc.decode_number(memoryview(ipc.encode_number(77))) == 77
     hello = ipc.Hello(123, "1.2.3")
     assert ipc.decode_hello(memoryview(ipc.encode_hello(hello))) == hello
-    tensors = tuple(SignatureTensor(f"t{d.code}", d, (None, d.code)) for d in DATATYPES)
+    tensors = tuple(SignatureTensor(f"t{d.code}", d, (None, d.code), d.code % 2 == 1) for d in DATATYPES)
     signature = ipc.Signature(tensors, tensors[:1])
     assert ipc.decode_signature(memoryview(ipc.encode_signature(signature))) == signature
 

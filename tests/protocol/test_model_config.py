@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.model import TensorSpec
+from gateway.core.scheduling import QueuePolicy, Scheduling
 from gateway.core.tensor import DATATYPE
 from gateway.errors import ConfigError
 from gateway.protocol.model_config import ModelConfig, VersionPolicy, parse
@@ -49,18 +50,14 @@ def test_a_full_file() -> None:
         outputs=(TensorSpec("label", DATATYPE["BYTES"], ()),),
         preferred_batch_sizes=(8, 16),
         max_queue_delay_us=500,
-        max_queue_size=100,
         instances=3,
         intra_op_threads=4,
         version_policy=VersionPolicy("specific", versions=(1, 3)),
         default_model_filename="net.onnx",
-        ignored=(
-            "optimization.input_pinned_memory",
-            "metric_tags",
-            "output[0].label_filename",
-            "instance_group[1].name",
-            "parameters.team",
-        ),
+        scheduling=Scheduling(default_queue_policy=QueuePolicy(max_queue_size=100)),
+        label_files=(("label", "labels.txt"),),
+        metric_tags=(("a", "b"),),
+        ignored=("optimization.input_pinned_memory", "instance_group[1].name", "parameters.team"),
     )
 
 
@@ -111,25 +108,28 @@ def test_version_policies(text: str, policy: VersionPolicy) -> None:
             "max_batch_size: 4\ndynamic_batching {\n preferred_batch_size: 8 }",
             "3: dynamic_batching.preferred_batch_size: must not exceed max_batch_size, which is 4",
         ),
-        ("dynamic_batching { preserve_ordering: true }", "1: dynamic_batching.preserve_ordering: answers in order"),
-        ("dynamic_batching { priority_levels: 2 }", "priority levels are not supported yet; remove it"),
-        ("dynamic_batching { priority_queue_policy { key: 1 } }", "priority levels are not supported yet"),
-        ("dynamic_batching { default_queue_policy { timeout_action: DELAY } }", "only REJECT is supported"),
-        ("dynamic_batching { default_queue_policy { default_timeout_microseconds: 5 } }", "write deadline_ms"),
-        ("sequence_batching { }", "1: sequence_batching: sequences are not supported yet"),
-        ("ensemble_scheduling { step [] }", "1: ensemble_scheduling: ensembles are not supported yet"),
-        ("model_warmup [ { } ]", "1: model_warmup: own warm-up samples are not supported yet"),
-        ("response_cache { enable: true }", "1: response_cache.enable: the response cache is not supported yet"),
+        ('platform: "ensemble"', "1: platform: an ensemble needs an ensemble_scheduling block with its steps"),
+        ("dynamic_batching { }\nsequence_batching { }", "2: sequence_batching: only one of dynamic_batching, "),
+        (
+            "response_cache { enable: true } sequence_batching { }",
+            "1: response_cache.enable: answers within a sequence",
+        ),
+        ('metric_tags { key: "a-b" value: "c" }', "1: metric_tags[0].key: 'a-b' cannot be a label; write letters"),
+        ('metric_tags { key: "model" value: "c" }', "1: metric_tags[0].key: 'model' is a label already"),
+        ('metric_tags { key: "__a" value: "c" }', "1: metric_tags[0].key: '__a' cannot be a label; write letters"),
+        ('metric_tags { key: "a" } metric_tags { key: "a" }', "1: metric_tags[1].key: 'a' stands twice"),
+        ("instance_group { rate_limiter { } }", "1: instance_group[0].rate_limiter: the rate limiter is not supported"),
+        ("instance_group { secondary_devices { } }", "instance_group[0].secondary_devices: secondary devices are not"),
+        ("instance_group { passive: true }", "instance_group[0].passive: passive instances are not supported"),
+        ('instance_group { profile: "a" }', "instance_group[0].profile: TensorRT profiles are not supported"),
+        ("model_operations { }", "1: model_operations: operator libraries are not supported"),
+        ("model_repository_agents { }", "1: model_repository_agents: repository agents are not supported"),
+        (
+            'cc_model_filenames { key: "7.5" value: "a" }',
+            "1: cc_model_filenames: one file per GPU kind is not supported",
+        ),
+        ('runtime: "python"', "1: runtime: runtimes of their own are not supported"),
         ("model_transaction_policy { decoupled: true }", "1: model_transaction_policy.decoupled: models that answer"),
-        ("batch_input [ {} ]", "1: batch_input: ragged batching is not supported yet"),
-        (
-            'input { name: "x" data_type: TYPE_FP32 dims: 1 allow_ragged_batch: true }',
-            "input[0].allow_ragged_batch: ragged",
-        ),
-        (
-            'input { name: "x" data_type: TYPE_FP32 dims: 1 reshape { shape: [] } }',
-            "input[0].reshape: reshaping is not supported yet",
-        ),
         ('input { name: "x" data_type: TYPE_FLOAT dims: 1 }', "input[0].data_type: TYPE_FLOAT is not known here"),
         ('input { name: "x" data_type: TYPE_FP23 dims: 1 }', "did you mean TYPE_FP32?"),
         ('input { name: "x" data_type: "TYPE_FP32" dims: 1 }', "input[0].data_type: 'TYPE_FP32' is not known here"),
@@ -178,14 +178,24 @@ def test_what_is_refused_says_where_and_what_to_do(text: str, expected: str) -> 
 
 def test_all_faults_come_at_once_in_order_of_lines() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse("max_batch_size: x\nnam: 1\nsequence_batching {}\ninput { dims: 0 }")
+        parse("max_batch_size: x\nnam: 1\nmodel_operations {}\ninput { dims: 0 }")
     assert [fault.line for fault in caught.value.faults] == [1, 2, 3, 4, 4, 4]
 
 
 KEYS = ["name", "platform", "max_batch_size", "input", "output", "dims", "data_type", "TYPE_FP32", "dynamic_batching"]
 INNER = ["instance_group", "parameters", "key", "value", "string_value", "version_policy", "latest", "specific"]
+NEW = ["sequence_batching", "oldest", "state", "control_input", "control", "ensemble_scheduling", "step", "input_map"]
+NEW += ["batch_input", "batch_output", "model_warmup", "inputs", "zero_data", "priority_levels", "reshape", "shape"]
+NEW += [
+    "response_cache",
+    "enable",
+    "preserve_ordering",
+    "priority_queue_policy",
+    "metric_tags",
+    "minimum_slot_utilization",
+]
 OTHER = ["versions", "count", "kind", "KIND_CPU", ":", "{", "}", "[", "]", ",", "1", "-1", "0", '"x"', "true"]
-WORDS = st.sampled_from([*KEYS, *INNER, *OTHER])
+WORDS = st.sampled_from([*KEYS, *INNER, *NEW, *OTHER, "0.5", "nan"])
 
 
 @given(st.one_of(st.text(), st.lists(WORDS, max_size=30).map(" ".join)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 from gateway.core.batch import FinishedBatch
 from gateway.core.model import ModelSpec
-from gateway.core.request import InferRequest
+from gateway.core.request import InferRequest, OutputTensor
 from gateway.core.tensor import DATATYPE, unpack_bytes
 from gateway.errors import InvalidRequest
 from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
-from gateway.protocol.oip_plan import Planner
+from gateway.protocol.oip_data import pack_half
+from gateway.protocol.oip_plan import Planner, WantedOutput
+from gateway.protocol.options import ProtocolOptions
 
 from .oip_samples import NUMPY, PATIENT, batch_of, model, packed, tensor_spec
 
@@ -28,19 +31,24 @@ def asked(
     spec: ModelSpec,
     row: int,
     rows: int,
-    wanted: list[tuple[str, bool]] | None = None,
+    wanted: Sequence[tuple[str, bool] | tuple[str, bool, int]] | None = None,
     *,
     request_id: str | None = None,
     all_binary: bool = False,
 ) -> InferRequest:
-    form = Planner(spec).response_form(wanted, all_binary)
+    form = Planner(spec).response_form([WantedOutput(*item) for item in wanted or ()], all_binary)
     request = InferRequest((), rows, 0, None, form.needed, request_id, form)
     request.row = row
     return request
 
 
+def shared_of(spec: ModelSpec, batch: FinishedBatch) -> BatchEncoder:
+    return BatchEncoder(spec, batch.outputs, batch.rows)
+
+
 def encode(spec: ModelSpec, batch: FinishedBatch, request: InferRequest) -> tuple[bytes, int | None]:
-    parts, total, json_length = AnswerEncoder(spec).encode(request, BatchEncoder(spec, batch))
+    request.batch = batch
+    parts, total, json_length = AnswerEncoder(spec).encode(request, shared_of(spec, batch))
     body = b"".join(parts)
     assert len(body) == total
     return body, json_length
@@ -256,7 +264,7 @@ def test_bytes_as_json_and_binary(per_row: int) -> None:
 
 def test_bytes_that_are_not_utf8_fail_only_the_request_that_wants_them_as_json() -> None:
     spec = model(outputs=[tensor_spec("Y", "BYTES")])
-    encoder, shared = AnswerEncoder(spec), BatchEncoder(spec, batch_of(spec, 3, [[b"a", b"\xff\xfe", b"c"]]))
+    encoder, shared = AnswerEncoder(spec), shared_of(spec, batch_of(spec, 3, [[b"a", b"\xff\xfe", b"c"]]))
     for row, text in ((0, "a"), (2, "c")):
         parts, _, _ = encoder.encode(asked(spec, row, 1), shared)
         assert json.loads(b"".join(parts))["outputs"][0]["data"] == [text]
@@ -277,7 +285,7 @@ def test_batch_shared_by_many_requests(data: st.DataObject) -> None:
     spec = model(outputs=[tensor_spec("Y", datatype, trailing), tensor_spec("B", "BYTES")])
     numbers = random_numbers(datatype, (total, *trailing), seed=data.draw(st.integers(0, 99)))
     strings = [str(row).encode() * row for row in range(total)]
-    encoder, shared = AnswerEncoder(spec), BatchEncoder(spec, batch_of(spec, total, [numbers, strings]))
+    encoder, shared = AnswerEncoder(spec), shared_of(spec, batch_of(spec, total, [numbers, strings]))
     for _ in range(data.draw(st.integers(1, 6))):
         row = data.draw(st.integers(0, total - 1))
         rows = data.draw(st.integers(1, total - row))
@@ -306,3 +314,23 @@ def test_batch_shared_by_many_requests(data: st.DataObject) -> None:
             assert numbers_of(first) == expected
             assert blob == packed(strings[row : row + rows])
         assert DATATYPE[first["datatype"]].name == datatype
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+def test_halves_as_json_read_back_to_the_same_halves(datatype: str) -> None:
+    """All 65536 of them, NaNs made one."""
+    spec = model(outputs=[tensor_spec("Y", datatype)])
+    form = Planner(spec, ProtocolOptions(json_half=True)).response_form(None, all_binary=False)
+    bits = np.arange(2**16, dtype="<u2").reshape(4, -1)
+    outputs = {0: OutputTensor("Y", DATATYPE[datatype], bits.shape, bits.tobytes())}
+    request = InferRequest((), 3, 0, None, form.needed, None, form)
+    request.row = 1
+    (body,), _, _ = AnswerEncoder(spec).encode(request, BatchEncoder(spec, outputs, 4))
+    (output,) = json.loads(bytes(body))["outputs"]
+    assert (output["datatype"], output["shape"]) == (datatype, [3, 2**14])
+    again = np.frombuffer(pack_half(DATATYPE[datatype], output["data"]), "<u2")
+    expected = bits[1:].reshape(-1)
+    exponent = 0x7F80 if datatype == "BF16" else 0x7C00
+    finite = expected & 0x7FFF <= exponent
+    np.testing.assert_array_equal(again[finite], expected[finite])
+    assert (again[~finite] & 0x7FFF > exponent).all()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import simdjson
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.core.tensor import DATATYPE, element_count
 from gateway.errors import InvalidRequest
@@ -27,7 +30,8 @@ SAMPLES: dict[str, list[Any]] = {
 
 
 def plan(datatype: str, *shape: int) -> InputPlan:
-    return InputPlan(0, "X", DATATYPE[datatype], shape, element_count(shape))
+    found = DATATYPE[datatype]
+    return InputPlan(0, "X", found, shape, element_count(shape), in_json=found.kind != "half")
 
 
 def both(datatype: str, text: str, *shape: int) -> list[bytes]:
@@ -164,7 +168,7 @@ def nested(levels: int) -> Any:
 
 def test_nesting_has_a_limit() -> None:
     assert tensor_bytes(from_json(plan("FP32", 1, 1), nested(MAX_DEPTH))) == np.array([1], "<f4").tobytes()
-    refused("FP32", nested(MAX_DEPTH + 1), "nested deeper than 64 levels", shape=(1, 1))
+    refused("FP32", nested(MAX_DEPTH + 1), f"nested deeper than {MAX_DEPTH} levels", shape=(1, 1))
 
 
 def test_lone_surrogate_in_a_string() -> None:
@@ -186,3 +190,60 @@ def test_large_arrays_are_refused_in_the_same_words(datatype: str, text: str) ->
             decode(plan(datatype, 1, 3), data)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+# -- FP16 and BF16, where the server's owner lets them stand in JSON ------------------------------------------------
+
+
+def in_json(datatype: str, elements: int) -> InputPlan:
+    return InputPlan(0, "X", DATATYPE[datatype], (1, elements), elements, in_json=True)
+
+
+def nearest_half(datatype: str, value: float) -> int:
+    """Bits of the value nearest to `value`, ties to even: by exact arithmetic over all candidates around it."""
+    if math.isnan(value):
+        return 0x7FC0 if datatype == "BF16" else 0x7E00
+    sign = 0x8000 if math.copysign(1, value) < 0 else 0
+    infinity = 0x7F80 if datatype == "BF16" else 0x7C00
+
+    def exact(bits: int) -> Fraction:
+        if bits == infinity:  # as if the exponent went on
+            return 2 * exact(infinity - (128 if datatype == "BF16" else 1024))
+        if datatype == "BF16":
+            return Fraction(float(np.uint32(bits << 16).view(np.float32)))
+        return Fraction(float(np.uint16(bits).view(np.float16)))
+
+    if math.isinf(value):
+        return sign | infinity
+    wanted, low, high = abs(Fraction(value)), 0, infinity
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if exact(middle) <= wanted else (low, middle)
+    if wanted >= exact(high):
+        return sign | infinity
+    below, above = wanted - exact(low), exact(high) - wanted
+    return sign | (low if below < above or (below == above and low % 2 == 0) else high)
+
+
+TIES = [1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 2**-11 + 2**-50, 65519.99, 65520.0, 3.3961e38]
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+@settings(deadline=None)
+@given(values=st.lists(st.floats() | st.floats(width=32) | st.sampled_from(TIES), min_size=1, max_size=8))
+def test_halves_are_the_nearest_ones(datatype: str, values: list[float]) -> None:
+    tensor = from_json(in_json(datatype, len(values)), list(values))
+    bits = np.frombuffer(tensor_bytes(tensor), "<u2").tolist()
+    for value, got in zip(values, bits, strict=True):
+        expected = nearest_half(datatype, value)
+        assert got & 0x7FFF == expected & 0x7FFF if math.isnan(value) else got == expected
+
+
+def test_halves_of_integers_and_what_is_no_number() -> None:
+    tensor = from_json(in_json("BF16", 3), [1, [-2, 10**40]])
+    assert np.frombuffer(tensor_bytes(tensor), "<u2").tolist() == [0x3F80, 0xC000, 0x7F80]
+    for wrong in ("1", True, None):
+        with pytest.raises(InvalidRequest, match=r"element 0 is .*FP16 takes numbers only"):
+            from_json(in_json("FP16", 1), [wrong])
+    array = simdjson.Parser().parse(b"[1,2.5]")
+    assert tensor_bytes(from_array(in_json("FP16", 2), array)) == np.array([1, 2.5], "<f2").tobytes()

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from gateway.core.request import SequenceStep
 from gateway.errors import InvalidRequest, Unsupported
 from gateway.protocol.oip_frame import read_frame
-from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS
+from gateway.protocol.oip_parameters import NO_OPTIONS
+from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS, WantedOutput
 
 INPUT: dict[str, Any] = {"name": "X", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
 
@@ -33,8 +35,7 @@ def test_plain_request() -> None:
     frame = read_frame(document(id="7"))
     assert frame.request_id == "7"
     assert frame.outputs is None
-    assert not frame.binary_data_output
-    assert frame.timeout_s == 0
+    assert frame.options is NO_OPTIONS
     (item,) = frame.inputs
     assert (item.name, item.datatype, item.shape, item.data) == ("X", "FP32", (1, 3), [1, 2, 3])
     assert item.binary_data_size is None
@@ -160,7 +161,11 @@ def test_output_without_a_name(value: Any) -> None:
 
 def test_binary_data_per_output() -> None:
     wanted = [{"name": "Y", "parameters": {"binary_data": True}}, {"name": "Z", "parameters": {"binary_data": False}}]
-    assert read_frame(document(outputs=[*wanted, {"name": "W"}])).outputs == (("Y", True), ("Z", False), ("W", False))
+    assert read_frame(document(outputs=[*wanted, {"name": "W"}])).outputs == (
+        WantedOutput("Y", binary=True),
+        WantedOutput("Z"),
+        WantedOutput("W"),
+    )
 
 
 @pytest.mark.parametrize("value", [1, "true", 1.0])
@@ -169,19 +174,11 @@ def test_binary_flags_mistyped(value: Any) -> None:
     refused(document(parameters={"binary_data_output": value}), "'binary_data_output' must be true or false")
 
 
-def test_sequence_parameters_on_a_plain_model_are_ignored() -> None:
-    parameters = {"sequence_id": 5, "sequence_start": True, "sequence_end": False}
-    assert read_frame(document(parameters=parameters)) == read_frame(document())
-
-
-def test_timeout_is_microseconds() -> None:
-    assert read_frame(document(parameters={"timeout": 1_500_000, "priority": 99})).timeout_s == 1.5
-
-
-@pytest.mark.parametrize("name", ["timeout", "priority"])
-@pytest.mark.parametrize("value", [-1, "5", 1.0, True, 2**63])
-def test_timeout_and_priority_mistyped(name: str, value: Any) -> None:
-    refused(document(parameters={name: value}), f"parameter '{name}' must be an integer")
+def test_options_of_the_request_reach_the_frame() -> None:
+    parameters = {"sequence_id": 5, "sequence_start": True, "timeout": 1_500_000, "priority": 99, "note": "x"}
+    options = read_frame(document(parameters=parameters)).options
+    assert (options.stated_timeout_s, options.priority) == (1.5, 99)
+    assert options.sequence == SequenceStep(5, start=True)
 
 
 @pytest.mark.parametrize("place", ["input", "output"])
@@ -196,13 +193,9 @@ def test_shared_memory_is_refused_by_name(place: str) -> None:
         read_frame(body)
 
 
-def test_classification_is_refused_by_name_unless_off() -> None:
-    def body(count: Any) -> Any:
-        return document(outputs=[{"name": "Y", "parameters": {"classification": count}}])
-
-    with pytest.raises(Unsupported, match=r"'Y'.*classification"):
-        read_frame(body(2))
-    assert read_frame(body(0)).outputs == (("Y", False),)
+def test_classification_of_each_output() -> None:
+    outputs = [{"name": "Y", "parameters": {"classification": 2}}, {"name": "Z", "parameters": {"classification": 0}}]
+    assert read_frame(document(outputs=outputs)).outputs == (WantedOutput("Y", classes=2), WantedOutput("Z"))
 
 
 def test_negative_classification_is_the_callers_mistake() -> None:

@@ -178,7 +178,13 @@ def test_raw_request() -> None:
 
 
 def test_raw_bytes_request_carries_no_length_prefix() -> None:
-    assert x_of(decode(of_x("BYTES"), b"hello", 0)) == packed([b"hello"])
+    spec = model([tensor_spec("X", "BYTES", (1,))])
+    assert x_of(decode(spec, b"hello", 0)) == packed([b"hello"])
+
+
+def test_an_empty_raw_request_is_an_empty_tensor() -> None:
+    assert decode(of_x(), b"", 0).inputs[0] is not None
+    assert x_of(decode(of_x(), b"", 0)) == b""
 
 
 def test_raw_request_that_cannot_be_deduced() -> None:

@@ -101,7 +101,7 @@ def test_every_road_reads_what_json_and_numpy_read(
         request = decoder.decode(by_road(road, body))
         assert decoded(spec, request) == expected, road
         assert request.request_id == (document.get("id") or None)
-        assert request.timeout_s == (0.001 if "parameters" in document else 0.0)
+        assert request.stated_timeout_s == (0.001 if "parameters" in document else 0.0)
         assert request.outputs == (0,)
         assert request.rows == document["inputs"][0]["shape"][0]
 

@@ -7,7 +7,7 @@ import pytest
 from gateway.core.model import ModelSpec
 from gateway.core.tensor import MAX_RANK
 from gateway.errors import InvalidRequest
-from gateway.protocol.oip_plan import REMEMBERED, InputKey, Planner
+from gateway.protocol.oip_plan import REMEMBERED, InputKey, Planner, WantedOutput
 
 from .oip_samples import model, tensor_spec
 
@@ -169,7 +169,7 @@ def test_no_outputs_named_means_all() -> None:
 
 
 def test_named_outputs_keep_their_order_and_ignore_the_request_wide_flag() -> None:
-    form = Planner(OUTPUTS).response_form([("Q", False), ("P", False)], all_binary=True)
+    form = Planner(OUTPUTS).response_form([WantedOutput("Q"), WantedOutput("P")], all_binary=True)
     assert form.outputs == (1, 0)
     assert form.needed == (0, 1)
     assert form.binary == (False, False)
@@ -178,18 +178,18 @@ def test_named_outputs_keep_their_order_and_ignore_the_request_wide_flag() -> No
 
 def test_unknown_output() -> None:
     with pytest.raises(InvalidRequest, match="unexpected inference output 'Z' for model 'm'"):
-        Planner(OUTPUTS).response_form([("Z", False)], all_binary=False)
+        Planner(OUTPUTS).response_form([WantedOutput("Z")], all_binary=False)
 
 
 def test_unknown_output_with_a_huge_name_is_not_echoed_whole() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        Planner(OUTPUTS).response_form([("Z" * 1_000_000, False)], all_binary=False)
+        Planner(OUTPUTS).response_form([WantedOutput("Z" * 1_000_000)], all_binary=False)
     assert len(str(caught.value)) < 1000
 
 
 def test_output_named_twice() -> None:
     with pytest.raises(InvalidRequest, match="twice"):
-        Planner(OUTPUTS).response_form([("P", True), ("P", False)], all_binary=False)
+        Planner(OUTPUTS).response_form([WantedOutput("P", binary=True), WantedOutput("P")], all_binary=False)
 
 
 @pytest.mark.parametrize(("name", "datatype"), [("H", "FP16"), ("B", "BF16")])
@@ -198,5 +198,5 @@ def test_half_precision_output_as_json(name: str, datatype: str) -> None:
     with pytest.raises(
         InvalidRequest, match=f"sending {datatype} data via JSON is not supported.*'{name}'.*binary_data"
     ):
-        planner.response_form([(name, False)], all_binary=False)
-    assert planner.response_form([(name, True)], all_binary=False).any_binary
+        planner.response_form([WantedOutput(name)], all_binary=False)
+    assert planner.response_form([WantedOutput(name, binary=True)], all_binary=False).any_binary

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.errors import ConfigError
 from gateway.protocol.model_config import VersionPolicy
-from gateway.registry.directory import scan, select_versions
+from gateway.registry.digest import read_artifact
+from gateway.registry.directory import read_side_file, scan, select_versions
 
 
 def model(folder: Path, *versions: str, config: str | None = None, file: str = "model.onnx") -> Path:
@@ -158,3 +160,77 @@ def test_version_policies(existing: set[int], count: int, wanted: set[int]) -> N
     assert select_versions(existing, VersionPolicy("latest", count)) == every[-count:]
     specific = select_versions(existing, VersionPolicy("specific", versions=tuple(wanted)))
     assert specific == tuple(sorted(existing & wanted))
+
+
+# -- files that a configuration names ------------------------------------------------------------------------------
+
+LABELLED = 'output { name: "y" data_type: TYPE_FP32 dims: 3 label_filename: "labels.txt" }'
+STATEFUL = (
+    'sequence_batching { state { input_name: "i" output_name: "o" data_type: TYPE_FP32 dims: 1 initial_state '
+    '{ name: "s" data_type: TYPE_FP32 dims: 1 data_file: "first" } } }'
+)
+
+
+def test_labels_are_read_line_by_line(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", "1", config=LABELLED)
+    (folder / "labels.txt").write_bytes("a b\r\né\n\nlast\u2028one\n".encode())
+    (found,) = scan(folder).models
+    assert found.config is not None
+    assert found.config.scheduling.labels == (("y", ("a b", "é", "", "last\u2028one")),)
+    assert found.directory == folder
+
+
+def test_first_states_are_read(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", "1", config=STATEFUL)
+    (folder / "initial_state").mkdir()
+    (folder / "initial_state" / "first").write_bytes(b"\0\1\2\3")
+    (found,) = scan(folder).models
+    assert found.config is not None
+    assert found.config.scheduling.sequence is not None
+    assert found.config.scheduling.sequence.states[0].initial == b"\0\1\2\3"
+
+
+@pytest.mark.parametrize(("config", "file"), [(LABELLED, "labels.txt"), (STATEFUL, "initial_state/first")])
+def test_a_file_that_is_named_and_missing_is_a_fault(tmp_path: Path, config: str, file: str) -> None:
+    folder = model(tmp_path / "m", "1", config=config)
+    (fault,) = scan(folder).faults
+    assert str(fault).startswith(f"{folder / file}: ")
+    assert "this file is missing, and the model's configuration names it" in str(fault)
+
+
+def test_a_file_that_is_named_is_no_way_out_of_the_directory(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", "1", config=LABELLED)
+    (tmp_path / "secret").write_text("x")
+    (folder / "labels.txt").symlink_to(tmp_path / "secret")
+    assert "this link leaves the model's directory" in str(scan(folder).faults[0])
+    with pytest.raises(ConfigError, match="larger than 2 bytes"):
+        read_side_file(model(tmp_path / "n", "1", config="# long"), "config.pbtxt", 2)
+
+
+def test_labels_that_are_not_text_are_a_fault(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", "1", config=LABELLED)
+    (folder / "labels.txt").write_bytes(b"\xff")
+    assert "output 'y'.label_filename: labels.txt is not UTF-8" in str(scan(folder).faults[0])
+
+
+ENSEMBLE = """platform: "ensemble" max_batch_size: 4
+input { name: "x" data_type: TYPE_FP32 dims: 3 }
+output { name: "y" data_type: TYPE_FP32 dims: 3 }
+ensemble_scheduling { step { model_name: "a" input_map { key: "x" value: "x" } output_map { key: "y" value: "y" } } }
+"""
+
+
+@pytest.mark.parametrize("versions", [(), ("1",), ("1", "4")])
+def test_an_ensemble_needs_no_file_and_no_version_directory(tmp_path: Path, versions: tuple[str, ...]) -> None:
+    folder = model(tmp_path / "e", config=ENSEMBLE)
+    for version in versions:
+        (folder / version).mkdir()
+    (found,) = scan(tmp_path).models
+    assert found.config is not None
+    assert found.config.ensemble
+    assert found.model_file == ""
+    number = versions[-1] if versions else "1"
+    assert found.versions == {number: folder / number if versions else folder}
+    artifact = read_artifact(found.versions[number], "e", number, found.model_file)
+    assert artifact.model == b""
+    assert [file.path for file in artifact.files] == ([] if versions else ["config.pbtxt"])

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gateway.core.tensor import DATATYPE
-from gateway.workers.session import TEXT_LIMIT, ModelRefusedError, RunError, Session, clean_text
+from gateway.workers.session import MAX_OPTIONAL, TEXT_LIMIT, ModelRefusedError, RunError, Session, clean_text
 from tests.live.models import ONNX_TYPE
 from tests.workers.rig import (
     expand,
@@ -26,6 +26,28 @@ def test_the_signature_is_the_files() -> None:
     signature = Session(matmul(), 1).signature
     assert [(t.name, t.datatype.name, t.shape) for t in signature.inputs] == [("x", "FP32", (None, 4))]
     assert [(t.name, t.datatype.name, t.shape) for t in signature.outputs] == [("y", "FP32", (None, 3))]
+
+
+def with_defaults(count: int) -> bytes:
+    """`x` + `w0` + `w1` + …, each `w` an input with a default of its number."""
+    names = [f"w{number}" for number in range(count)]
+    nodes = [helper.make_node("Sum", ["x", *names], ["y"])]
+    inputs = [value(name, "FP32", ["n"]) for name in ["x", *names]]
+    weights = [numpy_helper.from_array(np.array([number], np.float32), name) for number, name in enumerate(names)]
+    return model_bytes(nodes, inputs, [value("y", "FP32", ["n"])], weights)
+
+
+def test_inputs_with_a_default_are_optional_and_come_last() -> None:
+    session = Session(with_defaults(2), 1)
+    assert [(t.name, t.optional) for t in session.signature.inputs] == [("x", False), ("w0", True), ("w1", True)]
+    one, five = np.array([1], np.float32), np.array([5], np.float32)
+    assert session.run({"x": one}, ["y"])[0].tolist() == [2]
+    assert session.run({"x": one, "w1": five}, ["y"])[0].tolist() == [6]
+
+
+def test_a_model_that_declares_every_weight_an_input_has_no_optional_ones() -> None:
+    assert len(Session(with_defaults(MAX_OPTIONAL), 1).signature.inputs) == MAX_OPTIONAL + 1
+    assert [t.name for t in Session(with_defaults(MAX_OPTIONAL + 1), 1).signature.inputs] == ["x"]
 
 
 @pytest.mark.parametrize("name", sorted(ONNX_TYPE))

@@ -1,0 +1,148 @@
+"""A replica seen through its configuration: tensors by the places and shapes of the served signature.
+
+A served signature may name fewer tensors than the model file has, in another order, with other dims (`reshape`) or
+with dims narrower than the file's. A `BoundReplica` translates each batch on its way to the replica, and the answer on
+its way back; bytes are not touched. Where nothing differs the replica itself is used, so this costs nothing then.
+An output whose shape contradicts what is served is the run's failure, and reaches no caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
+from gateway.core.batchability import SignatureTensor
+from gateway.core.model import ModelSpec, TensorSpec
+from gateway.core.request import BatchInput, InputTensor, OutputTensor
+from gateway.core.reshape import fits, reshaped
+
+
+class Binding:
+    """Places and shapes of one served version ↔ those of its model file."""
+
+    def __init__(self, spec: ModelSpec, inputs: Sequence[SignatureTensor], outputs: Sequence[SignatureTensor]) -> None:
+        """Raises KeyError: the spec names a tensor that the model does not have."""
+        self.spec = spec
+        of_input = {tensor.name: index for index, tensor in enumerate(inputs)}
+        of_output = {tensor.name: index for index, tensor in enumerate(outputs)}
+        self._input_places = tuple(of_input[tensor.name] for tensor in spec.inputs)
+        self._output_places = tuple(of_output[tensor.name] for tensor in spec.outputs)
+        self._inputs = len(inputs)
+        self._skip = 1 if spec.batched else 0
+        self._narrow = tuple(
+            tensor.reshape is None and _narrower(tensor.dims, outputs[place].shape[self._skip :])
+            for tensor, place in zip(spec.outputs, self._output_places, strict=True)
+        )
+        self.neutral = (
+            self._input_places == tuple(range(len(spec.inputs)))
+            and self._output_places == tuple(range(len(spec.outputs)))
+            and not any(tensor.reshape is not None for tensor in (*spec.inputs, *spec.outputs))
+            and not any(self._narrow)
+        )
+        """Whether there is nothing to translate."""
+
+    def model_outputs(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple([self._output_places[place] for place in outputs])
+
+    def batch_inputs(self, inputs: Sequence[BatchInput]) -> list[BatchInput]:
+        """Raises ValueError: a shape does not fit the served dims."""
+        return [
+            BatchInput(
+                self._input_places[given.index],
+                given.datatype,
+                self._model_shape(self.spec.inputs[given.index], given.shape),
+                given.nbytes,
+                given.parts,
+            )
+            for given in inputs
+        ]
+
+    def model_inputs(self, inputs: Sequence[InputTensor | None]) -> list[InputTensor | None]:
+        """Tensors in the order of the served signature → one per input of the model file."""
+        found: list[InputTensor | None] = [None] * self._inputs
+        for place, given in enumerate(inputs):
+            if given is not None:
+                shape = self._model_shape(self.spec.inputs[place], given.shape)
+                found[self._input_places[place]] = InputTensor(given.datatype, shape, given.values, given.buffer)
+        return found
+
+    def _model_shape(self, tensor: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if tensor.reshape is None:
+            return shape
+        return (*shape[: self._skip], *reshaped(shape[self._skip :], tensor.dims, tensor.reshape))
+
+    def served_output(self, place: int, output: OutputTensor) -> OutputTensor:
+        """Raises ValueError: the model made a shape that contradicts what is served."""
+        tensor, skip = self.spec.outputs[place], self._skip
+        if tensor.reshape is not None:
+            shape = (*output.shape[:skip], *reshaped(output.shape[skip:], tensor.reshape, tensor.dims))
+            return OutputTensor(output.name, output.datatype, shape, output.data)
+        if self._narrow[place] and not fits(output.shape[skip:], tensor.dims):
+            raise ValueError(f"shape {list(output.shape[skip:])} where {list(tensor.dims)} was expected")
+        return output
+
+
+def _narrower(dims: tuple[int, ...], file: tuple[int | None, ...]) -> bool:
+    return any(have is None and want != -1 for want, have in zip(dims, file, strict=False))
+
+
+class _BoundBatch:
+    """Fits `backends.interface.Batch`; stands between a replica and the batch it was given."""
+
+    __slots__ = ("_batch", "_binding", "inputs", "outputs", "rows")
+
+    def __init__(self, batch: Batch, binding: Binding) -> None:
+        self._batch = batch
+        self._binding = binding
+        self.inputs = binding.batch_inputs(batch.inputs)
+        self.outputs = binding.model_outputs(batch.outputs)
+        self.rows = batch.rows
+
+    def done(self, outcome: Success | Failure, /) -> None:
+        if isinstance(outcome, Success):
+            outcome = self._served(outcome)
+        self._batch.done(outcome)
+
+    def _served(self, answer: Success) -> Success | Failure:
+        served = []
+        for place, output in zip(self._batch.outputs, answer.outputs, strict=False):
+            try:
+                served.append(self._binding.served_output(place, output))
+            except ValueError as error:
+                return Failure(FailureKind.SUSPECT, f"output '{output.name}' has {error}, as config.pbtxt says")
+        return Success(served, answer.compute_input_ns, answer.compute_infer_ns, answer.compute_output_ns)
+
+
+class BoundReplica:
+    """Fits `backends.interface.Replica`."""
+
+    __slots__ = ("_binding", "_replica")
+
+    def __init__(self, replica: Replica, binding: Binding) -> None:
+        self._replica = replica
+        self._binding = binding
+
+    def __repr__(self) -> str:
+        return f"<BoundReplica {self._replica!r}>"
+
+    @property
+    def name(self) -> str:
+        return self._replica.name
+
+    @property
+    def available(self) -> bool:
+        return self._replica.available
+
+    @property
+    def free_slots(self) -> int:
+        return self._replica.free_slots
+
+    @property
+    def in_flight(self) -> int:
+        return self._replica.in_flight
+
+    def execute(self, batch: Batch, timeout_s: float, /) -> None:
+        self._replica.execute(_BoundBatch(batch, self._binding), timeout_s)
+
+    def set_listener(self, changed: Callable[[], None], /) -> None:
+        self._replica.set_listener(changed)

@@ -1,0 +1,310 @@
+"""Loading and unloading at run time: who may ask, what is loaded, and what happens to what served before.
+
+Modes (`server.model_control`, Triton's): `none`: what the configuration names is served, for good. `poll`: the sources
+are looked at every `repository_poll_s` seconds; new and changed models are loaded, vanished ones unloaded. `explicit`:
+only `load_models` at start (`*`: all), then whatever load and unload requests say.
+
+Rules: loads and unloads of one model happen one after the other, of several models a few at a time. A load that fails
+leaves what served before serving. What an ensemble is made of is loaded with it if it does not serve yet. An override
+(management_override.py) holds until the next load, which reads the source anew. A model that was never loaded is only a
+name. Everything that touches the disk runs in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
+
+from gateway import plan
+from gateway.catalog import Catalog, ServedVersion
+from gateway.config import Config, ModelEntry
+from gateway.config_models import check_batch_sizes, find_model, locate_model, model_names
+from gateway.core.model import ModelState
+from gateway.errors import (
+    ConfigError,
+    ControlOff,
+    Fault,
+    GatewayError,
+    InvalidRequest,
+    LoadFailed,
+    NotReady,
+    Unsupported,
+)
+from gateway.loading import WantedVersion
+from gateway.management_override import Override, overridden, read_override
+from gateway.protocol.model_config import ModelConfig
+from gateway.registry.reference import name_fault
+
+log = logging.getLogger("gateway.repository")
+
+ModelControl = Literal["none", "poll", "explicit"]
+ALL: Final = "*"
+PARALLEL: Final = 2
+"""Models loaded at one time."""
+
+_INDEX_STATE: Final = {
+    ModelState.LOADING: "LOADING",
+    ModelState.READY: "READY",
+    ModelState.UNLOADING: "UNLOADING",
+    ModelState.UNAVAILABLE: "UNAVAILABLE",
+    ModelState.FAILED: "UNAVAILABLE",
+}
+
+
+class Repository:
+    """The configuration's sources, and the catalog they are loaded into."""
+
+    def __init__(self, config: Config, catalog: Catalog, load: plan.Load) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._load = load
+        self._mode: ModelControl = config.server.model_control
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._gate = asyncio.Semaphore(PARALLEL)
+        self._with: set[str] = set()
+        """Models that were loaded only because an ensemble needs them."""
+        self._seen: dict[str, object] = {}
+        """Poll: what each model's files looked like when it was loaded last."""
+        self.open = False
+        """Whether loads and unloads are taken: not before what is served from the start is loaded."""
+
+    # -- at start ------------------------------------------------------------------------------------------------
+
+    def initial(self) -> list[WantedVersion]:
+        """What is to be served from the start; blocks on the disk.
+
+        Raises:
+            ConfigError: with every fault of every source (explicit: of the models asked for).
+        """
+        chosen = self._config.server.load_models
+        if self._mode != "explicit" or ALL in chosen:
+            wanted = plan.versions(self._config, self._load)
+            if self._mode == "poll":
+                self._seen = self._fingerprints()
+            return wanted
+        faults: list[Fault] = []
+        found: list[WantedVersion] = []
+        names = list(dict.fromkeys(chosen))
+        for name in names:  # it grows by the models that ensembles are made of
+            try:
+                versions = plan.versions_of(self._config, self._load, name)
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            if not versions:
+                text = f"no source has a model '{name}'; there are: {', '.join(model_names(self._config))[:500]}"
+                faults.append(Fault(self._config.file or "command line", 0, "server.load_models", text))
+            found += versions
+            steps = {step.model for version in versions for step in version.scheduling.ensemble}
+            self._with |= steps - set(names)
+            names += sorted(steps - set(names))
+        if faults:
+            raise ConfigError(faults)
+        return found
+
+    # -- what clients ask ----------------------------------------------------------------------------------------
+
+    async def index(self, ready: bool = False, repository: str = "") -> list[dict[str, str]]:
+        """Every version with its state, or only those that are READY; models never loaded have only a name.
+
+        `repository` chooses among several in Triton and is ignored, as it is there.
+        """
+        entries: list[dict[str, str]] = []
+        for version in self._catalog.versions():
+            state = _INDEX_STATE[version.state]
+            obstacle = version.obstacle if version.dependencies and version.state is ModelState.READY else ""
+            if obstacle:  # an ensemble that lacks one of its models
+                state = "UNAVAILABLE"
+            if version.state is ModelState.READY and not obstacle:
+                entries.append({"name": version.name, "version": version.version, "state": state})
+            elif not ready:
+                entries.append(
+                    {
+                        "name": version.name,
+                        "version": version.version,
+                        "state": state,
+                        "reason": obstacle or version.reason,
+                    }
+                )
+        if not ready and self._mode != "none":
+            known = set(self._catalog.names())
+            on_disk = await asyncio.to_thread(model_names, self._config)
+            entries += [{"name": name} for name in on_disk if name not in known]
+        return sorted(entries, key=lambda entry: entry["name"])
+
+    async def load(self, name: str, parameters: Mapping[str, object], repository: str = "") -> None:
+        """Load a model, or load it again; returns when its name means what was asked for.
+
+        `parameters`: see `management_override.read_override`.
+
+        Raises:
+            ControlOff: the mode is not explicit.
+            NotReady: the gateway is still starting.
+            InvalidRequest: the name or a parameter cannot be used.
+            Unsupported: a repository is named.
+            LoadFailed: unknown or broken model.
+        """
+        self._check(name, repository)
+        if "/" in name or "\\" in name or ".." in name:
+            raise InvalidRequest("model name must not contain path traversal characters")
+        if (fault := name_fault(name)) is not None or name.startswith("."):
+            raise LoadFailed(
+                f"failed to load '{name[:64]}', failed to poll from model repository: "
+                f"{fault or 'a name that begins with a dot is hidden'}"
+            )
+        try:
+            await self._load_with_steps(name, read_override(parameters), ())
+        except ConfigError as error:
+            raise LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}") from None
+
+    async def unload(self, name: str, unload_dependents: bool = False, repository: str = "") -> None:
+        """Unload a model; returns when its accepted requests are answered. An unknown one is unloaded already.
+
+        `unload_dependents`: and what was loaded only for its sake, if no other model needs it.
+
+        Raises:
+            ControlOff, NotReady, InvalidRequest, Unsupported: as `load`.
+        """
+        self._check(name, repository)
+        steps = {step for version in self._catalog.of(name) for step in version.dependencies}
+        async with self._turn(name):
+            await self._catalog.unload(name)
+        self._with.discard(name)
+        if not unload_dependents:
+            return
+        for step in sorted(steps & self._with):
+            if not self._needed(step):
+                await self.unload(step, unload_dependents=True)
+
+    def _check(self, name: str, repository: str) -> None:
+        if repository:
+            raise Unsupported("'repository_name' specification is not supported; leave it out")
+        if not name.strip():
+            raise InvalidRequest("Model name cannot be empty or consist of blanks")
+        if self._mode != "explicit":
+            raise ControlOff(
+                "explicit model load / unload is not allowed if polling is enabled or model control is off; start the "
+                "gateway with --model-control explicit"
+            )
+        if not self.open:
+            raise NotReady("the gateway is still loading what it serves from the start, or is stopping; retry later")
+
+    def _needed(self, name: str) -> bool:
+        """Whether a model that serves is composed of this one."""
+        return any(name in v.dependencies for v in self._catalog.versions() if v.state is ModelState.READY)
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> Any:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        async with lock:
+            yield
+
+    async def _load_with_steps(self, name: str, override: Override | None, above: tuple[str, ...]) -> None:
+        """What an ensemble is made of serves before the ensemble does. `above`: ensembles that want this model.
+
+        No turn is held while another is waited for, so that two loads cannot wait for each other.
+        """
+        if name in above:
+            raise LoadFailed(f"failed to load '{above[0]}': the ensembles {', '.join(above)} contain each other")
+        for step in await asyncio.to_thread(self._steps, name, override):
+            if not self._catalog.ready_versions(step):
+                await self._load_with_steps(step, None, (*above, name))
+        async with self._turn(name):
+            if above and self._catalog.ready_versions(name):
+                return  # somebody else was faster
+            await self._load_one(name, override)
+        if above:
+            self._with.add(name)
+        else:
+            self._with.discard(name)
+
+    def _steps(self, name: str, override: Override | None) -> list[str]:
+        """Runs in a thread."""
+        if override is not None:
+            config: ModelConfig | None = override.config
+        else:
+            found = find_model(self._config, name)
+            config = found[1].config if found is not None else None
+        return sorted({step.model for step in config.scheduling.ensemble}) if config is not None else []
+
+    async def _load_one(self, name: str, override: Override | None) -> None:
+        """The caller has the model's turn. Raises LoadFailed, ConfigError."""
+        with contextlib.ExitStack() as until_loaded:
+            wanted = await asyncio.to_thread(self._wanted, name, override, until_loaded)
+            if not wanted:
+                raise LoadFailed(f"failed to load '{name}', failed to poll from model repository")
+            async with self._gate:
+                failed = await self._catalog.replace(wanted)
+        if failed:
+            raise LoadFailed(
+                f"failed to load '{name}': version {failed[0].version} is at UNAVAILABLE state: {_cause(failed[0])}"
+            )
+
+    def _wanted(self, name: str, override: Override | None, until_loaded: contextlib.ExitStack) -> list[WantedVersion]:
+        """Runs in a thread."""
+        if override is None:
+            return plan.versions_of(self._config, self._load, name)
+        entry, place = locate_model(self._config, name) or (ModelEntry(source=name), None)
+        found = until_loaded.enter_context(overridden(name, place, override))
+        check_batch_sizes(self._config, entry, found)
+        return plan.settled(self._config, entry, found, self._load)
+
+    # -- polling -------------------------------------------------------------------------------------------------
+
+    async def poll_for_ever(self) -> None:
+        """Follow the sources until cancelled; does nothing in another mode than `poll`."""
+        while self._mode == "poll":
+            await asyncio.sleep(self._config.server.repository_poll_s)
+            if not self.open:
+                return
+            try:
+                await self.poll()
+            except Exception:
+                log.exception("looking at the model repository failed; it is tried again")
+
+    async def poll(self) -> None:
+        """Bring the catalog in line with the sources, once. A model that cannot be loaded is logged, and tried again
+        when its files change."""
+        now = await asyncio.to_thread(self._fingerprints)
+        for name in sorted(self._seen.keys() - now.keys()):
+            log.info("model %s has left the repository and is unloaded", name)
+            async with self._turn(name):
+                await self._catalog.unload(name)
+        changed = [name for name in sorted(now) if self._seen.get(name) != now[name]]
+        self._seen = now
+        for name in changed:
+            try:
+                async with self._turn(name):
+                    await self._load_one(name, None)
+            except GatewayError as error:
+                log.error("model %s has changed but stays as it was: %s", name, error)
+
+    def _fingerprints(self) -> dict[str, object]:
+        """Path, size and time of every file of every model; runs in a thread."""
+        found: dict[str, object] = {}
+        for name in model_names(self._config):
+            located = locate_model(self._config, name)
+            if located is not None:
+                place = located[1]
+                files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.is_file()]
+                found[name] = tuple(_look(path) for path in files)
+        return found
+
+
+def _look(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return str(path), -1, -1
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+def _cause(version: ServedVersion) -> str:
+    return version.reason.removeprefix(f"model '{version.name}' version {version.version}: ")

@@ -1,0 +1,93 @@
+"""A model's configuration as JSON (`config` of a load request, and what GET …/config prints) → `ModelConfig`.
+
+The JSON is protobuf's: names in snake_case or camelCase, 64-bit numbers with or without quotes, enums as words. Rule:
+one validator. The JSON becomes a message, the message config.pbtxt's text, and the text goes through
+`model_config.parse`; nothing about a key is decided here. Where JSON states what a message cannot hold apart from
+"not stated" (`max_batch_size` 0, empty `dims`), the text states it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import MutableSequence
+from typing import Any, Final
+
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.text_encoding import CEscape
+
+from gateway.errors import ConfigError, Fault
+from gateway.protocol.model_config import ModelConfig, parse
+from gateway.protocol.schema import message
+from gateway.protocol.text_format import MAX_CHARACTERS
+
+MAX_DEPTH: Final = 32
+
+
+def parse_json(text: str, file: str = "config") -> tuple[ModelConfig, str]:
+    """Read a configuration in JSON: what it says, and the config.pbtxt that says the same. `file` names it in faults.
+
+    Raises:
+        ConfigError: not JSON, not a ModelConfig, or refused by `model_config.parse`; lines are those of the text form.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError([Fault(file, 0, "", f"is longer than {MAX_CHARACTERS} characters")])
+    try:
+        stated = json.loads(text)
+        if not isinstance(stated, dict):
+            raise ConfigError([Fault(file, 0, "", 'must be a JSON object, for example {"max_batch_size": 16}')])
+        config = json_format.ParseDict(stated, message("inference.ModelConfig")(), max_recursion_depth=MAX_DEPTH)
+    except json_format.ParseError as error:
+        raise ConfigError([Fault(file, 0, "", f"is not a model configuration: {_one_line(str(error))}")]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([Fault(file, 0, "", f"is not valid JSON: {_one_line(str(error))}")]) from None
+    lines: list[str] = []
+    if not config.max_batch_size and ("max_batch_size" in stated or "maxBatchSize" in stated):
+        lines.append("max_batch_size: 0")
+    _write(config, "", lines)
+    canonical = "".join(f"{line}\n" for line in lines)
+    return parse(canonical, file), canonical
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
+def _write(found: Any, indent: str, lines: list[str]) -> None:
+    """A message as text format, a field a line."""
+    for field in found.DESCRIPTOR.fields:
+        value = getattr(found, field.name)
+        if _is_map(field):
+            of_value = field.message_type.fields_by_name["value"]
+            for key in sorted(value):
+                lines.append(f"{indent}{field.name} {{")
+                _write_field("key", field.message_type.fields_by_name["key"], key, indent + "  ", lines)
+                _write_field("value", of_value, value[key], indent + "  ", lines)
+                lines.append(f"{indent}}}")
+        elif isinstance(value, MutableSequence):
+            if not value and field.name == "dims":
+                lines.append(f"{indent}dims: [ ]")
+            for element in value:
+                _write_field(field.name, field, element, indent, lines)
+        elif found.HasField(field.name) if field.has_presence else value != field.default_value:
+            _write_field(field.name, field, value, indent, lines)
+
+
+def _write_field(name: str, field: Any, value: Any, indent: str, lines: list[str]) -> None:
+    if field.message_type is not None:
+        lines.append(f"{indent}{name} {{")
+        _write(value, indent + "  ", lines)
+        lines.append(f"{indent}}}")
+    elif field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        lines.append(f"{indent}{name}: {value if known is None else known.name}")
+    elif field.type == FieldDescriptor.TYPE_STRING:
+        lines.append(f'{indent}{name}: "{CEscape(value, True)}"')
+    elif field.type == FieldDescriptor.TYPE_BOOL:
+        lines.append(f"{indent}{name}: {str(value).lower()}")
+    else:
+        lines.append(f"{indent}{name}: {value}")
+
+
+def _is_map(field: Any) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)

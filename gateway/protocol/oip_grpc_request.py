@@ -1,0 +1,291 @@
+"""A cut `inference.ModelInferRequest` → `InferRequest`, checked against one model version.
+
+Rules (wire notes §2.3): an input has its data either typed in `contents` or raw; raw entries belong to the inputs in
+order; further raw entries are ignored. FP16 and BF16 are only ever raw. Names, shapes, outputs and parameters are
+checked where REST's are; here stands only what gRPC says differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from gateway.core.model import ModelSpec
+from gateway.core.request import InferRequest, InputTensor
+from gateway.core.tensor import DATATYPE, MAX_RANK, pack_bytes
+from gateway.errors import InvalidRequest
+from gateway.protocol import oip_binary, oip_data
+from gateway.protocol.oip_grpc_cut import Cut, is_typed, raw_tensors
+from gateway.protocol.oip_parameters import (
+    NO_OPTIONS,
+    RequestOptions,
+    Uint64,
+    input_options,
+    output_options,
+    request_options,
+)
+from gateway.protocol.oip_plan import (
+    MAX_INPUTS,
+    MAX_OUTPUTS,
+    InputPlan,
+    Plan,
+    Planner,
+    ResponseForm,
+    WantedOutput,
+    shown,
+)
+from gateway.protocol.protobuf_wire import length_at, prefix, varints
+
+LISTED_ELEMENTS: Final = 512
+"""Up to this many typed numbers become a Python list."""
+MAX_PARAMETERS: Final = 256
+SMALL_TAIL: Final = 4096
+"""Up to this size a copy of the tensors is cheaper than views."""
+_OF_STREAMS: Final = frozenset({"triton_enable_empty_final_response"})
+"""A client's say about the end of streams with several answers to one request; there are none here."""
+CONTENTS: Final = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+_KINDS: Final[dict[str, tuple[str, ...]]] = {
+    "timeout": ("int64_param",),
+    "priority": ("int64_param", "uint64_param"),
+    "sequence_id": ("int64_param", "string_param", "uint64_param"),
+    "sequence_start": ("bool_param",),
+    "sequence_end": ("bool_param",),
+    "triton_enable_empty_final_response": ("bool_param",),
+    "classification": ("int64_param",),
+}
+_UNSIGNED: Final = frozenset({"timeout", "sequence_id"})
+"""Numbers of 64 bits without a sign that travel in a field with one: clients send hashes as correlation ids."""
+_HOLDS: Final = {
+    "bool_contents": "BOOL", "int_contents": "INT32", "int64_contents": "INT64", "uint_contents": "UINT32",
+    "uint64_contents": "UINT64", "fp32_contents": "FP32", "fp64_contents": "FP64", "bytes_contents": "BYTES",
+}  # fmt: skip
+
+
+class GrpcForm:
+    """How a caller of gRPC wants its answer."""
+
+    __slots__ = ("outputs", "response", "typed")
+
+    def __init__(self, response: ResponseForm, typed: bool) -> None:
+        self.response = response
+        self.outputs = response.outputs
+        self.typed = typed
+        """Whether tensors came in `contents`; an option of the server lets answers follow suit."""
+
+
+class _Known:
+    """What an opening means for one model version: everything but the data."""
+
+    __slots__ = ("form", "key", "nbytes", "options", "places", "plan", "tail")
+
+    def __init__(self, plan: Plan, form: GrpcForm, options: RequestOptions) -> None:
+        self.plan = plan
+        self.form = form
+        self.options = options
+        self.key = (plan.trailing, form.response.needed)
+        self.places: list[tuple[InputPlan, bytes, int, int]] = []
+        """Per input, counted from the end of the opening: the bytes before its data (tag and length), the start and
+        the end of its data. Only where all inputs are raw, of a fixed size and of any bits."""
+        self.nbytes = 0
+        self.tail = -1
+        """Bytes behind the opening where `places` applies."""
+        if not form.typed and all(item.datatype.kind not in {"bytes", "bool"} for item in plan.inputs):
+            self._place()
+
+    def _place(self) -> None:
+        at = 0
+        for item in self.plan.inputs:
+            size = item.elements * item.datatype.itemsize
+            before = prefix(7, size)
+            start = at + len(before)
+            at = start + size
+            self.places.append((item, before, start, at))
+            self.nbytes += size
+        self.tail = at
+
+    def fits(self, message: bytes | memoryview, at: int) -> bool:
+        """Whether exactly the inputs' raw tensors, of the right sizes, stand from `at` on."""
+        if self.tail != len(message) - at:
+            return False
+        for _, before, start, _ in self.places:  # noqa: SIM110  # a generator costs more than the comparison
+            if message[at + start - len(before) : at + start] != before:
+                return False
+        return True
+
+    def slices(self, message: bytes | memoryview, at: int) -> list[InputTensor]:
+        """Where the message fits."""
+        data = message if self.tail <= SMALL_TAIL and type(message) is bytes else memoryview(message)
+        return [
+            InputTensor(item.datatype, item.shape, None, data[at + start : at + end])
+            for item, _, start, end in self.places
+        ]
+
+
+class RequestReader:
+    """Reads requests for one model version."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._planner = Planner(spec)
+        self._datatypes = {tensor.name: tensor.datatype for tensor in spec.inputs}
+
+    def read(self, cut: Cut) -> InferRequest:
+        """
+        Raises:
+            InvalidRequest: the request does not fit the model.
+            Unsupported: it asks for something this gateway does not offer.
+        """
+        opening, request_id, message, at, raw = cut
+        known = opening.known
+        if opening.reader is not self or type(known) is not _Known:
+            known = opening.known = self._known(opening.message)
+            opening.reader = self
+            raw = raw if raw is not None else raw_tensors(message, at) or []
+        if raw is None:
+            return self._request(known, known.slices(message, at), known.nbytes, request_id)
+        tensors = self._tensors(known.plan, opening.message, raw)
+        nbytes = sum(
+            len(t.buffer) if t.buffer is not None else len(t.values or ()) * t.datatype.itemsize for t in tensors
+        )
+        return self._request(known, tensors, nbytes, request_id)
+
+    def _known(self, message: Any) -> _Known:
+        if len(message.inputs) > MAX_INPUTS:
+            raise InvalidRequest(f"'inputs' holds {len(message.inputs)} tensors, at most {MAX_INPUTS} are allowed")
+        if len(message.outputs) > MAX_OUTPUTS:
+            raise InvalidRequest(f"'outputs' lists {len(message.outputs)} tensors, at most {MAX_OUTPUTS} are allowed")
+        options = request_options(parameters_of(message.parameters, "request"), _OF_STREAMS)
+        for item in message.inputs:
+            self._check_input(item)
+        keys = [(item.name, item.datatype, tuple(item.shape[: MAX_RANK + 1])) for item in message.inputs]
+        plan = self._planner.plan(tuple(keys))
+        form = self._planner.response_form([_wanted(item) for item in message.outputs], all_binary=True)
+        return _Known(plan, GrpcForm(form, is_typed(message)), options)
+
+    def _check_input(self, item: Any) -> None:
+        """What gRPC words in its own way; everything else of inputs is the planner's business."""
+        where = f"input '{shown(item.name)}'"
+        input_options(parameters_of(item.parameters, where), where)
+        expected = self._datatypes.get(item.name)
+        if expected is None:
+            return
+        if item.datatype not in DATATYPE:
+            raise InvalidRequest(
+                f"inference input '{item.name}' data-type is '<invalid>', but model '{self.spec.name}' expects "
+                f"'{expected}' (the request says '{shown(item.datatype)}'; datatypes are written in capitals)"
+            )
+        if len(item.shape) <= MAX_RANK and any(dim < 0 for dim in item.shape):
+            raise InvalidRequest(
+                f"All input dimensions should be specified for input '{item.name}' for model '{self.spec.name}', got "
+                f"{shown(str(list(item.shape)).replace(' ', ''))}"
+            )
+
+    def _tensors(self, plan: Plan, message: Any, raw: list[bytes | memoryview]) -> list[InputTensor]:
+        model = self.spec.name
+        tensors = []
+        for index, (planned, item) in enumerate(zip(plan.inputs, message.inputs, strict=True)):
+            if item.HasField("contents"):
+                if raw:
+                    raise InvalidRequest(
+                        f"contents field must not be specified when using raw_input_contents for '{planned.name}' for "
+                        f"model '{model}'"
+                    )
+                tensors.append(self._typed(planned, item.contents))
+            elif index < len(raw):
+                tensors.append(oip_binary.from_blob(planned, memoryview(raw[index]), model))
+            else:
+                raise InvalidRequest(
+                    f"unable to find data for input tensor '{planned.name}' for model '{model}' in request."
+                )
+        return tensors
+
+    def _typed(self, plan: InputPlan, contents: Any) -> InputTensor:
+        wanted = CONTENTS.get(plan.datatype.name)
+        for held, _ in contents.ListFields():
+            if held.name != wanted:
+                raise InvalidRequest(
+                    f"unexpected explicit tensor data for input tensor '{plan.name}' for model '{self.spec.name}' of "
+                    f"type '{_HOLDS[held.name]}', expected datatype '{plan.datatype}'"
+                    + ("" if wanted else "; send it in raw_input_contents")
+                )
+        values = getattr(contents, wanted) if wanted else ()
+        count = len(values)
+        if count != plan.elements:
+            size = max(plan.datatype.itemsize, 1)
+            raise InvalidRequest(
+                f"input byte size mismatch for input '{plan.name}' for model '{self.spec.name}'. Expected "
+                f"{plan.elements * size}, got {count * size} (its shape needs {plan.elements} elements, "
+                f"'contents' holds {count})"
+            )
+        kind = plan.datatype.kind
+        if kind == "bytes":
+            return oip_binary.from_blob(plan, memoryview(pack_bytes(list(values))), self.spec.name)
+        if count > LISTED_ELEMENTS:
+            contents.DiscardUnknownFields()
+            return _from_packed(plan, contents.SerializeToString())
+        return oip_data.from_checked(plan, list(values))
+
+    def _request(self, known: _Known, tensors: list[InputTensor], nbytes: int, request_id: str) -> InferRequest:
+        trailing = known.plan.trailing
+        if len(tensors) == 1 == len(trailing):
+            inputs: tuple[InputTensor | None, ...] = (tensors[0],)
+        else:
+            ordered: list[InputTensor | None] = [None] * len(trailing)
+            for planned, tensor in zip(known.plan.inputs, tensors, strict=True):
+                ordered[planned.place] = tensor
+            inputs = tuple(ordered)
+        request = InferRequest(
+            inputs, known.plan.rows, nbytes, known.key, known.form.response.needed, request_id or None, known.form
+        )
+        if known.options is not NO_OPTIONS:
+            known.options.apply(request)
+        return request
+
+
+def _from_packed(plan: InputPlan, contents: bytes) -> InputTensor:
+    """Contents of one field of numbers, written again: their bytes in one piece. None becomes a Python object."""
+    packed = memoryview(contents)[length_at(contents, 1, len(contents))[0] :]
+    if plan.datatype.kind in {"float", "bool"}:
+        return InputTensor(plan.datatype, plan.shape, None, packed)
+    numbers = varints(packed)
+    return oip_data.from_numbers(plan, numbers.view(np.int64) if plan.datatype.kind == "int" else numbers)
+
+
+def parameters_of(parameters: Any, where: str) -> dict[str, object]:
+    """A map of InferParameter as `oip_parameters` reads it. `where`: whose they are, as errors say it.
+
+    Raises:
+        InvalidRequest: a parameter of the protocol has a value of the wrong kind, or there are too many.
+    """
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(f"{where} has {len(parameters)} parameters, at most {MAX_PARAMETERS} are allowed")
+    found: dict[str, object] = {}
+    for name, value in parameters.items():
+        kind = value.WhichOneof("parameter_choice")
+        allowed = _KINDS.get(name)
+        if allowed is not None and kind not in allowed:
+            raise InvalidRequest(
+                f"{where}: invalid value type for '{name}' parameter, expected {' or '.join(allowed)}, got "
+                f"{kind or 'none'}"
+            )
+        given: Any = None if kind is None else getattr(value, kind)
+        if kind == "uint64_param":
+            given = Uint64(given)
+        elif kind == "int64_param" and name in _UNSIGNED:
+            given %= 2**64
+        found[name] = given
+    return found
+
+
+def _wanted(item: Any) -> WantedOutput:
+    where = f"output '{shown(item.name)}'"
+    parameters = parameters_of(item.parameters, where)
+    classes = output_options(parameters, where).classes
+    if "classification" in parameters and not classes:
+        raise InvalidRequest(f"{where}: invalid value for 'classification' parameter, expected an integer above 0")
+    return WantedOutput(item.name, True, classes)
