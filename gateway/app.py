@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config, ModelSettings
 from gateway.core.model import Artifact, ModelState
 from gateway.core.remembered import Store
-from gateway.errors import BindError, ConfigError, NotReady
+from gateway.errors import BindError, ConfigError, GatewayError, NotReady
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.grpc_server import GrpcServer, Http2Limits
@@ -62,19 +62,24 @@ GC_THRESHOLDS: Final = (50_000, 20, 50)
 """Requests make few cycles; collecting young objects every 700 allocations would cost more than it finds."""
 
 
-def run(config: Config, *, demo: bool = False) -> int:
-    """Serve until told to stop; returns the process's exit code (contracts.md)."""
+def run(config: Config, *, demo: bool = False, reread: Callable[[], Config] | None = None) -> int:
+    """Serve until told to stop; returns the process's exit code (contracts.md).
+
+    `reread`: makes the configuration anew, for SIGHUP; raises ConfigError.
+    """
     log_setup.set_up(config.server.log_level, config.server.log_format)
     with contextlib.suppress(KeyboardInterrupt):
-        return uvloop.run(Gateway(config).serve(demo=demo))
+        return uvloop.run(Gateway(config, reread).serve(demo=demo))
     return EXIT_OK
 
 
 class Gateway:
     """One front-end process: data port, operations port, catalog and worker pool."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None) -> None:
         self.config = config
+        self._reread = reread
+        self._reloading = asyncio.Lock()
         cache = config.server.response_cache
         self.pipeline = Pipeline(None if cache is None else Store(cache.max_bytes, cache.ttl_s))
         self.catalog = Catalog(self.pipeline.infer)
@@ -122,6 +127,7 @@ class Gateway:
         file = TraceFile(Path(server.trace.file), server.trace.max_bytes) if server.trace.file else None
         self.tracing = Tracing(self.catalog, settings, file)
         self.catalog.on_ready = self._model_ready
+        self.repository.forgotten = settings.forget
         self.management = Management(
             self.catalog,
             self.repository,
@@ -270,9 +276,23 @@ class Gateway:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled, self.config.server.drain_delay_s > 0)
         loop.add_signal_handler(signal.SIGINT, self._signalled, False)
-        loop.add_signal_handler(
-            signal.SIGHUP, log.warning, "SIGHUP: this version does not reload its configuration; restart it instead"
-        )
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload()))
+
+    async def _reload(self) -> None:
+        """SIGHUP: take over the models of the configuration as it is now; a bad one changes nothing."""
+        if self._reread is None:
+            log.warning("SIGHUP: there is no configuration to read again")
+            return
+        async with self._reloading:
+            try:
+                config = await asyncio.to_thread(self._reread)
+                await self.repository.reload(config)
+            except GatewayError as error:
+                log.error("SIGHUP: nothing was changed: %s", error)
+                return
+        if config.server != self.config.server:
+            log.warning("SIGHUP: `server` has changed too; that takes a restart")
+        log.info("SIGHUP: the models of the configuration are served")
 
     def _signalled(self, delayed: bool) -> None:
         if self._stopping.is_set():

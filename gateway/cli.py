@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -124,10 +124,14 @@ def serve(
     """Serve models over the Open Inference Protocol until told to stop."""
     options = {key: value for key, value in locals().items() if key not in ("sources", "config", "load_model")}
     options["load_models"] = load_model or None
-    settings = load(config, options, os.environ).with_sources(sources or [])
+
+    def read() -> Config:
+        return load(config, options, os.environ).with_sources(sources or [])
+
+    settings = read()
     _require_models(settings)
     _show_notes(settings)
-    _run(settings)
+    _run(settings, reread=read)
 
 
 def _require_models(settings: Config) -> None:
@@ -163,10 +167,10 @@ def demo(
     _run(settings, demo=True)
 
 
-def _run(config: Config, *, demo: bool = False) -> None:
+def _run(config: Config, *, demo: bool = False, reread: Callable[[], Config] | None = None) -> None:
     from gateway.app import run  # noqa: PLC0415  # see the header
 
-    code = run(config, demo=demo)
+    code = run(config, demo=demo, reread=reread)
     if code:
         raise typer.Exit(code)
 

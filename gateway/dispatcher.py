@@ -21,6 +21,7 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.batching import Reason
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Success
+from gateway.core.ragged import Ragged
 from gateway.core.request import SETTLED, BatchInput, InferRequest
 from gateway.core.retry import FailedBatch, Verdict, after_failure, counts
 from gateway.core.routing import route
@@ -112,6 +113,7 @@ class Dispatcher:
         self._now = clock
         self._turn = 0
         self._isolated: deque[list[InferRequest]] = deque()
+        self._ragged = Ragged.of(spec)
 
     def free_replica(self, avoid: str | None = None) -> Replica | None:
         return route(self.replicas, self._turn, avoid)
@@ -147,7 +149,10 @@ class Dispatcher:
         self._turn += 1
         self.running += 1
         try:
-            batch.inputs = assembly.concat(members, rows, self.spec.batched)
+            ragged = self._ragged
+            batch.inputs = (
+                assembly.concat(members, rows, self.spec.batched) if ragged is None else ragged.concat(members, rows)
+            )
             replica.execute(batch, self._timeout_s(batch, now))
         except Exception as error:
             # Whatever it was, these members get an outcome, and the model goes on.
@@ -164,14 +169,24 @@ class Dispatcher:
     def batch_done(self, batch: RunningBatch, outcome: Success | Failure) -> None:
         self.running -= 1
         if isinstance(outcome, Success):
-            try:
-                assembly.check_outputs(self.spec, batch.outputs, batch.rows, list(outcome.outputs))
-            except assembly.AssemblyError as error:
-                outcome = Failure(FailureKind.BROKEN, f"the backend's answer failed its checks: {error}")
+            outcome = self._checked(batch, outcome)
         if isinstance(outcome, Success):
             self._succeeded(batch, outcome)
         else:
             self._failed(batch, outcome)
+
+    def _checked(self, batch: RunningBatch, answer: Success) -> Success | Failure:
+        """The answer, if it is the batch's; of a ragged batch the requests' own shapes may be why it is not."""
+        outputs, kind = list(answer.outputs), FailureKind.BROKEN
+        try:
+            if self._ragged is None:
+                assembly.check_outputs(self.spec, batch.outputs, batch.rows, outputs)
+            else:
+                kind = FailureKind.SUSPECT
+                self._ragged.check_outputs(batch.members, batch.outputs, batch.rows, outputs)
+        except assembly.AssemblyError as error:
+            return Failure(kind, f"the backend's answer failed its checks: {error}")
+        return answer
 
     def _succeeded(self, batch: RunningBatch, outcome: Success) -> None:
         now = self._now()
@@ -191,6 +206,8 @@ class Dispatcher:
             batch.reason.value,
             (outcome.compute_input_ns, outcome.compute_infer_ns, outcome.compute_output_ns),
         )
+        if self._ragged is not None:
+            finished.own = self._ragged.answers(batch.members, finished)
         self._owner.batch_succeeded(batch.members, finished)
 
     def _failed(self, batch: RunningBatch, failure: Failure) -> None:

@@ -183,6 +183,13 @@ class QueueTimeout(Refused):
     reason = "timeout"
 
 
+class SequenceLost(Refused):
+    """503: an earlier request of the same sequence was given up; only a new START goes on."""
+
+    reason = "sequence"
+    retryable = False
+
+
 class ControlOff(Refused):
     """503, Triton's status for it: models are not loaded or unloaded on request here."""
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
@@ -44,6 +45,8 @@ log = logging.getLogger("gateway.repository")
 
 ModelControl = Literal["none", "poll", "explicit"]
 ALL: Final = "*"
+MAX_GONE: Final = 1000
+"""Models that do not serve any more, or could not be loaded, and are still known: clients can invent names."""
 PARALLEL: Final = 2
 """Models loaded at one time."""
 
@@ -66,10 +69,13 @@ class Repository:
         self._mode: ModelControl = config.server.model_control
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._gate = asyncio.Semaphore(PARALLEL)
+        self._polling = asyncio.Lock()
         self._with: set[str] = set()
         """Models that were loaded only because an ensemble needs them."""
         self._seen: dict[str, object] = {}
-        """Poll: what each model's files looked like when it was loaded last."""
+        """What each model's settings and files looked like when they were looked at last; not in mode explicit."""
+        self.forgotten: Callable[[str], None] = lambda name: None
+        """Called with the name of a model about which nothing is known any more."""
         self.open = False
         """Whether loads and unloads are taken: not before what is served from the start is loaded."""
 
@@ -84,8 +90,7 @@ class Repository:
         chosen = self._config.server.load_models
         if self._mode != "explicit" or ALL in chosen:
             wanted = plan.versions(self._config, self._load)
-            if self._mode == "poll":
-                self._seen = self._fingerprints()
+            self._seen = self._fingerprints(self._config)
             return wanted
         faults: list[Fault] = []
         found: list[WantedVersion] = []
@@ -161,6 +166,8 @@ class Repository:
             await self._load_with_steps(name, read_override(parameters), ())
         except ConfigError as error:
             raise LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}") from None
+        finally:
+            self._forget_gone()
 
     async def unload(self, name: str, unload_dependents: bool = False, repository: str = "") -> None:
         """Unload a model; returns when its accepted requests are answered. An unknown one is unloaded already.
@@ -175,6 +182,7 @@ class Repository:
         async with self._turn(name):
             await self._catalog.unload(name)
         self._with.discard(name)
+        self._forget_gone()
         if not unload_dependents:
             return
         for step in sorted(steps & self._with):
@@ -193,6 +201,10 @@ class Repository:
             )
         if not self.open:
             raise NotReady("the gateway is still loading what it serves from the start, or is stopping; retry later")
+
+    def _forget_gone(self) -> None:
+        for name in self._catalog.forget_gone(MAX_GONE):
+            self.forgotten(name)
 
     def _needed(self, name: str) -> bool:
         """Whether a model that serves is composed of this one."""
@@ -272,7 +284,11 @@ class Repository:
     async def poll(self) -> None:
         """Bring the catalog in line with the sources, once. A model that cannot be loaded is logged, and tried again
         when its files change."""
-        now = await asyncio.to_thread(self._fingerprints)
+        async with self._polling:
+            await self._poll()
+
+    async def _poll(self) -> None:
+        now = await asyncio.to_thread(self._fingerprints, self._config)
         for name in sorted(self._seen.keys() - now.keys()):
             log.info("model %s has left the repository and is unloaded", name)
             async with self._turn(name):
@@ -281,20 +297,37 @@ class Repository:
         self._seen = now
         for name in changed:
             try:
-                async with self._turn(name):
-                    await self._load_one(name, None)
+                await self._load_with_steps(name, None, ())
             except GatewayError as error:
                 log.error("model %s has changed but stays as it was: %s", name, error)
 
-    def _fingerprints(self) -> dict[str, object]:
-        """Path, size and time of every file of every model; runs in a thread."""
+    async def reload(self, config: Config) -> None:
+        """Serve what another configuration names: what is new or changed is loaded, what it does not name unloaded.
+
+        In mode `explicit` it only changes where models are looked for. Its `server` is not looked at.
+
+        Raises:
+            ConfigError: it names something that cannot be served; nothing was changed.
+            NotReady: the gateway is starting or stopping.
+        """
+        if not self.open:
+            raise NotReady("the gateway is starting or stopping")
+        await asyncio.to_thread(plan.versions, config, self._load)
+        self._config = replace(config, server=self._config.server)
+        if self._mode != "explicit":
+            await self.poll()
+
+    @staticmethod
+    def _fingerprints(config: Config) -> dict[str, object]:
+        """Settings, and path, size and time of every file, of every model; runs in a thread."""
         found: dict[str, object] = {}
-        for name in model_names(self._config):
-            located = locate_model(self._config, name)
+        for name in model_names(config):
+            located = locate_model(config, name)
             if located is not None:
-                place = located[1]
+                entry, place = located
                 files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.is_file()]
-                found[name] = tuple(_look(path) for path in files)
+                settings = (entry.model_dump_json(), config.defaults.model_dump_json(), config.instances)
+                found[name] = (settings, *[_look(path) for path in files])
         return found
 
 

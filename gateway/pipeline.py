@@ -44,29 +44,16 @@ class Pipeline:
         """`store`: where the answers of all cached models are kept; None: one of a default size, once it is needed."""
         self._store = store
 
-    def infer(self, version: ServedVersion, request: InferRequest) -> None:
+    def infer(self, version: ServedVersion, request: InferRequest, *, past_cache: bool = False) -> None:
         """Take a decoded request; `received`, `context` and `settle` are set. `settle` is called once, later.
+        `past_cache`: the response cache has seen it.
 
         Raises:
             GatewayError: the request was not taken (draining, not ready, queue full); `settle` will not be called.
         """
-        if version.cached:
+        if version.cached and not past_cache:
             (version.cache or self._cache(version)).infer(request)
-        else:
-            self._execute(version, request)
-
-    def _cache(self, version: ServedVersion) -> ResponseCache:
-        if self._store is None:
-            log.info(
-                "model %s asks for the response cache, and server.response_cache does not state its size: it may hold "
-                "%d MiB", version.spec.name, CACHE_BYTES >> 20,
-            )  # fmt: skip
-            self._store = Store(CACHE_BYTES, None)
-        cache = ResponseCache(version, self._store, partial(self._execute, version))
-        version.cache = cache
-        return cache
-
-    def _execute(self, version: ServedVersion, request: InferRequest) -> None:
+            return
         # Resolved before it was decoded, so the version may have left since; what it still holds is answered.
         scheduler = version.scheduler
         if scheduler is None:
@@ -77,6 +64,17 @@ class Pipeline:
             return
         # Admission and queueing; from here on the scheduler owns the request until it settles it.
         scheduler.submit(request)
+
+    def _cache(self, version: ServedVersion) -> ResponseCache:
+        if self._store is None:
+            log.info(
+                "model %s asks for the response cache, and server.response_cache does not state its size: it may hold "
+                "%d MiB", version.spec.name, CACHE_BYTES >> 20,
+            )  # fmt: skip
+            self._store = Store(CACHE_BYTES, None)
+        cache = ResponseCache(version, self._store, partial(self.infer, version, past_cache=True))
+        version.cache = cache
+        return cache
 
 
 class SplitRequest:

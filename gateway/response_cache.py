@@ -20,7 +20,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from gateway.core.admission import deadline_of
 from gateway.core.batch import Execution, FinishedBatch
@@ -29,7 +29,7 @@ from gateway.core.model import ModelSpec
 from gateway.core.remembered import Remembered, Store, key_of, remember
 from gateway.core.request import SETTLED, InferRequest
 from gateway.errors import BackendError, Cancelled, DeadlineExceeded, GatewayError, Overloaded, Refused
-from gateway.observe.record import ModelStatistics
+from gateway.observe.record import FailureReason, ModelStatistics
 
 log = logging.getLogger("gateway.cache")
 
@@ -97,13 +97,14 @@ class ResponseCache:
         inner = flight.inner = inner_request(self.spec, request.inputs, request.rows, self._outputs, request)
         inner.received, inner.timeout_s = request.received, request.timeout_s
         inner.settle = flight.settled
+        request.owner = flight
+        self._flights[flight_key] = flight
         try:
             self._forward(inner)
         except BaseException:
-            flight.inner = None  # a cycle would hold the inputs until the garbage collector comes by
+            self.landed(flight)
+            request.owner = flight.inner = None  # a cycle would hold the inputs until the garbage collector comes by
             raise
-        request.owner = flight
-        self._flights[flight_key] = flight
         self.statistics.record_cache_miss(self._ns_since(begun))
 
     def abort(self, request: InferRequest) -> None:
@@ -129,6 +130,7 @@ class ResponseCache:
         ]
         waited_ns = max(0, round((now - request.received) * 1e9) - lookup_ns)
         self.statistics.record_cache_hit(lookup_ns, queue_ns=waited_ns)
+        request.row = 0
         self.settle(request, batch)
 
     def settle(self, request: InferRequest, batch: FinishedBatch | None = None, error: Exception | None = None) -> None:
@@ -140,7 +142,7 @@ class ResponseCache:
         except Exception:
             log.exception("model %s: an answer could not be written", self.spec.name)
 
-    def fail(self, reason: Any, request: InferRequest) -> None:
+    def fail(self, reason: FailureReason, request: InferRequest) -> None:
         self.statistics.fail(reason, spent_s=self._now() - request.received)
 
     def landed(self, flight: _Flight) -> None:

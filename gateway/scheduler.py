@@ -193,6 +193,11 @@ class Scheduler:
         """Accepted and not yet settled."""
         return self._queue.unsettled
 
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Rows and bytes that wait for a batch."""
+        return self._queue.rows, self._queue.nbytes
+
     def __repr__(self) -> str:
         return f"<Scheduler {self.spec.name}/{self.spec.version} {self._queue!r} running={self._dispatcher.running}>"
 
@@ -296,12 +301,17 @@ class Scheduler:
                 self._pump()  # the replica starts on the next batch while this one's answers are written
         settled = self._queue.settled
         dispatched = batch.dispatched
+        own = batch.own
         answered, waited_s, row = 0, 0.0, 0
         for request in members:
             if request.state != SETTLED:
                 settled(request)
-                request.batch = batch
-                request.row = row
+                if own is None:
+                    request.batch = batch
+                    request.row = row
+                else:
+                    request.batch = own[row]
+                    request.row = 0
                 answered += not request.part
                 waited_s += dispatched - request.received
                 try:

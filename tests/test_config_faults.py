@@ -75,7 +75,10 @@ CORPUS: list[tuple[str, list[str]]] = [
     ("server: {tls: {cert: a}}", ["1: server.tls.key: is missing"]),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
     ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
-    ("defaults: {authentication: none}", ["1: defaults.authentication: 'authentication' is not supported in this version"]),
+    (
+        "defaults: {authentication: none}",
+        ["1: defaults.authentication: 'authentication' is not supported in this version"],
+    ),
     ("models: [{source: ., grpc: 1}]", ["1: models[0].grpc: 'grpc' is not supported in this version"]),
     (
         "server: {model_control: always}",

@@ -315,6 +315,34 @@ async def test_what_an_ensemble_is_made_of_is_loaded_with_it_and_leaves_with_it_
         assert r.states()["a/1"] == "READY"  # somebody had asked for it by name
 
 
+async def test_names_that_clients_invent_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.management_repository.MAX_GONE", 2)
+    async with rig(tmp_path) as r:
+        forgotten: list[str] = []
+        r.repository.forgotten = forgotten.append
+        await r.start()
+        await r.repository.load("a", {})
+        for n in range(4):
+            assert isinstance(
+                await refusal(r.repository.load(f"x{n}", {"config": "{}", "file:1/model.onnx": b"broken"})), LoadFailed
+            )
+        await r.repository.load("y", {"config": "{}", "file:1/model.onnx": b"fine"})
+        await r.repository.unload("y")
+        assert r.catalog.names() == ["a", "x3", "y"]
+        assert forgotten == ["x0", "x1", "x2"]
+        assert r.states()["a/1"] == "READY"
+
+
+async def test_a_step_that_two_ensembles_want_at_once_is_loaded_once(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.ensemble("e", "a")
+        r.ensemble("f", "a")
+        await r.start()
+        await asyncio.gather(r.repository.load("e", {}), r.repository.load("f", {}))
+        assert [name for name, _ in r.loaded] == ["a/1"]
+        assert set(r.states().values()) == {"READY"}
+
+
 async def test_ensembles_that_contain_each_other_are_refused(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         r.ensemble("e", "f")
@@ -353,6 +381,59 @@ async def test_polling_follows_the_source(tmp_path: Path) -> None:
         r.write("a", b"fine", version="2")
         await r.repository.poll()
         assert r.catalog.ready_versions("a") == ["2"]
+
+
+@pytest.mark.parametrize("mode", ["none", "poll"])
+async def test_another_configuration_takes_over_and_a_bad_one_changes_nothing(tmp_path: Path, mode: str) -> None:
+    async with rig(tmp_path, f"model_control: {mode}") as r:
+        await r.start()
+        steady = r.catalog.resolve("b", None)
+        file = tmp_path / "other.yaml"
+        (tmp_path / "more" / "c" / "1").mkdir(parents=True)
+        (tmp_path / "more" / "c" / "1" / "model.onnx").write_bytes(b"fine")
+        (tmp_path / "bad" / "x").mkdir(parents=True)
+        (tmp_path / "bad" / "x" / "config.pbtxt").write_text("max_batch_size: 4")
+        file.write_text(f"models: [{{source: {r.root}/b}}, {{source: {tmp_path}/bad}}]")
+        with pytest.raises(ConfigError, match="has no version directory"):
+            await r.repository.reload(load_config(file, {}, {}))
+        await r.repository.poll()
+        assert r.states() == {"a/1": "READY", "b/1": "READY"}
+        assert len(r.loaded) == 2
+        file.write_text(f"models: [{{source: {r.root}, name: a, max_batch_size: 5}}, {{source: {tmp_path}/more}}]")
+        await r.repository.reload(load_config(file, {}, {}))
+        assert r.states() == {"a/1": "READY", "b/1": "UNAVAILABLE", "c/1": "READY"}
+        assert r.limit("a") == 5
+        file.write_text(f"models: [{{source: {r.root}}}, {{source: {tmp_path}/more}}]")
+        await r.repository.reload(load_config(file, {}, {}))
+        assert set(r.states().values()) == {"READY"}
+        assert r.catalog.resolve("b", None) is not steady
+        loads = len(r.loaded)
+        await r.repository.reload(load_config(file, {}, {}))
+        assert len(r.loaded) == loads
+
+
+async def test_with_explicit_control_another_configuration_only_says_where_to_look(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        file = tmp_path / "other.yaml"
+        file.write_text(f"models: [{{source: {r.root}/b}}]")
+        with pytest.raises(NotReady):
+            await r.repository.reload(load_config(file, {}, {}))
+        await r.start()
+        await r.repository.load("a", {})
+        await r.repository.reload(load_config(file, {}, {}))
+        assert r.states() == {"a/1": "READY"}
+        assert "failed to poll" in str(await refusal(r.repository.load("a", {})))
+        await r.repository.load("b", {})
+        assert r.states() == {"a/1": "READY", "b/1": "READY"}
+
+
+async def test_an_ensemble_and_its_step_may_arrive_together(tmp_path: Path) -> None:
+    async with rig(tmp_path, "model_control: poll", "b") as r:
+        await r.start()
+        r.write("z")
+        r.ensemble("e", "z")
+        await r.repository.poll()
+        assert r.states() == {"b/1": "READY", "e/1": "READY", "z/1": "READY"}
 
 
 async def test_the_state_of_a_version_that_is_just_being_unloaded(tmp_path: Path) -> None:

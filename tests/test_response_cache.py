@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,9 +98,8 @@ class Desk:
         self.statistics = self.bench.statistics
         self.version = Version(self.bench, self.bench.policy.max_batch_size if split else 0)
         self.store = Store(1 << 20, None) if store is None else store  # an empty one is false
-        execute = Pipeline()._execute
-        served = cast("ServedVersion", self.version)
-        self.cache = ResponseCache(self.version, self.store, lambda r: execute(served, r), self.loop.time)
+        execute = partial(Pipeline(self.store).infer, cast("ServedVersion", self.version), past_cache=True)
+        self.cache = ResponseCache(self.version, self.store, execute, self.loop.time)
         self.askers: list[Asker] = []
         self.refused = 0
 

@@ -45,7 +45,7 @@ class Loaded:
         self.inputs: Sequence[SignatureTensor] = ()
         self.outputs: Sequence[SignatureTensor] = ()
 
-    def set_warm_up(self, batches: list[list[InputTensor]], /) -> None:
+    def set_warm_up(self, batches: Sequence[Sequence[InputTensor | None]], /) -> None:
         raise AssertionError
 
     async def unload(self) -> None:
@@ -231,14 +231,15 @@ def test_the_program_is_named_the_way_it_can_be_called(tmp_path: Path, monkeypat
 
 def test_plain_is_one_record_of_the_log(screen: Console, caplog: pytest.LogCaptureFixture) -> None:
     async def show() -> None:
-        terminal.show_started([served("digits", "3", BatchPolicy(0))], "127.0.0.1", 8000, 8002, grpc_port=8001, plain=True)
+        terminal.show_started(
+            [served("digits", "3", BatchPolicy(0))], "127.0.0.1", 8000, 8002, grpc_port=8001, plain=True
+        )
 
     with caplog.at_level("INFO", "gateway"):
         asyncio.run(show())
     assert screen.export_text() == ""
     assert caplog.messages == [
-        "serving digits version 3; inference http://127.0.0.1:8000/v2, grpc 127.0.0.1:8001, "
-        "operations http://127.0.0.1:8002/"
+        "serving digits version 3; inference http://127.0.0.1:8000/v2, grpc 127.0.0.1:8001, operations http://127.0.0.1:8002/"
     ]
 
 

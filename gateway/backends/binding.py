@@ -2,7 +2,8 @@
 
 A served signature may name fewer tensors than the model file has, in another order, with other dims (`reshape`) or
 with dims narrower than the file's. A `BoundReplica` translates each batch on its way to the replica, and the answer on
-its way back; bytes are not touched. Where nothing differs the replica itself is used, so this costs nothing then.
+its way back; bytes are not touched. It also adds the inputs that are made for a batch and that no client sends
+(core/ragged.py). Where nothing differs the replica itself is used, so this costs nothing then.
 An output whose shape contradicts what is served is the run's failure, and reaches no caller.
 """
 
@@ -11,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
+from gateway.core.assembly import part_nbytes
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import ModelSpec, TensorSpec
+from gateway.core.ragged import Ragged
 from gateway.core.request import BatchInput, InputTensor, OutputTensor
 from gateway.core.reshape import fits, reshaped
+from gateway.core.tensor import element_count
 
 
 class Binding:
@@ -27,17 +31,22 @@ class Binding:
         of_output = {tensor.name: index for index, tensor in enumerate(outputs)}
         self._input_places = tuple(of_input[tensor.name] for tensor in spec.inputs)
         self._output_places = tuple(of_output[tensor.name] for tensor in spec.outputs)
+        self._of_input = of_input
         self._inputs = len(inputs)
+        self._ragged = ragged = Ragged.of(spec)
         self._skip = 1 if spec.batched else 0
         self._narrow = tuple(
-            tensor.reshape is None and _narrower(tensor.dims, outputs[place].shape[self._skip :])
-            for tensor, place in zip(spec.outputs, self._output_places, strict=True)
+            tensor.reshape is None
+            and _narrower(tensor.dims, outputs[place].shape[self._skip :])
+            and (ragged is None or at not in ragged.scattered)
+            for at, (tensor, place) in enumerate(zip(spec.outputs, self._output_places, strict=True))
         )
         self.neutral = (
             self._input_places == tuple(range(len(spec.inputs)))
             and self._output_places == tuple(range(len(spec.outputs)))
             and not any(tensor.reshape is not None for tensor in (*spec.inputs, *spec.outputs))
             and not any(self._narrow)
+            and ragged is None
         )
         """Whether there is nothing to translate."""
 
@@ -45,8 +54,12 @@ class Binding:
         return tuple([self._output_places[place] for place in outputs])
 
     def batch_inputs(self, inputs: Sequence[BatchInput]) -> list[BatchInput]:
-        """Raises ValueError: a shape does not fit the served dims."""
-        return [
+        """With what is made for a ragged batch.
+
+        Raises:
+            ValueError: a shape does not fit the served dims.
+        """
+        found = [
             BatchInput(
                 self._input_places[given.index],
                 given.datatype,
@@ -56,17 +69,28 @@ class Binding:
             )
             for given in inputs
         ]
+        if self._ragged is not None:
+            shapes = {given.index: [part.shape for part in given.parts] for given in inputs}
+            for name, made in self._ragged.made(shapes):
+                found.append(BatchInput(self._of_input[name], made.datatype, made.shape, part_nbytes(made), [made]))
+        return found
 
     def model_inputs(self, inputs: Sequence[InputTensor | None]) -> list[InputTensor | None]:
-        """Tensors in the order of the served signature → one per input of the model file."""
+        """One request's tensors in the order of the served signature → one per input of the model file."""
         found: list[InputTensor | None] = [None] * self._inputs
         for place, given in enumerate(inputs):
             if given is not None:
                 shape = self._model_shape(self.spec.inputs[place], given.shape)
                 found[self._input_places[place]] = InputTensor(given.datatype, shape, given.values, given.buffer)
+        if self._ragged is not None:
+            shapes = {place: [given.shape] for place, given in enumerate(inputs) if given is not None}
+            for name, made in self._ragged.made(shapes):
+                found[self._of_input[name]] = made
         return found
 
     def _model_shape(self, tensor: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if tensor.ragged:
+            return (element_count(shape),)
         if tensor.reshape is None:
             return shape
         return (*shape[: self._skip], *reshaped(shape[self._skip :], tensor.dims, tensor.reshape))

@@ -99,8 +99,16 @@ def encode_values(datatype: Datatype, values: list[object]) -> bytes:
         return np.array(values, datatype.numpy).tobytes()
 
 
-def check_outputs(spec: ModelSpec, wanted: tuple[int, ...], rows: int, outputs: list[OutputTensor]) -> None:
+def check_outputs(
+    spec: ModelSpec,
+    wanted: tuple[int, ...],
+    rows: int,
+    outputs: list[OutputTensor],
+    flat: frozenset[int] = frozenset(),
+) -> None:
     """Whether an answer is the batch's answer: every wanted output, by name and datatype, with the batch's rows.
+
+    `flat`: places of outputs that do not come in rows (core/ragged.py).
 
     Raises:
         AssemblyError: it is not; nothing of it may reach a caller.
@@ -113,7 +121,7 @@ def check_outputs(spec: ModelSpec, wanted: tuple[int, ...], rows: int, outputs: 
             raise AssemblyError(
                 f"output '{output.name}' of {output.datatype} where '{tensor.name}' of {tensor.datatype} was expected"
             )
-        if spec.batched and (not output.shape or output.shape[0] != rows):
+        if spec.batched and (not output.shape or output.shape[0] != rows) and index not in flat:
             raise AssemblyError(f"output '{output.name}' has shape {list(output.shape)} for a batch of {rows} rows")
 
 

@@ -6,7 +6,7 @@ One object per batch carries everything that answers, metrics and records need, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gateway.core.request import OutputTensor
@@ -38,6 +38,7 @@ class FinishedBatch:
         "input_ns",
         "output_ns",
         "outputs",
+        "own",
         "parts",
         "reason",
         "rows",
@@ -69,6 +70,9 @@ class FinishedBatch:
         self.parts: Sequence[tuple[Execution | FinishedBatch, int]] | None = None
         """Where several executions, or an earlier one, made this answer (a split request put together again, an
         ensemble, an answer from the cache): each, and the request's first row in it. It then belongs to one request."""
+        self.own: Mapping[int, FinishedBatch] | None = None
+        """Where members do not get plain rows of the outputs (core/ragged.py): what each gets instead, as a batch of its
+        own, by its first row in this one."""
         self.http_memo: Any = None
         self.grpc_memo: Any = None
 

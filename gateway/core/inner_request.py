@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from gateway.core.assembly import part_nbytes
 from gateway.core.model import ModelSpec
+from gateway.core.ragged import agreeing_dims
 from gateway.core.request import InferRequest, InputTensor
 
 
@@ -19,8 +20,8 @@ def inner_request(
     `inputs` are in the model's order and fit its signature; `outputs` are indexes, ascending. What is left to set is
     `received`, `timeout_s` and `settle`.
     """
-    skip = 1 if spec.batched else 0
-    trailing = tuple([None if tensor is None else tensor.shape[skip:] for tensor in inputs])
+    shapes = [None if tensor is None else tensor.shape for tensor in inputs]
+    trailing = agreeing_dims(spec.inputs, shapes, spec.batched)
     nbytes = sum([part_nbytes(tensor) for tensor in inputs if tensor is not None])
     request = InferRequest(inputs, rows, nbytes, (trailing, outputs), outputs, None)
     request.priority = cause.priority

@@ -46,7 +46,8 @@ class OutputTensor:
 class BatchInput:
     """One input of a batch: the members' tensors of one input, still apart.
 
-    `shape` is the whole batch's shape. All parts have the same datatype and trailing dims. The replica writes
+    `shape` is the whole batch's shape. All parts have the same datatype and trailing dims; those of a ragged input have
+    their own, and `shape` is flat (core/ragged.py). The replica writes
     them one behind the other into memory it owns: with `core.assembly.write_parts(batch_input, destination)`,
     which needs exactly `nbytes` bytes.
     """

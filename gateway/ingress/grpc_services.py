@@ -17,15 +17,15 @@ from typing import Any, Final
 
 from gateway.catalog import Catalog
 from gateway.core.api import Api
-from gateway.errors import GatewayError, Unsupported
+from gateway.errors import GatewayError, Restricted, Unsupported
 from gateway.ingress.grpc_call import GrpcCall, Method, StreamHandler
 from gateway.ingress.grpc_inference import Inference, ModelInfer
 from gateway.ingress.grpc_management import RPCS, Rpc
 from gateway.ingress.grpc_reflection import ReflectionStream
 from gateway.ingress.grpc_stream import Drainable, InferStream
 from gateway.ingress.grpc_watch import HealthWatch
-from gateway.ingress.oip_grpc import known_error, metadata, timeout_of
-from gateway.ingress.oip_http import request_id_header
+from gateway.ingress.oip_grpc import known_error, metadata
+from gateway.ingress.oip_http import request_id_header, timeout_of
 from gateway.management import Management
 from gateway.management_access import GRPC_PREFIX
 from gateway.pipeline import Pipeline
@@ -78,6 +78,9 @@ class GrpcServices:
         try:
             self._management.restrictions.check(api, partial(_metadata, head))
             return make(head)
+        except Restricted:
+            name, _ = self._management.restrictions.required(api) or ("", "")
+            return Refusing(Restricted(f"This protocol is restricted, expecting header '{_restricting(name)}'"))
         except GatewayError as error:
             return Refusing(error)
 
@@ -201,8 +204,12 @@ def _raw_metadata(head: CallHead, name: bytes) -> bytes | None:
 
 
 def _metadata(head: CallHead, name: str) -> bytes | None:
+    return _raw_metadata(head, _restricting(name).encode())
+
+
+def _restricting(name: str) -> str:
     """What a restricted API's header travels as."""
-    return _raw_metadata(head, (GRPC_PREFIX + name.lower()).encode())
+    return GRPC_PREFIX + name.lower()
 
 
 def _timeout_s(head: CallHead) -> float:

@@ -17,7 +17,7 @@ from typing import Final
 from gateway.catalog import ServedVersion
 from gateway.core.batch import FinishedBatch
 from gateway.core.request import InferRequest
-from gateway.errors import Cancelled, GatewayError, InvalidRequest
+from gateway.errors import Cancelled, GatewayError
 from gateway.ingress.grpc_call import GrpcCall
 from gateway.ingress.oip_http import request_id_header
 from gateway.protocol.hpack_blocks import metadata_literal
@@ -191,14 +191,3 @@ def known_error(error: Exception, model: str) -> GatewayError:
         return error
     log.error("a request to model %s failed in a way nobody foresaw", model, exc_info=error)
     return GatewayError("the gateway failed on this request")
-
-
-def timeout_of(value: bytes) -> float:
-    """Seconds that the metadata `x-request-timeout-ms` allow.
-
-    Raises:
-        InvalidRequest: no number of milliseconds.
-    """
-    if not value.isdigit() or len(value) > 12 or int(value) == 0:
-        raise InvalidRequest("metadata x-request-timeout-ms must be a whole number of milliseconds above 0")
-    return int(value) / 1e3

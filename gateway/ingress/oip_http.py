@@ -82,7 +82,7 @@ class HttpCodec:
         else:
             request = self.decoder.decode(body, _header_length(raw_length, len(body)))
         if head.request_timeout_ms is not None:
-            request.timeout_s = _timeout_s(head.request_timeout_ms)
+            request.timeout_s = timeout_of(head.request_timeout_ms)
         request.received = exchange.received
         request.context = exchange
         request.settle = self.settle
@@ -95,7 +95,7 @@ class HttpCodec:
             InvalidRequest: a header of it makes no sense.
         """
         if head.request_timeout_ms is not None:
-            request.timeout_s = _timeout_s(head.request_timeout_ms)
+            request.timeout_s = timeout_of(head.request_timeout_ms)
         request.received = exchange.received
         request.context = exchange
         request.settle = settle
@@ -267,7 +267,12 @@ def _header_length(raw: bytes, total: int) -> int:
     return int(raw)
 
 
-def _timeout_s(raw: bytes) -> float:
+def timeout_of(raw: bytes) -> float:
+    """Seconds that `X-Request-Timeout-Ms` allows; over gRPC it is metadata.
+
+    Raises:
+        InvalidRequest: not a number of milliseconds above 0.
+    """
     if not raw.isdigit() or len(raw) > 12 or int(raw) == 0:
         raise InvalidRequest("header X-Request-Timeout-Ms must be a whole number of milliseconds above 0")
     return int(raw) / 1e3

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from gateway.core.api import Api
@@ -152,4 +152,3 @@ def header_of(head: Head) -> Callable[[str], bytes | None]:
     return look_up
 
 
-Document = dict[str, Any]

@@ -155,7 +155,8 @@ class ModelTracer:
             self._passed += 1
             if self._passed % self.plan.rate or request.batch is None:
                 continue
-            self._file.add(self._trace(request, batch), self.plan.log_frequency)
+            # Not `batch`: what a member was answered with may be cut to its own shape (core/ragged.py).
+            self._file.add(self._trace(request, request.batch), self.plan.log_frequency)
             self._left -= self._left > 0
             if not self._left:
                 return

@@ -72,7 +72,6 @@ NOT_HTTP2: Final = (
 """What a client that speaks HTTP/1 is told."""
 
 
-
 class Http2(Streams):
     """See the module's text."""
 

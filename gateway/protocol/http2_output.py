@@ -15,7 +15,7 @@ Rules and invariants:
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 from gateway.protocol.hpack_blocks import EMPTY_TABLE
 from gateway.protocol.http1 import Held
@@ -55,6 +55,8 @@ class Stream:
         "trailers",
         "wanted",
     )
+
+    head: Any
 
     def __init__(self, stream_id: int, send_window: int, receive_window: int) -> None:
         self.id = stream_id
@@ -126,8 +128,10 @@ class Output:
 
     def send_data(self, stream: Stream, parts: list[Piece], length: int) -> None:
         """Send `length` bytes as soon as the windows allow. Parts must not change afterwards."""
-        if stream.queue is None and self.open and length <= min(
-            self.send_window, stream.send_window, self.peer_frame_bytes
+        if (
+            stream.queue is None
+            and self.open
+            and length <= min(self.send_window, stream.send_window, self.peer_frame_bytes)
         ):
             self.send_window -= length
             stream.send_window -= length
@@ -184,9 +188,7 @@ class Output:
         while waiting and budget > 0 and self.send_window > 0 and self.open:
             stream_id = next(iter(waiting))
             stream = waiting.pop(stream_id)
-            count = min(
-                stream.queued_bytes, stream.send_window, self.send_window, self.peer_frame_bytes, _TURN_BYTES
-            )
+            count = min(stream.queued_bytes, stream.send_window, self.send_window, self.peer_frame_bytes, _TURN_BYTES)
             self._cut(stream, count)
             budget -= count
             if not stream.queued_bytes:

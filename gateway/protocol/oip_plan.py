@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from gateway.core.classification import check_classifiable
 from gateway.core.model import ModelSpec, TensorSpec
+from gateway.core.ragged import agreeing_dims
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
@@ -84,7 +85,8 @@ class Plan:
     inputs: tuple[InputPlan, ...]
     rows: int
     trailing: tuple[tuple[int, ...] | None, ...]
-    """Per model input: dims after the batch dimension, None if absent. Part of the batch key."""
+    """Per model input: dims after the batch dimension (none of a ragged input's), None if absent. Part of the batch
+    key."""
 
 
 class Planner:
@@ -124,9 +126,8 @@ class Planner:
             inputs[place] = self._input(place, datatype, shape)
         self._check_present(inputs)
         rows = self._rows(list(inputs.values()))
-        skip = 1 if spec.batched else 0
-        trailing = tuple(inputs[place].shape[skip:] if place in inputs else None for place in range(len(spec.inputs)))
-        return Plan(tuple(inputs.values()), rows, trailing)
+        shapes = [inputs[place].shape if place in inputs else None for place in range(len(spec.inputs))]
+        return Plan(tuple(inputs.values()), rows, agreeing_dims(spec.inputs, shapes, spec.batched))
 
     def _input(self, place: int, datatype_name: str, shape: tuple[int, ...]) -> InputPlan:
         spec, tensor = self.spec, self.spec.inputs[place]

@@ -65,8 +65,21 @@ MALFORMED: Final = (
     "control/file without config",
     "statistics/*",
 )
-CONFIGS: Final = ("documents/config *", "grpc_documents/config *", "control/*", "grpc_control/*")
-HEALTH: Final = ("documents/live", "documents/ready*", "routes/GET /v2/health/live?x", "control/*")
+CONFIGS: Final = ("documents/config *", "grpc_documents/config *", "control/*", "grpc_control/*", "restricted/*/config")
+SERVER: Final = (
+    "documents/server",
+    "routes/GET /v2?x=y",
+    "restricted/open /v2",
+    "grpc_documents/ServerMetadata",
+    "restricted/ServerMetadata",
+)
+HEALTH: Final = (
+    "documents/live",
+    "documents/ready*",
+    "routes/GET /v2/health/live?x",
+    "control/*",
+    "restricted/open /v2/health*",
+)
 TWIN: Final = "the twins differ in this: Python there, ONNX here"
 PLAIN: Final = ("text/plain", "application/json")
 
@@ -75,7 +88,7 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
     Allowed(MALFORMED, "status", "§0 no. 1: what the client wrote wrongly is 400 here, INTERNAL there", 500, 400),
     Allowed(("*",), "error.header.content-type", "§1.2: an error's body is JSON and says so", *PLAIN),
     Allowed(
-        ("documents/metadata *", "accepting/metadata *", "grpc_documents/metadata *"),
+        ("documents/metadata *", "accepting/metadata *", "grpc_documents/metadata *", "restricted/* /v2/models/m"),
         "body.platform",
         "the twins differ in this: Python there, ONNX here",
         "python",
@@ -152,9 +165,9 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
     # --- management
     Allowed(("routes/GET /v2/models",), "status", "§0 no. 12: KServe's list of models", 404, 200),
     Allowed(("routes/GET /v2/",), "status", "§1.1: accepted with and without the slash", 404, 200),
-    Allowed(("documents/server", "routes/GET /v2?x=y", "grpc_documents/ServerMetadata"), "body.version", "ours"),
+    Allowed(SERVER, "body.version", "ours"),
     Allowed(
-        ("documents/server", "routes/GET /v2?x=y", "grpc_documents/ServerMetadata"),
+        SERVER,
         "body.extensions",
         "§1.3: only what is on is advertised; shared memory is off by default (§0 no. 14)",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from tests.differential.allowed import ALLOWED, Allowed
 from tests.differential.compare import Difference, differences
 from tests.differential.exchange import Asker, Case
 from tests.differential.triton_process import TritonProcess, triton
-from tests.differential.zoo import NOT_LOADED, TWINS, write_repository
+from tests.differential.zoo import NOT_LOADED, TWINS, Twin, write_repository
 from tests.live.gateway_process import GatewayProcess, gateway
 
 CORPUS: Final[Sequence[Case]] = (
@@ -84,23 +84,47 @@ def run(corpus: Sequence[Case], real: TritonProcess, ours: GatewayProcess) -> Ta
     return tally
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How both servers are started: the same repository, the same switches in each one's own words."""
+
+    twins: Sequence[Twin]
+    loaded: Sequence[str] = ()
+    """Models to load under explicit control; empty: all of them, and no control."""
+    flags: Sequence[str] = ()
+    server: Mapping[str, object] = field(default_factory=dict)
+    """Keys of the gateway's `server` section."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """Keys of the gateway's `defaults` section."""
+
+
+SETTING: Final = Setting(TWINS, [twin.name for twin in TWINS if twin.name not in NOT_LOADED])
+
+
 @contextlib.contextmanager
-def both(folder: Path) -> Iterator[tuple[TritonProcess, GatewayProcess]]:
-    """A Triton and a gateway that serve the twins, under explicit model control."""
-    loaded = [twin.name for twin in TWINS if twin.name not in NOT_LOADED]
-    with triton(write_repository(folder / "triton", TWINS, triton=True), loaded) as real:
-        repository = write_repository(folder / "gateway", TWINS, triton=False)
-        with gateway("serve", "-c", str(configuration(folder, repository)), *control(loaded)) as ours:
+def both(folder: Path, setting: Setting = SETTING) -> Iterator[tuple[TritonProcess, GatewayProcess]]:
+    """A Triton and a gateway that serve the same twins."""
+    repository = write_repository(folder / "triton", setting.twins, triton=True)
+    with triton(repository, setting.loaded, *setting.flags) as real:
+        file = configuration(folder, setting)
+        with gateway("serve", "-c", str(file)) as ours:
             yield real, ours
 
 
-def configuration(folder: Path, repository: Path) -> Path:
-    file = folder / "gateway.yaml"
-    server = {"workers": 2, "drain_delay_s": 0, "compression": {"min_bytes": 1}, "protocol": {"server_name": "triton"}}
+def configuration(folder: Path, setting: Setting) -> Path:
+    repository = write_repository(folder / "gateway", setting.twins, triton=False)
+    server: dict[str, object] = {
+        "workers": 2,
+        "drain_delay_s": 0,
+        "compression": {"min_bytes": 1},
+        "protocol": {"server_name": "triton"},
+        **setting.server,
+    }
+    if setting.loaded:
+        server |= {"model_control": "explicit", "load_models": list(setting.loaded)}
     models = [{"source": str(repository)}]
-    file.write_text(yaml.safe_dump({"server": server, "defaults": {"instances": 1}, "models": models}))
+    file = folder / "gateway.yaml"
+    file.write_text(
+        yaml.safe_dump({"server": server, "defaults": {"instances": 1, **setting.defaults}, "models": models})
+    )
     return file
-
-
-def control(loaded: Sequence[str]) -> list[str]:
-    return ["--model-control", "explicit", *(part for name in loaded for part in ("--load-model", name))]

@@ -37,8 +37,6 @@ class Http:
     """Texts that both answers must contain."""
     names: tuple[str, ...] = ()
     """Texts that at least ours must contain: the field at fault."""
-    after_s: float = 0.0
-    """Unused unless positive: seconds to wait first, for states that time changes."""
 
 
 @dataclass(frozen=True)

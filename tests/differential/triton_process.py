@@ -24,12 +24,15 @@ START_S: Final = 180.0
 
 
 class TritonProcess:
+    """One tritonserver. `models`: what is loaded under explicit control; none: the whole repository, for good."""
+
     def __init__(self, repository: Path, models: Sequence[str], *flags: str) -> None:
         self.port, self.grpc_port, self.operations_port = free_port(), free_port(), free_port()
         server = install()
         self._directory = tempfile.TemporaryDirectory()
         self.log = Path(self._directory.name) / "log"
         self.deaths = 0
+        control = ["--model-control-mode=explicit", *(f"--load-model={model}" for model in models)] if models else []
         self._command = [
             str(server / "bin" / "tritonserver"),
             f"--model-repository={repository}",
@@ -43,8 +46,7 @@ class TritonProcess:
             "--metrics-address=127.0.0.1",
             f"--metrics-port={self.operations_port}",
             "--allow-gpu-metrics=false",
-            "--model-control-mode=explicit",
-            *(f"--load-model={model}" for model in models),
+            *control,
             *flags,
         ]
         self._start()

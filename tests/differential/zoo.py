@@ -188,9 +188,9 @@ def table(rows: int = 8) -> bytes:
     )
 
 
-def turning(most: int) -> bytes:
-    """`INPUT0` INT64 [batch, 1] → `OUTPUT0`, the same, after a loop of min(max(INPUT0), `most`) turns: a model whose
-    time its caller chooses, within bounds."""
+def turning(most: int, each: int = 1) -> bytes:
+    """`INPUT0` INT64 [batch, 1] → `OUTPUT0`, the same, after a loop of min(max(INPUT0) · `each`, `most`) turns: a model
+    whose time its caller chooses, within bounds."""
     scalar: list[int | str | None] = []
     body = helper.make_graph(
         [
@@ -204,14 +204,15 @@ def turning(most: int) -> bytes:
         [numpy_helper.from_array(np.array(3, np.int64), "three")],
     )
     nodes = [
-        helper.make_node("ReduceMax", ["INPUT0"], ["asked"], keepdims=0),
+        helper.make_node("ReduceMax", ["INPUT0"], ["largest"], keepdims=0),
+        helper.make_node("Mul", ["largest", "each"], ["asked"]),
         helper.make_node("Min", ["asked", "most"], ["turns"]),
         helper.make_node("Loop", ["turns", "", "zero"], ["end"], body=body),
         helper.make_node("Mul", ["end", "zero"], ["nothing"]),
         helper.make_node("Add", ["INPUT0", "nothing"], ["OUTPUT0"]),
     ]
     shape: list[int | str | None] = ["batch", 1]
-    weights = {"zero": np.array(0, np.int64), "most": np.array(most, np.int64)}
+    weights = {name: np.array(number, np.int64) for name, number in (("zero", 0), ("most", most), ("each", each))}
     return model(nodes, [value("INPUT0", "INT64", shape)], [value("OUTPUT0", "INT64", shape)], weights)
 
 

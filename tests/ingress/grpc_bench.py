@@ -85,6 +85,7 @@ async def grpc_bench(
         await bench.serve(version="2")
     bench.services = GrpcServices(bench.catalog, bench.pipeline, bench.management, options, reflected=reflected)
     bench.grpc_server = GrpcServer(bench.services)
+    bench.listener = await listen("127.0.0.1", 0, bench.server)
     listener = await listen("127.0.0.1", 0, bench.grpc_server)
     bench.grpc_port = listener.port
     own = [("grpc.use_local_subchannel_pool", 1)]
@@ -94,6 +95,9 @@ async def grpc_bench(
             yield bench
     finally:
         await bench.channel.close()
+        for client in bench.clients:
+            client.writer.transport.abort()
+        await bench.server.drain(0.0)
         bench.services.drain()
         await bench.grpc_server.drain(5.0)
         statistics = bench.grpc_server.statistics()

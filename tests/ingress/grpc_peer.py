@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from hpack import Decoder
+
 from gateway.ingress.grpc_server import CallHead, GrpcCall, GrpcServer, Http2Limits, StreamHandler
 from gateway.ingress.listener import Listener, listen
-from gateway.protocol.hpack_blocks import metadata_literal
-from tests.ingress.http_peer import Clock
+from gateway.protocol.hpack_blocks import Fields, metadata_literal
+from gateway.protocol.http2_frames import END_STREAM, FRAME_HEAD_BYTES, HEADERS, PREFACE, settings
+from tests.ingress.http_peer import Clock, until
+from tests.protocol.http2_peer import REQUEST, Sent, parse
 
 
 class EchoStream:
@@ -92,6 +97,7 @@ class GrpcBench:
         self.server = server
         self.listener = listener
         self.clock = clock
+        self.clients: list[RawClient] = []
 
     @property
     def address(self) -> str:
@@ -113,10 +119,72 @@ async def grpc_bench(limits: Http2Limits | None = None, compression: str = "none
     try:
         yield bench
     finally:
+        for client in bench.clients:
+            client.writer.transport.abort()
         await server.drain(0.0)
+        for client in bench.clients:
+            with contextlib.suppress(ConnectionError):
+                await client.writer.wait_closed()
         statistics = server.statistics()
         assert (statistics.open_connections, statistics.held_bytes, statistics.in_flight) == (0, 0, 0)
         assert not server.sweeping
+
+
+class RawClient:
+    """Writes frames, and reads them."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.seen: list[Sent] = []
+
+    def send(self, *parts: bytes) -> None:
+        self.writer.write(b"".join(parts))
+
+    async def frame(self, kind: int) -> Sent:
+        """The next frame of this type; the others are kept in `seen`."""
+        while True:
+            head = await self.reader.readexactly(FRAME_HEAD_BYTES)
+            payload = await self.reader.readexactly(int.from_bytes(head[:3], "big"))
+            (found,) = parse(head + payload)
+            self.seen.append(found)
+            if found.kind == kind:
+                return found
+
+    async def rest(self) -> list[Sent]:
+        """All frames until the server closes."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await self.frame(-1)
+        return self.seen
+
+    async def answer(self) -> dict[str, str]:
+        """Header fields and trailers of the next call that ends."""
+        fields: dict[str, str] = {}
+        decoder = Decoder()
+        while True:
+            found = await self.frame(HEADERS)
+            fields.update((str(name), str(value)) for name, value in decoder.decode(found.payload))
+            if found.flags & END_STREAM:
+                return fields
+
+
+async def raw_client(bench: GrpcBench, *, greet: bool = True) -> RawClient:
+    before = bench.server.statistics().accepted_connections
+    client = RawClient(*await asyncio.open_connection("127.0.0.1", bench.listener.port))
+    bench.clients.append(client)
+    await until(lambda: bench.server.statistics().accepted_connections > before)
+    if greet:
+        client.send(PREFACE, settings({}))
+    return client
+
+
+def fields_for(path: bytes, *extra: tuple[bytes, bytes]) -> Fields:
+    return [(name, path if name == b":path" else value) for name, value in REQUEST] + list(extra)
+
+
+def prefixed(message: bytes, flag: int = 0) -> bytes:
+    return bytes((flag,)) + len(message).to_bytes(4, "big") + message
 
 
 class LoopClock(Clock):

@@ -231,7 +231,10 @@ async def test_restricted_groups_need_their_metadata() -> None:
     async with grpc_bench(restrictions=restrictions) as bench:
         for metadata in ((), [("triton-grpc-protocol-k", "x")], [("k", "v")], [("triton-grpc-protocol-other", "v")]):
             code, text = await refused(bench.infer(numbers_request([1]), metadata=metadata))
-            assert (code, text) == (Code.UNAVAILABLE, "This API is restricted, expecting header 'K'")
+            assert (code, text) == (
+                Code.UNAVAILABLE,
+                "This protocol is restricted, expecting header 'triton-grpc-protocol-k'",
+            )
         check_numbers(await bench.infer(numbers_request([1]), metadata=[("triton-grpc-protocol-k", "v")]), [1])
         assert (await refused(bench.call("ServerMetadata")))[0] is Code.UNAVAILABLE
         await bench.call("ServerMetadata", metadata=[("triton-grpc-protocol-other", "w")])

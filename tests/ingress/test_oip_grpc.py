@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,12 +13,15 @@ import pytest
 from gateway.catalog import ServedVersion
 from gateway.core.model import ModelState
 from gateway.errors import ConfigError
-from gateway.ingress.oip_grpc import fields, metadata
+from gateway.ingress.oip_grpc import GrpcCodec, fields, metadata
 from gateway.protocol.hpack_blocks import Blocks
+from gateway.protocol.oip_grpc_cut import Openings
 from gateway.protocol.options import ProtocolOptions
 from gateway.provenance.headers import parse
 from tests.ingress.grpc_bench import GrpcBench, check_numbers, grpc_bench, numbers_request
 from tests.ingress.oip_bench import MAX_QUEUE_ROWS, POISON, replica_of
+from tests.ingress.oip_bench import check as check_http
+from tests.ingress.oip_bench import infer as http_request
 
 Code = grpc.StatusCode
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -67,6 +71,26 @@ async def test_many_callers_share_batches_and_get_their_own_rows() -> None:
             assert message.id == f"id{n}"
         assert bench.catalog.resolve("numbers", None).statistics.rows.sum == 24
         assert bench.catalog.resolve("numbers", None).statistics.execution_count < 12
+
+
+async def test_callers_of_both_protocols_share_batches_and_get_their_own_rows() -> None:
+    async with grpc_bench() as bench:
+        version = bench.catalog.resolve("numbers", None)
+        replica_of(version).held = []
+        by_grpc = [bench.infer(numbers_request([n, n + 1000])) for n in range(6)]
+        tasks = [asyncio.ensure_future(call_result(call)) for call in by_grpc]
+        by_http = [asyncio.ensure_future(bench.ask(http_request([n, n + 2000]))) for n in range(6)]
+        await until(lambda: bench.grpc_server.statistics().in_flight == bench.server.statistics().in_flight == 6)
+        replica_of(version).release()
+        for n, message in enumerate(await asyncio.gather(*tasks)):
+            check_numbers(message, [n, n + 1000])
+        http_batches = set()
+        for n, answer in enumerate(await asyncio.gather(*by_http)):
+            check_http(answer, [n, n + 2000])
+            http_batches.add(parse(answer.headers).members[0].batch_id)
+        grpc_batches = {parse((await initial(call)).items()).members[0].batch_id for call in by_grpc}
+        assert http_batches & grpc_batches
+        assert set(version.statistics.protocols) == {"http", "grpc"}
 
 
 async def call_result(call: Any) -> Any:
@@ -281,6 +305,19 @@ async def test_a_deadline_reaches_the_queue() -> None:
         assert version.statistics.inference_count == 16
 
 
+@pytest.mark.parametrize(
+    ("deadline", "header_s", "timeout_s"),
+    [(None, 0.0, 0.0), (None, 2.0, 2.0), (105.0, 0.0, 5.0), (105.0, 2.0, 2.0), (101.0, 2.0, 1.0), (99.0, 0.0, 1e-6)],
+)
+async def test_the_time_a_caller_allows(deadline: float | None, header_s: float, timeout_s: float) -> None:
+    async with grpc_bench() as bench:
+        codec = GrpcCodec(bench.catalog.resolve("numbers", None))
+        call: Any = SimpleNamespace(received=100.0, deadline=deadline)
+        request = codec.read(Openings().cut(numbers_request([1]).SerializeToString()), call, header_s)
+        assert request.received == 100.0
+        assert request.timeout_s == pytest.approx(timeout_s)
+
+
 async def test_a_timeout_of_our_own_metadata_reaches_the_queue() -> None:
     async with grpc_bench() as bench:
         call, version = await held_call(bench, metadata=[("x-request-timeout-ms", "50")])
@@ -290,7 +327,7 @@ async def test_a_timeout_of_our_own_metadata_reaches_the_queue() -> None:
         assert version.statistics.inference_count == 16
         for wrong in ("0", "x", "-5"):
             code, text = await refused(bench.infer(numbers_request([1]), metadata=[("x-request-timeout-ms", wrong)]))
-            assert (code, "x-request-timeout-ms" in text) == (Code.INVALID_ARGUMENT, True)
+            assert (code, "X-Request-Timeout-Ms" in text) == (Code.INVALID_ARGUMENT, True)
 
 
 async def test_a_cancelled_call_leaves_the_queue() -> None:

@@ -29,14 +29,14 @@ class InProcess(Gateway):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.loop = asyncio.get_running_loop()
-        self.port = 0
+        self.port = self.grpc_port = 0
 
     def _catch_signals(self) -> None:
         pass
 
-    async def _serve(self, wanted, listener, *, demo):  # type: ignore[no-untyped-def]
-        self.port = listener.port
-        return await super()._serve(wanted, listener, demo=demo)
+    async def _serve(self, wanted, listener, grpc_listener, *, demo):  # type: ignore[no-untyped-def]
+        self.port, self.grpc_port = listener.port, grpc_listener.port
+        return await super()._serve(wanted, listener, grpc_listener, demo=demo)
 
     @property
     def loaded(self) -> bool:
@@ -67,6 +67,9 @@ class InProcess(Gateway):
         http: HttpStatistics = self.http.statistics()
         if http.in_flight or http.held_bytes:
             found.append(f"http: {http.in_flight} in flight, {http.held_bytes} bytes held")
+        grpc = self.grpc.statistics()
+        if grpc.in_flight or grpc.held_bytes:
+            found.append(f"grpc: {grpc.in_flight} in flight, {grpc.held_bytes} bytes held")
         return found
 
 

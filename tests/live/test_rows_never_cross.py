@@ -49,7 +49,7 @@ def alone() -> dict[str, Alone]:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
     root = models.repository(tmp_path_factory.mktemp("crossing"), MODELS)
-    server = Server(http_port=0, metrics_port=0, workers=2)
+    server = Server(http_port=0, grpc_port=0, metrics_port=0, workers=2)
     with in_process(Config(server=server, models=(ModelEntry(source=str(root)),))) as running:
         yield running
 

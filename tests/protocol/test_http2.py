@@ -284,7 +284,7 @@ def test_an_answer_respects_both_windows() -> None:
 
 
 @given(st.lists(st.integers(1, 30_000), min_size=1, max_size=5), st.lists(st.integers(500, 30_000), min_size=1))
-def test_whatever_the_windows_the_bytes_are_the_same(parts: list[int], credits: list[int]) -> None:
+def test_whatever_the_windows_the_bytes_are_the_same(parts: list[int], increments: list[int]) -> None:
     peer = Peer()
     peer.send(settings({4: 100}), headers(1))
     stream = peer.stream
@@ -296,9 +296,9 @@ def test_whatever_the_windows_the_bytes_are_the_same(parts: list[int], credits: 
     out = peer.sent()
     turn = 0
     while peer.http2.streams:
-        credit = credits[turn % len(credits)]
+        increment = increments[turn % len(increments)]
         turn += 1
-        peer.send(window_update(0, credit), window_update(1, credit))
+        peer.send(window_update(0, increment), window_update(1, increment))
         out += peer.sent()
     assert body_of(out, 1) == b"".join(pieces)
     assert end_of(out, 1)

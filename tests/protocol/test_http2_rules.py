@@ -49,6 +49,8 @@ CLOSED = ("rst 1 STREAM_CLOSED",)
 B = block()
 TRAILERS = block([(b"x-t", b"1")])
 UNKNOWN = 0x16
+TWO = headers(1, [*REQUEST, (b"content-length", b"2")], end=False)
+"""A request whose body has two bytes."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,22 @@ CASES = [
         ("goaway STREAM_CLOSED",),
         [1],
     ),
-    Case("5.1 reset by the client: CONTINUATION", headers(1) + rst_stream(1, 8) + frame(CONTINUATION, 4, 1), PROTOCOL, [1]),
-    Case("5.1 reset by the client: WINDOW_UPDATE is fine", headers(1) + rst_stream(1, 8) + window_update(1, 1), (), [1]),
+    Case(
+        "5.1 reset by the client: CONTINUATION",
+        headers(1) + rst_stream(1, 8) + frame(CONTINUATION, 4, 1),
+        PROTOCOL,
+        [1],
+    ),
+    Case(
+        "5.1 reset by the client: WINDOW_UPDATE is fine", headers(1) + rst_stream(1, 8) + window_update(1, 1), (), [1]
+    ),
     Case("5.1 reset by the client: RST_STREAM is fine", headers(1) + rst_stream(1, 8) * 2, (), [1]),
-    Case("5.1 reset by the client: PRIORITY is fine", headers(1) + rst_stream(1, 8) + frame(PRIORITY, 0, 1, priority(3)), (), [1]),
+    Case(
+        "5.1 reset by the client: PRIORITY is fine",
+        headers(1) + rst_stream(1, 8) + frame(PRIORITY, 0, 1, priority(3)),
+        (),
+        [1],
+    ),
     Case("5.1 closed: DATA", headers(1) + data(1, b"x"), CLOSED, [1], answered=True),
     Case("5.1 closed: HEADERS", headers(1) + headers(1), ("goaway STREAM_CLOSED",), [1], answered=True),
     Case("5.1 closed: CONTINUATION", headers(1) + frame(CONTINUATION, 4, 1), PROTOCOL, [1], answered=True),
@@ -196,7 +210,11 @@ CASES = [
     # 6.2 HEADERS
     Case("6.2 HEADERS on stream 0", raw_headers(B, stream_id=0), PROTOCOL),
     Case("6.2 padding", raw_headers(b"\x02" + B + b"\0\0", 5 | PADDED), served=[1]),
-    Case("6.2 padding and priority", raw_headers(b"\x01" + priority(0) + B + b"\0", 5 | PADDED | PRIORITY_FLAG), served=[1]),
+    Case(
+        "6.2 padding and priority",
+        raw_headers(b"\x01" + priority(0) + B + b"\0", 5 | PADDED | PRIORITY_FLAG),
+        served=[1],
+    ),
     Case("6.2 padding longer than the frame", raw_headers(b"\xff" + B, 5 | PADDED), PROTOCOL),
     Case("6.2 padded and empty", raw_headers(b"", 5 | PADDED), PROTOCOL),
     # 6.3 PRIORITY
@@ -223,7 +241,9 @@ CASES = [
     Case("6.5.2 MAX_FRAME_SIZE over 2^24-1", setting(5, 2**24), PROTOCOL),
     Case("6.5.2 MAX_FRAME_SIZE of 2^24-1", setting(5, 2**24 - 1) + headers(1), served=[1]),
     # 6.6 PUSH_PROMISE
-    Case("6.6 PUSH_PROMISE from a client", headers(1, end=False) + frame(PUSH_PROMISE, 4, 1, b"\0\0\0\2" + B), PROTOCOL),
+    Case(
+        "6.6 PUSH_PROMISE from a client", headers(1, end=False) + frame(PUSH_PROMISE, 4, 1, b"\0\0\0\2" + B), PROTOCOL
+    ),
     Case("6.6 PUSH_PROMISE on stream 0", frame(PUSH_PROMISE, 4, 0, b"\0\0\0\2"), PROTOCOL),
     # 6.7 PING
     Case("6.7 PING on a stream", frame(PING, 0, 1, b"8 bytes!"), PROTOCOL),
@@ -233,15 +253,26 @@ CASES = [
     # 6.8 GOAWAY
     Case("6.8 GOAWAY on a stream", frame(GOAWAY, 0, 1, bytes(8)), PROTOCOL),
     Case("6.8 GOAWAY that is too short", frame(GOAWAY, 0, 0, bytes(7)), SIZE),
-    Case("6.8 streams go on behind GOAWAY", headers(1, end=False) + goaway(0, 0, "bye") + data(1, end=True), served=[1]),
+    Case(
+        "6.8 streams go on behind GOAWAY", headers(1, end=False) + goaway(0, 0, "bye") + data(1, end=True), served=[1]
+    ),
     # 6.9 WINDOW_UPDATE
     Case("6.9 an increment of 0 on the connection", frame(WINDOW_UPDATE, 0, 0, bytes(4)), PROTOCOL),
     Case("6.9 an increment of 0 on a stream", headers(1) + frame(WINDOW_UPDATE, 0, 1, bytes(4)), MALFORMED, [1]),
     Case("6.9 WINDOW_UPDATE of 3 bytes", frame(WINDOW_UPDATE, 0, 0, bytes(3)), SIZE),
     Case("6.9 WINDOW_UPDATE of 5 bytes", headers(1) + frame(WINDOW_UPDATE, 0, 1, bytes(5)), SIZE, [1]),
-    Case("6.9 the increment's reserved bit is ignored", frame(WINDOW_UPDATE, 0, 0, b"\x80\0\0\1") + headers(1), served=[1]),
+    Case(
+        "6.9 the increment's reserved bit is ignored",
+        frame(WINDOW_UPDATE, 0, 0, b"\x80\0\0\1") + headers(1),
+        served=[1],
+    ),
     Case("6.9.1 the connection's window over 2^31-1", window_update(0, 2**31 - 1), FLOW),
-    Case("6.9.1 a stream's window over 2^31-1", headers(1) + window_update(1, 2**31 - 1), ("rst 1 FLOW_CONTROL_ERROR",), [1]),
+    Case(
+        "6.9.1 a stream's window over 2^31-1",
+        headers(1) + window_update(1, 2**31 - 1),
+        ("rst 1 FLOW_CONTROL_ERROR",),
+        [1],
+    ),
     Case(
         "6.9.2 a changed initial window takes a stream's over 2^31-1",
         headers(1) + window_update(1, 2**31 - 1 - 65_535) + setting(4, 65_536),
@@ -279,23 +310,31 @@ CASES = [
     # 8.1 messages
     Case("8.1 trailers", headers(1, end=False) + data(1, b"x") + raw_headers(TRAILERS), served=[1]),
     Case("8.1 trailers without data", headers(1, end=False) + raw_headers(TRAILERS), served=[1]),
-    Case("8.1 a second HEADERS without END_STREAM", headers(1, end=False) + raw_headers(TRAILERS, END_HEADERS), MALFORMED),
+    Case(
+        "8.1 a second HEADERS without END_STREAM", headers(1, end=False) + raw_headers(TRAILERS, END_HEADERS), MALFORMED
+    ),
     Case("8.1 a request as trailers", headers(1, end=False) + headers(1), MALFORMED),
     Case("8.1 a pseudo-header in the trailers", headers(1, end=False) + headers(1, [(b":path", b"/")]), MALFORMED),
     Case("8.1 an upper-case name in the trailers", headers(1, end=False) + headers(1, [(b"X", b"")]), MALFORMED),
-    Case("8.1.1 content-length that is met", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"ab", end=True), served=[1]),
-    Case("8.1.1 content-length over several DATA", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"a") + data(1, b"b") + data(1, end=True), served=[1]),
-    Case("8.1.1 padding does not count", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + frame(DATA, 9, 1, b"\x02ab\0\0"), served=[1]),
-    Case("8.1.1 content-length that is not reached", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"a", end=True), MALFORMED),
-    Case("8.1.1 content-length that is not reached, with trailers", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"a") + raw_headers(TRAILERS), MALFORMED),
-    Case("8.1.1 content-length that is passed", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"abc"), MALFORMED),
-    Case("8.1.1 content-length that is passed by a later DATA", headers(1, [*REQUEST, (b"content-length", b"2")], end=False) + data(1, b"ab") + data(1, b"c"), MALFORMED),
+    Case("8.1.1 content-length that is met", TWO + data(1, b"ab", end=True), served=[1]),
+    Case("8.1.1 content-length over several DATA", TWO + data(1, b"a") + data(1, b"b") + data(1, end=True), served=[1]),
+    Case("8.1.1 padding does not count", TWO + frame(DATA, 9, 1, b"\x02ab\0\0"), served=[1]),
+    Case("8.1.1 content-length that is not reached", TWO + data(1, b"a", end=True), MALFORMED),
+    Case(
+        "8.1.1 content-length that is not reached, with trailers",
+        TWO + data(1, b"a") + raw_headers(TRAILERS),
+        MALFORMED,
+    ),
+    Case("8.1.1 content-length that is passed", TWO + data(1, b"abc"), MALFORMED),
+    Case("8.1.1 content-length that is passed by a later DATA", TWO + data(1, b"ab") + data(1, b"c"), MALFORMED),
     Case("8.1.1 content-length without a body", request((b"content-length", b"1")), MALFORMED),
     Case("8.1.1 content-length 0 without a body", request((b"content-length", b"0")), served=[1]),
     Case("8.1.1 content-length that is no number", request((b"content-length", b"1x")), MALFORMED),
     Case("8.1.1 negative content-length", request((b"content-length", b"-1")), MALFORMED),
     Case("8.1.1 two content-lengths", request((b"content-length", b"0"), (b"content-length", b"1")), MALFORMED),
-    Case("8.1.1 a content-length said twice", request((b"content-length", b"0"), (b"content-length", b"0")), served=[1]),
+    Case(
+        "8.1.1 a content-length said twice", request((b"content-length", b"0"), (b"content-length", b"0")), served=[1]
+    ),
     # 8.2 fields
     Case("8.2.1 an upper-case name", request((b"X-Test", b"ok")), MALFORMED),
     Case("8.2.1 an empty name", request((b"", b"ok")), MALFORMED),

@@ -95,6 +95,12 @@ def test_an_empty_output_has_its_entry() -> None:
     assert list(message.raw_output_contents) == [b"", np.ones(1, "<f4").tobytes()]
 
 
+def test_an_empty_output_of_strings_has_its_entry() -> None:
+    spec = model(outputs=[tensor_spec("N", "BYTES"), tensor_spec("Z")])
+    message = written(spec, batch_of(spec, 2, [[], np.ones((2, 1))]), 1, 1)
+    assert list(message.raw_output_contents) == [b"", np.ones(1, "<f4").tobytes()]
+
+
 def test_a_model_that_does_not_batch_gives_all_of_its_outputs() -> None:
     spec = model(
         [tensor_spec("X", "FP32", (-1, -1))],

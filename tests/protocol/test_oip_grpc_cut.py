@@ -198,6 +198,22 @@ def test_a_field_behind_the_tensors_counts() -> None:
     assert openings.cut(shorter).opening.model == "q"
 
 
+def test_a_guess_counts_only_where_everything_fits() -> None:
+    openings, data, _ = cut_twice(infer_request(("A", "FP32", [1, 3], ROWS)))
+    for _ in range(2):  # a tensor of a wrong size, which has the length of a message with one more field
+        openings.cut(infer_request(("A", "FP32", [1, 3], ROWS + b"123")).SerializeToString())
+    assert openings.cut(data + b"\x0a\x01q").opening.model == "q"
+
+
+def test_what_stands_where_an_id_stood_is_looked_at() -> None:
+    with_id = infer_request(("A", "FP32", [1, 3], ROWS), request_id="1")
+    openings, data, _ = cut_twice(with_id)
+    with_version = infer_request(("A", "FP32", [1, 3], ROWS), version="1").SerializeToString()
+    assert len(with_version) == len(data)
+    cut = openings.cut(with_version)
+    assert (cut.request_id, cut.opening.version) == ("", "1")
+
+
 def test_what_the_library_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = infer_request(("A", "FP32", [1, 3000], {"fp32_contents": [1.0] * 3000})).SerializeToString()
     raw = infer_request(("A", "FP32", [1, 3000], bytes(12_000))).SerializeToString()

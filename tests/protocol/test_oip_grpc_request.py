@@ -11,7 +11,7 @@ from gateway.core.model import ModelSpec
 from gateway.core.request import SequenceStep
 from gateway.errors import GatewayError, InvalidRequest, Unsupported
 from gateway.protocol import schema
-from gateway.protocol.oip_grpc_request import LISTED_ELEMENTS, MAX_PARAMETERS
+from gateway.protocol.oip_grpc_request import LISTED_ELEMENTS, MAX_PARAMETERS, RequestReader
 from tests.protocol.grpc_samples import Codec, infer_request, read
 from tests.protocol.oip_samples import NUMPY, decoded, model, packed, tensor_spec
 
@@ -297,6 +297,21 @@ def test_the_wish_for_an_empty_last_answer_is_taken() -> None:
 )
 def test_parameters_that_cannot_be_are_refused(parameters: dict[str, Any], words: str) -> None:
     refused(infer_request(PLAIN, parameters=parameters), words)
+
+
+def test_what_is_known_for_one_version_says_nothing_of_another() -> None:
+    codec = Codec(TWO)
+    for _ in range(3):
+        codec.read(infer_request(PLAIN))
+    other = model([tensor_spec("A", "FP32", (2,))])
+    data = infer_request(PLAIN).SerializeToString()
+    with pytest.raises(InvalidRequest, match="unexpected shape"):
+        RequestReader(other).read(codec.openings.cut(data))
+    swapped = model([tensor_spec("B", "FP32", optional=True), tensor_spec("A", "FP32")], [tensor_spec("Z")])
+    request = RequestReader(swapped).read(codec.openings.cut(data))
+    assert decoded(swapped, request) == {"A": ((1, 3), ROWS)}
+    assert (request.inputs[0], request.outputs) == (None, (0,))
+    assert codec.read(data).outputs == (0, 1)
 
 
 def test_what_a_client_can_make_grow_is_bounded() -> None:

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from gateway.core.request import SequenceStep
 from gateway.core.tensor import DATATYPE
 from gateway.errors import InvalidRequest
 from gateway.protocol.oip_json import REMEMBERED_FORMS, RequestDecoder
@@ -191,3 +192,16 @@ def test_raw_request_that_cannot_be_deduced() -> None:
     refused(of_x(), bytes(13), "'X'", "13 bytes", header_length=0)
     refused(model([tensor_spec("A"), tensor_spec("B")]), bytes(12), "1 input (found 2)", header_length=0)
     refused(model([tensor_spec("X", dims=(3,))]), bytes(8), "'X'", "Expected 12, got 8", header_length=0)
+
+
+def test_a_remembered_request_keeps_its_options() -> None:
+    decoder = RequestDecoder(of_x())
+    extra = '"parameters":{"timeout":1500000,"priority":3,"sequence_id":"s","sequence_end":true},'
+    body, length = binary_body(("X", "FP32", [1, 1], b"\0\0\0\0"), extra=extra)
+    other, other_length = binary_body(("X", "FP32", [1, 1], b"\0\0\0\0"))
+    for _ in range(3):
+        request = decoder.decode(body, length)
+        assert (request.stated_timeout_s, request.priority) == (1.5, 3)
+        assert request.sequence == SequenceStep("s", end=True)
+        plain = decoder.decode(other, other_length)
+        assert (plain.stated_timeout_s, plain.priority, plain.sequence) == (0.0, 0, None)
