@@ -325,7 +325,7 @@ def _rows(spec: ModelSpec, inputs: Sequence[InputTensor | None]) -> int:
     if not spec.batched or not shapes:
         return 1
     rows = {shape[0] for shape in shapes}
-    limit = spec.policy.max_batch_size if spec.policy.oversize == "reject" else spec.policy.max_queue_rows
+    limit = spec.policy.request_rows
     if len(rows) > 1:
         raise InvalidRequest(f"the inputs of model '{spec.name}' have different batch sizes: {sorted(rows)}")
     if not 1 <= shapes[0][0] <= limit:

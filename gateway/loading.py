@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -19,13 +20,23 @@ import numpy as np
 from gateway.backends.binding import Binding, BoundReplica
 from gateway.backends.interface import Failure, Replica, Success
 from gateway.backends.one_shot import run_once
-from gateway.core import batchability
+from gateway.core import batchability, ragged
 from gateway.core.batchability import SignatureTensor, Verdict
 from gateway.core.model import Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
 from gateway.core.request import InputTensor
 from gateway.core.scheduling import PLAIN, Scheduling
+from gateway.core.sequence_tensors import added_inputs, as_executed, check_sequences, with_added
 from gateway.errors import ConfigError, ModelError
-from gateway.loading_signature import Signature, check_filled, chosen, hidden_tensors, narrowed, served
+from gateway.loading_ragged import by_rows, prove
+from gateway.loading_signature import (
+    Signature,
+    check_filled,
+    chosen,
+    hidden_tensors,
+    kept_outputs,
+    narrowed,
+    served,
+)
 from gateway.loading_warm_up import WarmUp, read_samples
 from gateway.protocol import config_document
 
@@ -93,13 +104,10 @@ class LoadedModel(Protocol):
     async def unload(self) -> None: ...
 
 
-def refuse_not_yet(scheduling: Scheduling, inputs: tuple[TensorSpec, ...]) -> None:
+def refuse_not_yet(scheduling: Scheduling) -> None:
     """Raises ConfigError: the model asks for what is read and not built."""
     asked = {
-        "sequence_batching": scheduling.sequence is not None,
-        "batch_input": bool(scheduling.batch_inputs),
-        "batch_output": bool(scheduling.batch_outputs),
-        "allow_ragged_batch": any(tensor.ragged for tensor in inputs),
+        "sequence_batching.iterative_sequence": scheduling.sequence is not None and scheduling.sequence.iterative,
     }
     for key, stands in asked.items():
         if stands:
@@ -107,8 +115,9 @@ def refuse_not_yet(scheduling: Scheduling, inputs: tuple[TensorSpec, ...]) -> No
 
 
 def bound(spec: ModelSpec, loaded: LoadedModel) -> Sequence[Replica]:
-    """The replicas as the served signature names their tensors; the loaded ones themselves where that is the same."""
-    binding = Binding(spec, loaded.inputs, loaded.outputs)
+    """The replicas as the served signature names their tensors, with those that the gateway adds to a sequence's steps;
+    the loaded ones themselves where that is the same."""
+    binding = Binding(as_executed(spec), loaded.inputs, loaded.outputs)
     return loaded.replicas if binding.neutral else [BoundReplica(replica, binding) for replica in loaded.replicas]
 
 
@@ -125,9 +134,12 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         ConfigError: config.pbtxt or the configuration contradicts the model file.
         ModelError: the model cannot run.
     """
-    refuse_not_yet(wanted.scheduling, wanted.stated_inputs)
+    refuse_not_yet(wanted.scheduling)
     check_filled(wanted.scheduling, loaded.inputs, loaded.outputs)
     signature = _signature(wanted, loaded)
+    if ragged.asked_for(wanted.scheduling, wanted.stated_inputs):
+        return await _settle_ragged(wanted, artifact, loaded, signature)
+    outputs = kept_outputs(wanted.scheduling, signature, loaded.outputs)
     obstacle = batchability.obstacle(signature.inputs, signature.outputs)
     if obstacle is not None and wanted.max_batch_size:
         raise ConfigError(
@@ -138,29 +150,66 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         size = (wanted.max_batch_size or 0) if obstacle is None else 0
         spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {why}")
         # Only shapes are unknown here: a model that will not run on made-up input may still run on real input.
-        trial = await _trial(loaded, _tried(wanted, loaded, whole=not size), signature.outputs, None)
+        trial = await _trial(loaded, _tried(wanted, loaded, whole=not size), outputs, None)
         await _warm_up(wanted, loaded, spec, trial)
         return spec, _spent_s(trial)
     limit = wanted.max_batch_size or CHOSEN_MAX_BATCH_SIZE
     rows = min(batchability.PROOF_ROWS, max(limit, 2))
     tried = _tried(wanted, loaded, whole=False)
-    trial = await _trial(loaded, tried, signature.outputs, rows)
-    verdict = await _prove(loaded, trial, signature.outputs)
+    trial = await _trial(loaded, tried, outputs, rows)
+    verdict = await _prove(loaded, trial, outputs)
     if verdict.batchable and any(tensor is not None and tensor.optional for tensor in tried):
         required = [tensor if tensor is not None and not tensor.optional else None for tensor in tried]
-        verdict = await _prove(loaded, await _trial(loaded, required, signature.outputs, rows), signature.outputs)
+        verdict = await _prove(loaded, await _trial(loaded, required, outputs, rows), outputs)
     if verdict.batchable or wanted.batching == "on":
         note = f"batches up to {limit} rows: {'batching is on' if wanted.batching == 'on' else verdict.why}"
         spec = _spec(wanted, artifact, signature, limit, merge=True, note=note)
     else:
-        log.warning(
-            "model %s version %s: requests are not merged: %s (set batching: on to override)",
-            wanted.name, wanted.version, verdict.why,
-        )  # fmt: skip
-        size = limit if wanted.size_is_stated else 0
+        _warn_not_merged(wanted, verdict)
+        # Rows of a sequence are slots: there are as many, merged or not.
+        size = limit if wanted.size_is_stated or wanted.scheduling.sequence is not None else 0
         spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {verdict.why}")
     await _warm_up(wanted, loaded, spec, trial)
     return spec, _spent_s(trial) / (_rows(trial[0]) if trial is not None else 1)
+
+
+async def _settle_ragged(
+    wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel, signature: Signature
+) -> tuple[ModelSpec, float]:
+    """`settle_spec` for a model whose batches are flat (loading_ragged.py)."""
+    limit = wanted.max_batch_size or 0
+    signature = by_rows(
+        signature, loaded.inputs, wanted.scheduling, wanted.stated_inputs, wanted.stated_outputs, limit
+    )  # fmt: skip
+    obstacle = batchability.obstacle(signature.inputs, signature.outputs)
+    if obstacle is not None:
+        raise ConfigError(f"max_batch_size is {limit}, but the model cannot batch: {obstacle}")
+    spec = _spec(wanted, artifact, signature, limit, merge=True, note="")
+    proof_of = partial(prove, spec, loaded.inputs, loaded.outputs, partial(_run, loaded.replicas[0]), PROOF_SEED)
+    proof = await proof_of()
+    verdict, one_row = proof.verdict, proof.one_row
+    if verdict.batchable and any(tensor.optional for tensor in spec.inputs):
+        without = await proof_of(optional=False)
+        verdict, one_row = without.verdict, one_row or without.one_row
+    kept_apart = _kept_apart(wanted, signature.inputs)
+    merge = kept_apart is None and (verdict.batchable or wanted.batching == "on")
+    if merge:
+        note = f"batches up to {limit} rows: {'batching is on' if wanted.batching == 'on' else verdict.why}"
+    else:
+        note = f"not batched: {kept_apart or verdict.why}"
+        if kept_apart is None:
+            _warn_not_merged(wanted, verdict)
+    policy = replace(spec.policy, merge=merge, oversize="reject", one_row=one_row)
+    spec = replace(spec, policy=policy, batching_note=note)
+    await _warm_up(wanted, loaded, spec, proof.trial)
+    return spec, _spent_s(proof.trial) / proof.rows
+
+
+def _warn_not_merged(wanted: WantedVersion, verdict: Verdict) -> None:
+    log.warning(
+        "model %s version %s: requests are not merged: %s (set batching: on to override)",
+        wanted.name, wanted.version, verdict.why,
+    )  # fmt: skip
 
 
 Trial = tuple[list[InputTensor | None], Success]
@@ -188,7 +237,8 @@ def _tried(wanted: WantedVersion, loaded: LoadedModel, *, whole: bool) -> list[S
 
     `whole`: stated dims hold every dimension, also the first."""
     stated = {tensor.name for tensor in wanted.stated_inputs}
-    tensors = narrowed(tuple(loaded.inputs), wanted.stated_inputs, batched=not whole)
+    dims = (*wanted.stated_inputs, *added_inputs(wanted.scheduling))
+    tensors = narrowed(tuple(loaded.inputs), dims, batched=not whole)
     return [tensor if not tensor.optional or tensor.name in stated else None for tensor in tensors]
 
 
@@ -270,11 +320,13 @@ async def _prove(loaded: LoadedModel, trial: Trial | None, outputs: tuple[Signat
 
 async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, trial: Trial | None) -> None:
     """Run every instance once, and every sample of `model_warmup`; remember how to do so again after a restart."""
+    check_sequences(spec, loaded.inputs, loaded.outputs)
     samples = await read_samples(wanted.scheduling.warm_up, spec, wanted.side_file)
-    binding = Binding(spec, loaded.inputs, loaded.outputs)
-    outputs = binding.model_outputs(tuple(range(len(spec.outputs))))
+    executed = as_executed(spec)
+    binding = Binding(executed, loaded.inputs, loaded.outputs)
+    outputs = binding.model_outputs(tuple(range(len(executed.outputs))))
     runs = [WarmUp("warm-up", trial[0], 1)] if trial is not None else []
-    runs += [WarmUp(f"warm-up sample '{s.name}'", binding.model_inputs(s.inputs), s.count) for s in samples]
+    runs += [WarmUp(f"warm-up sample '{s.name}'", binding.model_inputs(with_added(spec, s.inputs)), s.count) for s in samples]
     for place, replica in enumerate(loaded.replicas):
         for run in runs[1:] if place == 0 and trial is not None else runs:
             for _ in range(run.count):
@@ -293,7 +345,7 @@ def _spec(
         merge=merge,
         max_queue_delay_s=wanted.max_queue_delay_s,
         preferred_batch_sizes=tuple(size for size in wanted.preferred_batch_sizes if size <= max_batch_size),
-        oversize=wanted.oversize if merge else "reject",
+        oversize=wanted.oversize if merge and wanted.scheduling.sequence is None else "reject",
         max_queue_rows=wanted.max_queue_rows,
         max_queue_bytes=wanted.max_queue_bytes,
         deadline_s=wanted.deadline_s,

@@ -176,43 +176,135 @@ class Proof:
 
 
 async def prove(
-    spec: ModelSpec, inputs: Sequence[SignatureTensor], outputs: Sequence[SignatureTensor], run: Run, seed: int
+    spec: ModelSpec,
+    inputs: Sequence[SignatureTensor],
+    outputs: Sequence[SignatureTensor],
+    run: Run,
+    seed: int,
+    *,
+    optional: bool = True,
 ) -> Proof:
-    """Whether requests of different shapes may share a run. `inputs`, `outputs`: the model file's.
+    """Whether requests of different shapes may share a run. `inputs`, `outputs`: the model file's; `optional`: with the
+    optional inputs, or without.
 
     Raises:
         GatewayError: `run` does.
     """
     bench = _Bench(spec, Binding(spec, inputs, outputs), len(inputs), run)
-    rng = np.random.default_rng(seed)
     limit = spec.policy.max_batch_size
-    for members in _candidates(spec, min(batchability.PROOF_ROWS, max(limit, 2)), rng):
+    given = tuple([tensor if optional or not tensor.optional else None for tensor in spec.inputs])
+    count, rng = min(batchability.PROOF_ROWS, max(limit, 2)), np.random.default_rng(seed)
+    for members, two in _candidates(given, count, rng):
         made = bench.model_inputs(members)
-        answer = await bench.run(made)
+        answer = await run(made, bench.places)
         if isinstance(answer, Success):
             break
     else:
         return Proof(Verdict(False, "it could not be run on made-up input, so its rows are not proven independent"))
-    trial = (made, answer)
+    proof = Proof(Verdict(False, ""), (made, answer), len(members))
     try:
-        together = bench.cut(members, answer)
-        alone = [await bench.ask(member) for member in members]
+        alone = [(await bench.answers([member]))[0] for member in members]
+        verdict = _compare(bench.cut(members, answer), alone)
     except _Unanswered as error:
-        return Proof(Verdict(False, str(error)), trial, len(members))
-    verdict = _compare(together, alone)
+        return replace(proof, verdict=Verdict(False, str(error)))
+    proof = replace(proof, verdict=verdict)
     if limit < 2:
-        return Proof(verdict, trial, len(members))
-    two = _doubled(members[1])
+        return proof
     try:
-        own = await bench.ask(two)
+        own = await bench.answers([two])
     except _Unanswered:
-        return Proof(verdict, trial, len(members), one_row=True)
+        return replace(proof, one_row=True)
+    if limit < 3 or not verdict.batchable:
+        return proof
     try:
-        mixed = await bench.ask_all([members[0], two, members[2]]) if limit >= 4 and len(members) > 2 else [alone[0], own]
+        mixed = _compare(await bench.answers([members[0], two]), [alone[0], *own])
     except _Unanswered as error:
-        return Proof(Verdict(False, str(error)), trial, len(members))
-    return Proof(verdict, trial, len(members))
+        mixed = Verdict(False, str(error))
+    return proof if mixed.batchable else replace(proof, verdict=mixed)
 
 
 class _Unanswered(Exception):
-    """A run failed, or its answer is not the requests' answer."""
+    """A run failed, or what came back is not the answer to the requests."""
+
+
+class _Bench:
+    """The model, asked as the dispatcher asks it."""
+
+    def __init__(self, spec: ModelSpec, binding: Binding, inputs: int, run: Run) -> None:
+        self._outputs = tuple(range(len(spec.outputs)))
+        self.places = binding.model_outputs(self._outputs)
+        self._ragged = Ragged(spec)
+        self._binding = binding
+        self._inputs = inputs
+        self._run = run
+
+    def model_inputs(self, members: Sequence[InferRequest]) -> list[InputTensor | None]:
+        found: list[InputTensor | None] = [None] * self._inputs
+        for given in self._binding.batch_inputs(self._ragged.concat(members, _rows(members))):
+            data = bytearray(given.nbytes)
+            assembly.write_parts(given, memoryview(data))
+            found[given.index] = InputTensor(given.datatype, given.shape, None, bytes(data))
+        return found
+
+    async def answers(self, members: Sequence[InferRequest]) -> list[dict[int, OutputTensor]]:
+        """Each member's outputs, of a run of them all. Raises _Unanswered."""
+        answer = await self._run(self.model_inputs(members), self.places)
+        if isinstance(answer, Failure):
+            raise _Unanswered(f"it does not run on {len(members)} requests of {_rows(members)} rows: {answer.message}")
+        return self.cut(members, answer)
+
+    def cut(self, members: Sequence[InferRequest], answer: Success) -> list[dict[int, OutputTensor]]:
+        """Raises _Unanswered."""
+        try:
+            outputs = [self._binding.served_output(place, o) for place, o in enumerate(answer.outputs)]
+            self._ragged.check_outputs(members, self._outputs, _rows(members), outputs)
+            return self._ragged.cut(members, dict(enumerate(outputs)))
+        except (AssemblyError, ValueError) as error:
+            raise _Unanswered(str(error)) from None
+
+
+def _rows(members: Sequence[InferRequest]) -> int:
+    return sum([member.rows for member in members])
+
+
+def _candidates(
+    given: Sequence[TensorSpec | None], count: int, rng: np.random.Generator
+) -> Iterator[tuple[list[InferRequest], InferRequest]]:
+    """What to try in turn until the model runs on it: requests of one row and of different shapes; one of two rows."""
+    for ceiling in CEILINGS:
+        attempts = [(batchability.VARIABLE_DIMS[0], SIZES)]
+        attempts += [(size, tuple([size * factor for factor in FACTORS])) for size in batchability.VARIABLE_DIMS]
+        for size, sizes in attempts:
+            members = [_request(given, 1, size, own, ceiling, rng) for own in sizes[:count]]
+            yield members, _request(given, 2, size, sizes[1], ceiling, rng)
+
+
+def _request(
+    given: Sequence[TensorSpec | None], rows: int, size: int, own: int, ceiling: int, rng: np.random.Generator
+) -> InferRequest:
+    """`own`: of the variable dims of ragged inputs; `size`: of other inputs'."""
+    inputs: list[InputTensor | None] = []
+    for tensor in given:
+        if tensor is None:
+            inputs.append(None)
+            continue
+        variable = own if tensor.ragged else size
+        shape = (rows, *[variable if dim == -1 else dim for dim in tensor.dims])
+        data = batchability.random_bytes(tensor.datatype, shape, ceiling, rng)
+        inputs.append(InputTensor(tensor.datatype, shape, None, data))
+    return InferRequest(tuple(inputs), rows, 0, None, (), None)
+
+
+def _compare(together: list[dict[int, OutputTensor]], alone: list[dict[int, OutputTensor]]) -> Verdict:
+    for place, (ours, single) in enumerate(zip(together, alone, strict=True)):
+        for index, output in ours.items():
+            expected = single[index]
+            if output.shape != expected.shape:
+                why = f"shape {list(expected.shape)} alone, {list(output.shape)} together"
+            else:
+                why = batchability.difference(output, expected)
+            if why:
+                return Verdict(
+                    False, f"output '{output.name}' of request {place} differs when run with other requests: {why}"
+                )
+    return Verdict(True, f"{len(alone)} random requests of different shapes gave the same answers alone and together")

@@ -88,6 +88,15 @@ def chosen(
     return tuple(known[tensor.name] for tensor in stated)
 
 
+def kept_outputs(
+    scheduling: Scheduling, signature: Signature, actual: Sequence[SignatureTensor]
+) -> tuple[SignatureTensor, ...]:
+    """All outputs that a run is asked for: the served ones and, behind them, those that the gateway keeps to itself."""
+    seen = {tensor.name for tensor in signature.outputs}
+    hidden = hidden_tensors(scheduling)[1] - seen
+    return (*signature.outputs, *[tensor for tensor in actual if tensor.name in hidden])
+
+
 def narrowed(
     tensors: tuple[SignatureTensor, ...], stated: tuple[TensorSpec, ...], *, batched: bool
 ) -> tuple[SignatureTensor, ...]:

@@ -23,18 +23,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence as Some
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 from gateway.backends.interface import Replica
-from gateway.backends.slotted import SlottedReplica, Slots
+from gateway.backends.slotted import Slots, SlottedReplica
 from gateway.core.admission import deadline_of
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
 from gateway.core.model import ModelSpec
 from gateway.core.request import QUEUED, SETTLED, InferRequest, SequenceStep
 from gateway.core.sequence_tensors import SequenceTensors
-from gateway.core.sequencing import Sequence, SequenceRoom, admit_step
+from gateway.core.sequencing import OpenSequence, SequenceRoom, admit_step
 from gateway.errors import (
     BackendError,
     Cancelled,
@@ -60,7 +60,7 @@ class SequenceScheduler:
     def __init__(
         self,
         spec: ModelSpec,
-        replicas: Some[Replica],
+        replicas: Sequence[Replica],
         statistics: ModelStatistics,
         clock: Callable[[], float] = time.monotonic,
         row_s: float = 0.0,
@@ -129,7 +129,7 @@ class SequenceScheduler:
         correlation = self._tensors.correlation(step.id) if sequence is None else None
         self._admit(request, begins=sequence is None)
         if sequence is None:
-            sequence = Sequence(step.id, correlation, self._tensors.first)
+            sequence = OpenSequence(step.id, correlation, self._tensors.first)
             self._room.begin(sequence, [any(r.available for r in replicas) for replicas in self._replicas])
             self._accept(request, sequence, new=True)
         else:
@@ -138,7 +138,7 @@ class SequenceScheduler:
             self._room.close(sequence)
         self._arm()
 
-    def submit_parts(self, whole: InferRequest, parts: Some[InferRequest]) -> None:
+    def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
         """Raises InvalidRequest: a step has one row, so it is never cut."""
         self._step_of(whole)
 
@@ -166,7 +166,7 @@ class SequenceScheduler:
             self.statistics.reject(rejected.reason)
             raise rejected.error(rejected.message)
 
-    def _accept(self, request: InferRequest, sequence: Sequence, *, new: bool) -> None:
+    def _accept(self, request: InferRequest, sequence: OpenSequence, *, new: bool) -> None:
         """Raises GatewayError: it is its turn, and its lane does not take it. Then it is as if it had never come."""
         first_in_line = sequence not in self._queue.groups
         self._room.busy(sequence)
@@ -189,7 +189,7 @@ class SequenceScheduler:
         """The caller left: its step is given up, and with it the sequence."""
         if request.state == SETTLED:
             return
-        running = request.key.running
+        running = _sequence(request).running
         if running is not None and running.context is request:
             running.abort()
         else:
@@ -204,12 +204,12 @@ class SequenceScheduler:
         for request in waiting:
             if request.state != SETTLED:  # the answer to one may have made another leave
                 self.statistics.reject(error.reason)
-                self._room.close(request.key)
+                self._room.close(_sequence(request))
                 self._settle(request, error)
         for lane in self._lanes:
             lane.fail_waiting(error)
         for request in waiting:
-            self._go_on(request.key)
+            self._go_on(_sequence(request))
 
     def reopen(self) -> None:
         self._closed = None
@@ -255,7 +255,7 @@ class SequenceScheduler:
 
     # -- step after step -------------------------------------------------------------------------------------------
 
-    def _go_on(self, sequence: Sequence) -> None:
+    def _go_on(self, sequence: OpenSequence) -> None:
         """The sequence's next step, if there is one and it is time for it; else it rests, or is over."""
         while (refused := self._next_step(sequence)) is not None:
             request, error = refused  # the lane has counted it
@@ -267,7 +267,7 @@ class SequenceScheduler:
         else:
             self._rest(sequence)
 
-    def _next_step(self, sequence: Sequence) -> tuple[InferRequest, GatewayError] | None:
+    def _next_step(self, sequence: OpenSequence) -> tuple[InferRequest, GatewayError] | None:
         """Hand the next step to the sequence's lane if it is time for it. Returns what the lane refused, and why."""
         group = self._queue.groups.get(sequence)
         if group is None or sequence.seat is None or sequence.running is not None:
@@ -281,7 +281,7 @@ class SequenceScheduler:
             return request, error
         return None
 
-    def _as_asked(self, sequence: Sequence, request: InferRequest) -> InferRequest:
+    def _as_asked(self, sequence: OpenSequence, request: InferRequest) -> InferRequest:
         """The step as the model is asked: with controls and states, for all outputs."""
         step = _step(request)
         slot = sequence.seat.row if self._slotted and sequence.seat is not None else None
@@ -299,7 +299,7 @@ class SequenceScheduler:
     def _step_ended(self, inner: InferRequest) -> None:
         """A lane has settled a step: the state moves on, then the sequence, and then its caller is told."""
         request: InferRequest = inner.context
-        sequence: Sequence = request.key
+        sequence = _sequence(request)
         sequence.running = None
         error = inner.error
         if error is None:
@@ -323,7 +323,7 @@ class SequenceScheduler:
 
     def _give_up(self, request: InferRequest, error: Exception, *, then_go_on: bool = True) -> None:
         """A step was accepted and is not going to be executed: what waits behind it goes with it, up to a START."""
-        sequence: Sequence = request.key
+        sequence = _sequence(request)
         behind, begins_anew = self._behind(request, sequence)
         if not begins_anew:
             self._room.close(sequence)
@@ -339,7 +339,7 @@ class SequenceScheduler:
         if then_go_on:
             self._go_on(sequence)
 
-    def _behind(self, request: InferRequest, sequence: Sequence) -> tuple[list[InferRequest], bool]:
+    def _behind(self, request: InferRequest, sequence: OpenSequence) -> tuple[list[InferRequest], bool]:
         """Who waits behind `request`, up to a START, and whether there is one."""
         group = self._queue.groups.get(sequence)
         reached = request.state != QUEUED
@@ -353,11 +353,11 @@ class SequenceScheduler:
                 found.append(other)
         return found, False
 
-    def _rest(self, sequence: Sequence) -> None:
+    def _rest(self, sequence: OpenSequence) -> None:
         self._room.rests(sequence, self._now())
         self._arm()
 
-    def _over(self, sequence: Sequence) -> None:
+    def _over(self, sequence: OpenSequence) -> None:
         heir = self._room.end(sequence)
         if heir is not None:
             self._loop.call_soon(self._go_on, heir)  # not at once: a long backlog may be refused one after the other
@@ -403,6 +403,11 @@ class SequenceScheduler:
         while (sequence := self._room.overslept(now)) is not None:
             self._over(sequence)
         self._arm()
+
+
+def _sequence(request: InferRequest) -> OpenSequence:
+    """Whoever was accepted belongs to one."""
+    return cast("OpenSequence", request.key)
 
 
 def _step(request: InferRequest) -> SequenceStep:

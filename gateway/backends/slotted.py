@@ -105,4 +105,3 @@ class SlottedReplica:
 
     def set_listener(self, changed: Callable[[], None], /) -> None:
         self._replica.set_listener(changed)
-

@@ -71,8 +71,8 @@ class FinishedBatch:
         """Where several executions, or an earlier one, made this answer (a split request put together again, an
         ensemble, an answer from the cache): each, and the request's first row in it. It then belongs to one request."""
         self.own: Mapping[int, FinishedBatch] | None = None
-        """Where members do not get plain rows of the outputs (core/ragged.py): what each gets instead, as a batch of its
-        own, by its first row in this one."""
+        """Where members do not get plain rows of the outputs (core/ragged.py): what each gets instead, as a batch of
+        its own, by its first row in this one."""
         self.http_memo: Any = None
         self.grpc_memo: Any = None
 

@@ -136,6 +136,11 @@ def compare(together: list[OutputTensor], alone: list[list[OutputTensor]]) -> Ve
     return Verdict(True, f"{rows} random rows gave the same answers alone and together")
 
 
+def difference(ours: OutputTensor, other: OutputTensor) -> str:
+    """In what two outputs of the same shape differ beyond rounding; empty: in nothing."""
+    return _difference(ours, 0, 1, other)
+
+
 def _difference(output: OutputTensor, row: int, rows: int, single: OutputTensor) -> str:
     if output.datatype.kind == "bytes":
         same = _bytes_row(bytes(output.data), rows, row) == bytes(single.data)

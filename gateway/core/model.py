@@ -47,6 +47,16 @@ class BatchPolicy:
     max_queue_bytes: int = 256 * 1024 * 1024
     deadline_s: float = 30.0
     """Given to requests that bring none."""
+    one_row: bool = False
+    """Requests have one row: the model answers requests, not rows (core/ragged.py)."""
+
+    @property
+    def request_rows(self) -> int:
+        """The most rows that one request may have."""
+        if self.one_row:
+            return 1
+        # A request that is split still waits whole: more rows than the queue holds could never be let in.
+        return self.max_batch_size if self.oversize == "reject" else self.max_queue_rows
 
 
 @dataclass(frozen=True, slots=True)

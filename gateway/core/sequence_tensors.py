@@ -25,7 +25,7 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import InputTensor, SequenceStep
-from gateway.core.scheduling import ControlInput, SequencePolicy, StateTensor
+from gateway.core.scheduling import ControlInput, Scheduling, SequencePolicy, StateTensor
 from gateway.core.tensor import Datatype, element_count, pack_bytes, unpack_bytes
 from gateway.errors import ConfigError, InvalidRequest
 
@@ -142,6 +142,28 @@ class SequenceTensors:
         return InputTensor(control.datatype, shape, None, np.array([value]).astype(control.datatype.numpy).tobytes())
 
 
+def as_executed(spec: ModelSpec) -> ModelSpec:
+    """The signature that the model is executed by: the clients' own, or that with what a sequence adds."""
+    return spec if spec.scheduling.sequence is None else SequenceTensors(spec).model_spec
+
+
+def with_added(spec: ModelSpec, inputs: Sequence[InputTensor | None]) -> Sequence[InputTensor | None]:
+    """Inputs of a made-up request to `spec` with what the gateway adds to them."""
+    if spec.scheduling.sequence is None:
+        return inputs
+    rows = next((tensor.shape[0] for tensor in inputs if tensor is not None and spec.batched), 1)
+    return [*inputs, *SequenceTensors(spec).example(rows)]
+
+
+def added_inputs(scheduling: Scheduling) -> tuple[TensorSpec, ...]:
+    """Controls and states as inputs of the model."""
+    policy = scheduling.sequence
+    if policy is None:
+        return ()
+    controls = [TensorSpec(control.name, control.datatype, (1,)) for control in policy.controls]
+    return (*controls, *[TensorSpec(state.input_name, state.datatype, state.dims) for state in policy.states])
+
+
 def nbytes(states: States) -> int:
     return sum([len(state.buffer or b"") for state in states])
 
@@ -161,6 +183,8 @@ def check_sequences(spec: ModelSpec, inputs: Sequence[SignatureTensor], outputs:
     if policy is None:
         return
     of_input, of_output = {tensor.name: tensor for tensor in inputs}, {tensor.name: tensor for tensor in outputs}
+    if spec.scheduling.batch_inputs or spec.scheduling.batch_outputs or any(tensor.ragged for tensor in spec.inputs):
+        raise ConfigError("config.pbtxt: sequence_batching together with ragged batching is not supported; remove one")
     hidden = [*[control.name for control in policy.controls], *[state.input_name for state in policy.states]]
     listed = {tensor.name for tensor in spec.inputs}.intersection(hidden)
     if listed:
@@ -187,8 +211,6 @@ def _check_shape(what: str, dims: tuple[int, ...], tensor: SignatureTensor, batc
 
 
 def _model_spec(spec: ModelSpec, policy: SequencePolicy) -> ModelSpec:
-    inputs = [TensorSpec(control.name, control.datatype, (1,)) for control in policy.controls]
-    inputs += [TensorSpec(state.input_name, state.datatype, state.dims) for state in policy.states]
     seen = {tensor.name for tensor in spec.outputs}
     outputs = [
         TensorSpec(state.output_name, state.datatype, state.dims)
@@ -197,7 +219,7 @@ def _model_spec(spec: ModelSpec, policy: SequencePolicy) -> ModelSpec:
     ]
     return replace(
         spec,
-        inputs=(*spec.inputs, *inputs),
+        inputs=(*spec.inputs, *added_inputs(spec.scheduling)),
         outputs=(*spec.outputs, *outputs),
         policy=_batch_policy(spec.policy, policy),
         scheduling=replace(spec.scheduling, sequence=None, preserve_ordering=policy.preserve_ordering),

@@ -2,7 +2,7 @@
 
 A *lane* is what a sequence's steps are executed on, from its first to its last: one replica (`direct`), or all of them
 together (`oldest`). A lane has seats; a sequence holds one from its START to its end, and waits for one in the backlog,
-in order of arrival, while all are taken. With `direct` the seat's number is the row of the batch that Triton calls slot.
+in order of arrival, while all are taken. With `direct` a seat's number is a row of the batch: what Triton calls a slot.
 
 Rules (wire notes §5.3):
   * steps of a sequence run in order of arrival, one at a time;
@@ -18,7 +18,7 @@ idle has neither a step that waits nor one that runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence as Some
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from gateway.core.admission import Rejected
@@ -38,7 +38,7 @@ class Seat:
         self.row = row
 
 
-class Sequence:
+class OpenSequence:
     """One life of one correlation id."""
 
     __slots__ = ("correlation", "ending", "identity", "over", "running", "seat", "state_bytes", "states")
@@ -58,7 +58,7 @@ class Sequence:
         """It has no seat any more, and is not in the backlog."""
 
     def __repr__(self) -> str:
-        return f"<Sequence {self.identity!r}>"
+        return f"<OpenSequence {self.identity!r}>"
 
 
 class _Lane:
@@ -98,21 +98,21 @@ class SequenceRoom:
         self._lanes = [_Lane() for _ in range(lanes)]
         self._seats = seats
         self._idle_s = idle_s
-        self._known: dict[int | str, Sequence] = {}
+        self._known: dict[int | str, OpenSequence] = {}
         """Those that steps may join."""
-        self._backlog: OrderedDict[Sequence, None] = OrderedDict()
-        self._idle: OrderedDict[Sequence, float] = OrderedDict()
+        self._backlog: OrderedDict[OpenSequence, None] = OrderedDict()
+        self._idle: OrderedDict[OpenSequence, float] = OrderedDict()
         """Since when; always the same idle time, so the first is the first to end."""
         self.count = 0
         """Sequences that live, the backlog's included."""
         self.state_bytes = 0
         """Held for their states."""
 
-    def find(self, identity: int | str) -> Sequence | None:
+    def find(self, identity: int | str) -> OpenSequence | None:
         """The sequence that a step with this id belongs to."""
         return self._known.get(identity)
 
-    def begin(self, sequence: Sequence, available: Some[bool]) -> None:
+    def begin(self, sequence: OpenSequence, available: Sequence[bool]) -> None:
         """A new sequence takes a seat, or a place in the backlog. `available`: by lane, whether it can execute now; a
         lane that cannot only gets a sequence if no other has a seat."""
         self._known[sequence.identity] = sequence
@@ -121,7 +121,7 @@ class SequenceRoom:
         if sequence.seat is None:
             self._backlog[sequence] = None
 
-    def _free_seat(self, available: Some[bool]) -> Seat | None:
+    def _free_seat(self, available: Sequence[bool]) -> Seat | None:
         rows = [lane.lowest(self._seats) for lane in self._lanes]
         free = [(not available[at], row, at) for at, row in enumerate(rows) if row is not None]
         if not free:
@@ -130,13 +130,13 @@ class SequenceRoom:
         self._lanes[at].take(row)
         return Seat(at, row)
 
-    def close(self, sequence: Sequence) -> None:
+    def close(self, sequence: OpenSequence) -> None:
         """Nothing joins it any more: its END is in, or it was given up."""
         sequence.ending = True
         if self._known.get(sequence.identity) is sequence:
             del self._known[sequence.identity]
 
-    def end(self, sequence: Sequence) -> Sequence | None:
+    def end(self, sequence: OpenSequence) -> OpenSequence | None:
         """It is over. Returns who got its seat, and has steps that wait."""
         self.close(sequence)
         sequence.over = True
@@ -154,14 +154,14 @@ class SequenceRoom:
         heir.seat = seat
         return heir
 
-    def keep(self, sequence: Sequence, states: States) -> None:
+    def keep(self, sequence: OpenSequence, states: States) -> None:
         """`states` are the sequence's from now on, and its own."""
         sequence.states = states
         self.state_bytes -= sequence.state_bytes
         sequence.state_bytes = nbytes(states)
         self.state_bytes += sequence.state_bytes
 
-    def restart(self, sequence: Sequence, first: States) -> None:
+    def restart(self, sequence: OpenSequence, first: States) -> None:
         """START: it is back where every sequence begins."""
         self.keep(sequence, ())
         sequence.states = first
@@ -172,11 +172,11 @@ class SequenceRoom:
 
     # -- idleness --------------------------------------------------------------------------------------------------
 
-    def rests(self, sequence: Sequence, now: float) -> None:
+    def rests(self, sequence: OpenSequence, now: float) -> None:
         """It has no step that waits or runs."""
         self._idle[sequence] = now
 
-    def busy(self, sequence: Sequence) -> None:
+    def busy(self, sequence: OpenSequence) -> None:
         self._idle.pop(sequence, None)
 
     def next_idle(self) -> float | None:
@@ -185,7 +185,7 @@ class SequenceRoom:
             return since + self._idle_s
         return None
 
-    def overslept(self, now: float) -> Sequence | None:
+    def overslept(self, now: float) -> OpenSequence | None:
         """One that rested too long, one at a time; the caller must end it."""
         for sequence, since in self._idle.items():
             return sequence if since + self._idle_s <= now else None

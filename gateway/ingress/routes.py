@@ -150,5 +150,3 @@ def header_of(head: Head) -> Callable[[str], bytes | None]:
         return next((value for key, value in head.headers if key == wanted), None)
 
     return look_up
-
-

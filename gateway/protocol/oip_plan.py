@@ -203,8 +203,7 @@ class Planner:
                 )
         if rows < 1:
             raise InvalidRequest(f"inference request batch-size must be >= 1 for '{spec.name}'")
-        # A request that is split still waits whole: more rows than the queue holds could never be let in.
-        limit = spec.policy.max_batch_size if spec.policy.oversize == "reject" else spec.policy.max_queue_rows
+        limit = spec.policy.request_rows
         if rows > limit:
             raise InvalidRequest(f"inference request batch-size must be <= {limit} for '{spec.name}'")
         return rows

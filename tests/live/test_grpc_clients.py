@@ -3,9 +3,7 @@ health and reflection clients of grpcio, and plain grpcio with settings of its o
 
 from __future__ import annotations
 
-import asyncio
 import queue
-import random
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,12 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tritonclient.utils import InferenceServerException
 
-from gateway.config import Config, ModelEntry, Server
 from gateway.protocol import schema
 from gateway.provenance.headers import parse
 from tests.live import models
-from tests.live.gateway_process import GatewayProcess, gateway, until
-from tests.live.in_process import in_process
+from tests.live.gateway_process import GatewayProcess, gateway
 from tests.live.test_clients import SAMPLES
 from tests.protocol.grpc_samples import infer_request
 
@@ -337,76 +333,6 @@ def test_the_reflection_client(served: GatewayProcess) -> None:
         service = pool.FindServiceByName("inference.GRPCInferenceService")
         assert {m.name for m in service.methods} >= {"ModelInfer", "ModelStreamInfer", "ModelConfig"}
         assert service.FindMethodByName("ModelInfer").input_type.fields_by_name["raw_input_contents"].number == 7
-
-
-async def test_many_callers_get_their_own_rows(served: GatewayProcess) -> None:
-    """Identity models, so every answer is its request, whoever shared its batch; unary calls and streams together."""
-    rng = np.random.default_rng(11)
-    kinds = {"FP32": "<f4", "INT64": "<i8", "UINT8": "u1", "BF16": "<u2"}
-
-    def request(n: int) -> Any:
-        datatype = list(kinds)[n % len(kinds)]
-        shape = [int(rng.integers(1, 9)), int(rng.integers(1, 4))]
-        data = rng.integers(0, 100, shape).astype(kinds[datatype]).tobytes()
-        return infer_request(("x", datatype, shape, data), model=f"id_{datatype.lower()}", request_id=str(n))
-
-    def check(asked: Any, answer: Any) -> None:
-        assert answer.id == asked.id
-        assert list(answer.outputs[0].shape) == list(asked.inputs[0].shape)
-        assert list(answer.raw_output_contents) == list(asked.raw_input_contents)
-
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(address(served), options=options) as channel:
-        asked = [request(n) for n in range(400)]
-
-        async def stream(requests: list[Any]) -> None:
-            call: Any = channel.stream_stream(
-                "/inference.GRPCInferenceService/ModelStreamInfer",
-                request_serializer=lambda message: message.SerializeToString(),
-                response_deserializer=schema.message("inference.ModelStreamInferResponse").FromString,
-            )(iter(requests))
-            answers = [message.infer_response async for message in call]
-            for one, answer in zip(requests, answers, strict=True):
-                check(one, answer)
-
-        async def unary(one: Any) -> None:
-            check(one, await method(channel)(one))
-
-        streams = [stream([request(n) for n in range(50)]) for _ in range(4)]
-        await asyncio.gather(*streams, *[unary(one) for one in asked])
-
-
-@pytest.mark.slow
-async def test_callers_that_leave_at_any_moment_leave_nothing_behind(tmp_path: Path) -> None:
-    root = models.repository(tmp_path / "models", {"whole": models.whole_linear(), "slow": models.slow()})
-    server = Server(http_port=0, grpc_port=0, metrics_port=0, workers=2)
-    chance = random.Random(5)
-    with in_process(Config(server=server, models=(ModelEntry(source=str(root)),))) as served:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{served.grpc_port}", options=options) as channel:
-
-            async def one(n: int) -> str:
-                row = np.full((1, 768), n, "<f4")
-                call = method(channel)(
-                    infer_request(("x", "FP32", [1, 768], row.tobytes()), model="slow"),
-                    timeout=chance.choice([None, 0.001, 0.01, 0.05]),
-                )
-                if chance.random() < 0.5:
-                    await asyncio.sleep(chance.random() / 50)
-                    call.cancel()
-                try:
-                    answer = await call
-                except grpc.aio.AioRpcError as error:
-                    return error.code().name
-                except asyncio.CancelledError:
-                    return "CANCELLED"
-                assert list(answer.outputs[0].shape) == [1, 768]
-                return "OK"
-
-            outcomes = set(await asyncio.gather(*[one(n) for n in range(300)]))
-        assert outcomes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
-        assert {"OK", "DEADLINE_EXCEEDED"} <= outcomes
-        await asyncio.to_thread(until, lambda: not served.call(served.residue), 60, "something stays behind")
 
 
 def test_restricted_apis(tmp_path: Path) -> None:
