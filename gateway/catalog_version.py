@@ -19,6 +19,7 @@ from gateway.intake import Intake
 from gateway.loading import LoadedModel, WantedVersion, bound
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
+from gateway.sequence_scheduler import SequenceScheduler
 
 _LOADS: Final = itertools.count(1)
 """One number for each load of this process."""
@@ -105,7 +106,8 @@ class ServedVersion:
         """It is loaded. `row_s`: seconds a row took on trial; 0.0: unknown."""
         self._know(spec)
         self.loaded = loaded
-        self.scheduler = Scheduler(spec, bound(spec, loaded), self.statistics, row_s=row_s)
+        made = Scheduler if spec.scheduling.sequence is None else SequenceScheduler
+        self.scheduler = made(spec, bound(spec, loaded), self.statistics, row_s=row_s)
 
     def settle_ensemble(self, ensemble: Ensemble) -> None:
         """It is an ensemble, and every model of its steps is there."""

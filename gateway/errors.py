@@ -25,6 +25,7 @@
     ├── ExecutionFailed           blame: model or backend
     │   ├── ModelError            500  the model itself refused or failed on this input
     │   ├── LoadFailed            500  a model that was asked to be loaded could not be
+    │   ├── RegionFailed          500  a client's shared memory could not be opened or written
     │   └── BackendError          502  the backend's answer could not be used
     ├── Cancelled                 499  the caller left; only ever seen in metrics and logs
     ├── ConfigError               never on the wire: bad configuration, model repository or command line
@@ -222,6 +223,12 @@ class LoadFailed(ExecutionFailed):
     """500: a model that somebody asked for could not be loaded; what served before still does."""
 
     reason = "load_failed"
+
+
+class RegionFailed(ExecutionFailed):
+    """500, Triton's status for it: memory that a client shares could not be opened, or does not hold what it must."""
+
+    reason = "shared_memory"
 
 
 class BackendError(ExecutionFailed):

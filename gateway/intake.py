@@ -12,7 +12,8 @@ from gateway.observe.record import ModelStatistics
 
 
 class Intake(Protocol):
-    """Takes validated requests and settles each exactly once. `scheduler.Scheduler` and `ensemble.Ensemble` fit."""
+    """Takes validated requests and settles each exactly once. `scheduler.Scheduler`, `ensemble.Ensemble` and
+    `sequence_scheduler.SequenceScheduler` fit."""
 
     @property
     def statistics(self) -> ModelStatistics: ...

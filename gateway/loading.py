@@ -326,7 +326,9 @@ async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, 
     binding = Binding(executed, loaded.inputs, loaded.outputs)
     outputs = binding.model_outputs(tuple(range(len(executed.outputs))))
     runs = [WarmUp("warm-up", trial[0], 1)] if trial is not None else []
-    runs += [WarmUp(f"warm-up sample '{s.name}'", binding.model_inputs(with_added(spec, s.inputs)), s.count) for s in samples]
+    for sample in samples:
+        inputs = binding.model_inputs(with_added(spec, sample.inputs))
+        runs.append(WarmUp(f"warm-up sample '{sample.name}'", inputs, sample.count))
     for place, replica in enumerate(loaded.replicas):
         for run in runs[1:] if place == 0 and trial is not None else runs:
             for _ in range(run.count):

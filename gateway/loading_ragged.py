@@ -7,7 +7,8 @@ its kind says.
 
 The proof is the ordinary one (core/batchability.py) on requests of different shapes: made-up requests are run alone and
 together, and each must get the same answer, or requests are never merged. A padded answer, as wide as the batch's
-largest request, is found out that way. If a request of two rows gets the wrong number of rows by itself, the model
+largest request, is found out that way. Neighbours in one flat tensor are nearer than rows: a running sum carries one
+caller's NaN into the next one's answer. So each request must also get its answer between requests that hold NaN. If a request of two rows gets the wrong number of rows by itself, the model
 answers requests rather than rows, and requests have one row from then on.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from gateway.core.outcome import Failure, Success
 from gateway.core.ragged import Ragged
 from gateway.core.request import InferRequest, InputTensor, OutputTensor
 from gateway.core.scheduling import BatchInputTensor, Scheduling
+from gateway.core.tensor import element_count
 from gateway.errors import ConfigError
 from gateway.loading_signature import Signature
 
@@ -36,6 +38,7 @@ SIZES: Final = (3, 8, 1, 5, 2)
 """Of the variable dims of ragged inputs, request by request; where the model wants others, multiples of one size:"""
 FACTORS: Final = (1, 2, 1, 3, 2)
 CEILINGS: Final = (8, 2, 1)
+NOT_RUN: Final = Verdict(False, "it could not be run on made-up input, so its rows are not proven independent")
 
 Run = Callable[[Sequence[InputTensor | None], tuple[int, ...]], Awaitable[Success | Failure]]
 """Runs made-up input on the model: one tensor per input of its file (None: left out), and places of its outputs."""
@@ -97,8 +100,8 @@ def _ragged(tensor: SignatureTensor, stated: TensorSpec | None) -> SignatureTens
         return tensor
     if stated.optional:
         raise ConfigError(
-            f"config.pbtxt: input '{tensor.name}' has allow_ragged_batch, which is not supported for an optional input; "
-            "remove one of them"
+            f"config.pbtxt: input '{tensor.name}' has allow_ragged_batch, which is not supported for an optional "
+            "input; remove one of them"
         )
     if tensor.shape != (None,):
         raise ConfigError(
@@ -194,33 +197,65 @@ async def prove(
     limit = spec.policy.max_batch_size
     given = tuple([tensor if optional or not tensor.optional else None for tensor in spec.inputs])
     count, rng = min(batchability.PROOF_ROWS, max(limit, 2)), np.random.default_rng(seed)
-    for members, two in _candidates(given, count, rng):
-        made = bench.model_inputs(members)
+    for candidate in _candidates(given, count, rng):
+        made = bench.model_inputs(candidate.members)
         answer = await run(made, bench.places)
         if isinstance(answer, Success):
-            break
-    else:
-        return Proof(Verdict(False, "it could not be run on made-up input, so its rows are not proven independent"))
-    proof = Proof(Verdict(False, ""), (made, answer), len(members))
+            return await _proven(bench, candidate, answer, Proof(NOT_RUN, (made, answer), count), limit)
+    return Proof(NOT_RUN)
+
+
+async def _proven(bench: _Bench, candidate: _Candidate, answer: Success, proof: Proof, limit: int) -> Proof:
+    """`proof` with its verdict. `answer`: to all members together; `limit`: rows of a batch."""
+    members = candidate.members
     try:
         alone = [(await bench.answers([member]))[0] for member in members]
         verdict = _compare(bench.cut(members, answer), alone)
     except _Unanswered as error:
         return replace(proof, verdict=Verdict(False, str(error)))
+    if verdict.batchable:
+        verdict = await _spoiled(bench, members, alone) or verdict
     proof = replace(proof, verdict=verdict)
     if limit < 2:
         return proof
     try:
-        own = await bench.answers([two])
+        own = await bench.answers([candidate.two])
     except _Unanswered:
         return replace(proof, one_row=True)
     if limit < 3 or not verdict.batchable:
         return proof
     try:
-        mixed = _compare(await bench.answers([members[0], two]), [alone[0], *own])
+        mixed = _compare(await bench.answers([members[0], candidate.two]), [alone[0], *own])
     except _Unanswered as error:
         mixed = Verdict(False, str(error))
     return proof if mixed.batchable else replace(proof, verdict=mixed)
+
+
+async def _spoiled(bench: _Bench, members: list[InferRequest], alone: list[dict[int, OutputTensor]]) -> Verdict | None:
+    """None: nobody's answer changes when every other request holds NaN."""
+    spoiled = [_without_numbers(member) for member in members]
+    if spoiled == members:
+        return None
+    for odd in (0, 1):
+        mixed = [
+            own if place % 2 == odd else spoilt
+            for place, (own, spoilt) in enumerate(zip(members, spoiled, strict=True))
+        ]
+        try:
+            answers = await bench.answers(mixed)
+        except _Unanswered:
+            continue  # it refuses them, and members of a batch that is refused are tried again without each other
+        verdict = _compare(answers[odd::2], alone[odd::2])
+        if not verdict.batchable:
+            return Verdict(False, f"{verdict.why}, where those hold NaN")
+    return None
+
+
+class _Candidate(NamedTuple):
+    members: list[InferRequest]
+    """Of one row each, and of different shapes."""
+    two: InferRequest
+    """Of two rows."""
 
 
 class _Unanswered(Exception):
@@ -267,16 +302,14 @@ def _rows(members: Sequence[InferRequest]) -> int:
     return sum([member.rows for member in members])
 
 
-def _candidates(
-    given: Sequence[TensorSpec | None], count: int, rng: np.random.Generator
-) -> Iterator[tuple[list[InferRequest], InferRequest]]:
-    """What to try in turn until the model runs on it: requests of one row and of different shapes; one of two rows."""
+def _candidates(given: Sequence[TensorSpec | None], count: int, rng: np.random.Generator) -> Iterator[_Candidate]:
+    """What to try in turn until the model runs on it."""
     for ceiling in CEILINGS:
-        attempts = [(batchability.VARIABLE_DIMS[0], SIZES)]
+        attempts: list[tuple[int, tuple[int, ...]]] = [(batchability.VARIABLE_DIMS[0], SIZES)]
         attempts += [(size, tuple([size * factor for factor in FACTORS])) for size in batchability.VARIABLE_DIMS]
         for size, sizes in attempts:
             members = [_request(given, 1, size, own, ceiling, rng) for own in sizes[:count]]
-            yield members, _request(given, 2, size, sizes[1], ceiling, rng)
+            yield _Candidate(members, _request(given, 2, size, sizes[1], ceiling, rng))
 
 
 def _request(
@@ -293,6 +326,21 @@ def _request(
         data = batchability.random_bytes(tensor.datatype, shape, ceiling, rng)
         inputs.append(InputTensor(tensor.datatype, shape, None, data))
     return InferRequest(tuple(inputs), rows, 0, None, (), None)
+
+
+def _without_numbers(request: InferRequest) -> InferRequest:
+    """The request with NaN in place of every number that may be one; itself if there is none."""
+    inputs = [_nan_like(tensor) for tensor in request.inputs]
+    if all(ours is theirs for ours, theirs in zip(inputs, request.inputs, strict=True)):
+        return request
+    return InferRequest(tuple(inputs), request.rows, 0, None, (), None)
+
+
+def _nan_like(tensor: InputTensor | None) -> InputTensor | None:
+    if tensor is None or tensor.datatype.kind not in {"float", "half"}:
+        return tensor
+    nan = b"\xc0\x7f" if tensor.datatype.name == "BF16" else np.array(np.nan, tensor.datatype.numpy).tobytes()
+    return InputTensor(tensor.datatype, tensor.shape, None, nan * element_count(tensor.shape))
 
 
 def _compare(together: list[dict[int, OutputTensor]], alone: list[dict[int, OutputTensor]]) -> Verdict:

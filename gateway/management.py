@@ -22,6 +22,7 @@ from gateway.protocol.options import SERVER_NAME
 
 EXTENSIONS: Final = (
     "classification",
+    "sequence",
     "model_repository",
     "model_repository(unload_dependents)",
     "schedule_policy",

@@ -10,6 +10,7 @@ from gateway.catalog import Catalog, ServedVersion
 from gateway.management_settings import TraceSettings
 from gateway.observe.request_trace import ModelTracer, TraceFile
 from gateway.scheduler import Scheduler
+from gateway.sequence_scheduler import SequenceScheduler
 
 
 class Tracing:
@@ -28,7 +29,7 @@ class Tracing:
     def attach(self, version: ServedVersion) -> None:
         """Trace a loaded version as its settings say, or not at all."""
         scheduler = version.scheduler
-        if not isinstance(scheduler, Scheduler):
+        if not isinstance(scheduler, Scheduler | SequenceScheduler):
             return
         plan = self._settings.plan(version.name)
         if not plan.on:

@@ -7,6 +7,8 @@
              │                                              an equal request that is under way
              └─ ensemble.py, ensemble_run.py                an ensemble has no queue: each step comes in here again, as
                                                             a request to its own model
+             ├─ sequence_scheduler.py + core/sequencing.py  only for models with sequences: one step of each goes on at
+             │                                              a time, with the sequence's state
           ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
           ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
           ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory

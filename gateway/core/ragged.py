@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,9 +46,9 @@ def asked_for(scheduling: Scheduling, inputs: Sequence[TensorSpec]) -> bool:
     return bool(scheduling.batch_inputs or scheduling.batch_outputs) or any(tensor.ragged for tensor in inputs)
 
 
-def agreeing_dims(inputs: Sequence[TensorSpec], shapes: Sequence[Shape | None], batched: bool) -> tuple[
-    Shape | None, ...
-]:
+def agreeing_dims(
+    inputs: Sequence[TensorSpec], shapes: Sequence[Shape | None], batched: bool
+) -> tuple[Shape | None, ...]:
     """What requests must have in common to share a batch, for each input: the dims after the batch dimension, nothing
     of a ragged one's, None where the input is absent. Part of the batch key."""
     skip = 1 if batched else 0
@@ -64,15 +64,6 @@ class _Scattered(NamedTuple):
     source: int
     """Place of that input."""
     dims: Shape
-
-
-class _Member(Protocol):
-    """A request, or what stands for one in a proof."""
-
-    @property
-    def inputs(self) -> tuple[InputTensor | None, ...]: ...
-    @property
-    def rows(self) -> int: ...
 
 
 class Ragged:
@@ -133,7 +124,9 @@ class Ragged:
 
     # -- on the way back -----------------------------------------------------------------------------------------
 
-    def check_outputs(self, members: Sequence[_Member], wanted: Shape, rows: int, outputs: list[OutputTensor]) -> None:
+    def check_outputs(
+        self, members: Sequence[InferRequest], wanted: Shape, rows: int, outputs: list[OutputTensor]
+    ) -> None:
         """Like `assembly.check_outputs`, which this one includes.
 
         Raises:
@@ -156,7 +149,7 @@ class Ragged:
                     f"'{source}' make {due}"
                 )
 
-    def answers(self, members: Sequence[_Member], batch: FinishedBatch) -> dict[int, FinishedBatch] | None:
+    def answers(self, members: Sequence[InferRequest], batch: FinishedBatch) -> dict[int, FinishedBatch] | None:
         """For each member, by its first row, a batch of its own with its part of the outputs, which passed
         `check_outputs`; None where plain rows will do."""
         if self.scattered.isdisjoint(batch.outputs):
@@ -174,7 +167,7 @@ class Ragged:
         return found
 
     def cut(
-        self, members: Sequence[_Member], outputs: Mapping[int, OutputTensor]
+        self, members: Sequence[InferRequest], outputs: Mapping[int, OutputTensor]
     ) -> list[dict[int, OutputTensor]]:
         """Checked outputs of a batch → each member's own."""
         found: list[dict[int, OutputTensor]] = [{} for _ in members]
@@ -190,7 +183,7 @@ class Ragged:
                 own[place] = piece
         return found
 
-    def _cut_shape(self, place: int, member: _Member) -> Shape:
+    def _cut_shape(self, place: int, member: InferRequest) -> Shape:
         """Shape of one member's part of a scattered output."""
         scattered = self._scattered[place]
         tensor = member.inputs[scattered.source]

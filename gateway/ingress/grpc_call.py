@@ -365,7 +365,7 @@ class GrpcCall(Stream):
     def _end(self) -> None:
         """The answer is given; what is left of it leaves without us."""
         self.over = True
-        self.on_abort = None
+        self.on_abort = self.handler = None  # they hold the call, and a cycle would wait for the garbage collector
         connection = self._connection
         shared = connection.shared
         if self._held_bytes:

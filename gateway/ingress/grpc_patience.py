@@ -100,8 +100,9 @@ class Patience:
                 self._sweep_message(call, now)
 
     def _sweep_answer(self, call: GrpcCall, now: float) -> None:
-        limits = self._limits
-        patience_s = limits.write_timeout_s if call.handler is None else limits.stream_write_timeout_s
+        limits, route = self._limits, call.head.route
+        streaming = route is not None and route.streaming
+        patience_s = limits.stream_write_timeout_s if streaming else limits.write_timeout_s
         if now - max(call.progress_at, self.excused_at) >= patience_s:
             self._connection.shared.count_reject("unread")
             self._connection.http2.reset(call.id, ErrorCode.CANCEL)

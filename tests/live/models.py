@@ -166,6 +166,66 @@ def with_default(bias_shape: list[int | str | None]) -> bytes:
     )
 
 
+def segments(datatype: str = "FP32", *, running: bool = False) -> bytes:
+    """A model of ragged rows, laid flat: `x` [elements]; made by the gateway: `ends` INT32 [requests], where each
+    request ends. → `sum` [requests, 1], of each request's elements; `double` [elements] = x + x.
+
+    Sums are exact for small whole numbers, whoever else is in the batch; an empty request sums to 0. `running`: as
+    differences of one running sum, into which a neighbour's NaN gets."""
+    nodes = [
+        helper.make_node("Slice", ["ends", "first", "last"], ["but_last"]),
+        helper.make_node("Concat", ["none", "but_last"], ["starts"], axis=0),
+        helper.make_node("Add", ["x", "x"], ["double"]),
+    ]
+    if running:
+        nodes += [
+            helper.make_node("CumSum", ["x", "axis"], ["upto"]),
+            helper.make_node("Concat", ["zeros", "upto"], ["c"], axis=0),
+            helper.make_node("Gather", ["c", "ends"], ["at_end"]),
+            helper.make_node("Gather", ["c", "starts"], ["at_start"]),
+            helper.make_node("Sub", ["at_end", "at_start"], ["each"]),
+            helper.make_node("Unsqueeze", ["each", "one"], ["sum"]),
+        ]
+    else:
+        nodes += [
+            helper.make_node("Shape", ["x"], ["length"]),
+            helper.make_node("Squeeze", ["length"], ["stop"]),
+            helper.make_node("Range", ["axis", "stop", "step"], ["places"]),
+            helper.make_node("Cast", ["places"], ["place"], to=TensorProto.INT32),
+            helper.make_node("Unsqueeze", ["starts", "one"], ["from"]),
+            helper.make_node("Unsqueeze", ["ends", "one"], ["to"]),
+            helper.make_node("GreaterOrEqual", ["place", "from"], ["begun"]),
+            helper.make_node("Less", ["place", "to"], ["open"]),
+            helper.make_node("And", ["begun", "open"], ["inside"]),
+            helper.make_node("Where", ["inside", "x", "zeros"], ["own"]),
+            helper.make_node("ReduceSum", ["own", "one"], ["sum"], keepdims=1),
+        ]
+    weights: dict[str, np.ndarray[Any, Any]] = {
+        "axis": np.array(0, np.int64),
+        "step": np.array(1, np.int64),
+        "zeros": np.zeros(1, helper.tensor_dtype_to_np_dtype(ONNX_TYPE[datatype])),
+        "none": np.zeros(1, np.int32),
+        "first": np.array([0], np.int64),
+        "last": np.array([-1], np.int64),
+        "one": np.array([1], np.int64),
+    }
+    return model(
+        nodes,
+        [value("x", datatype, ["elements"]), value("ends", "INT32", ["requests"])],
+        [value("sum", datatype, ["requests", 1]), value("double", datatype, ["elements"])],
+        weights,
+    )
+
+
+SEGMENTS_CONFIG = """max_batch_size: 8
+  input { name: "x" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
+  output [ { name: "sum" data_type: TYPE_FP32 dims: [ 1 ] }, { name: "double" data_type: TYPE_FP32 dims: [ -1 ] } ]
+  batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: "ends" data_type: TYPE_INT32 source_input: "x" }
+  batch_output { target_name: "double" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "x" }
+"""
+"""For `segments`."""
+
+
 def repository(root: Path, models: dict[str, bytes], configs: dict[str, str] | None = None) -> Path:
     """Write `<root>/<name>/1/model.onnx` [+ config.pbtxt] for each model; returns `root`."""
     for name, data in models.items():

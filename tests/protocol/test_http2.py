@@ -132,6 +132,16 @@ def test_a_changed_table_changes_what_a_block_means() -> None:
     assert peer.verdict() == ("rst 9 PROTOCOL_ERROR",), "its indices mean other fields now"
 
 
+def test_blocks_of_streams_that_are_refused_or_over_count_for_the_table() -> None:
+    peer, encoder = Peer(Http2Limits(max_streams=1)), Encoder()
+    peer.send(headers(1, end=False), frame(HEADERS, 5, 3, encoder.encode([*REQUEST, (b"x-a", b"1")])))
+    peer.http2.reset(1, 8)
+    peer.send(frame(HEADERS, 5, 1, encoder.encode([(b"x-b", b"2")])))
+    peer.send(frame(HEADERS, 5, 5, encoder.encode([*REQUEST, (b"x-a", b"1"), (b"x-b", b"2")])))
+    assert peer.verdict() == ("rst 3 REFUSED_STREAM", "rst 1 CANCEL")
+    assert peer.heads[-1].request.regular[-2:] == [(b"x-a", b"1"), (b"x-b", b"2")]
+
+
 def test_remembered_blocks_are_bounded() -> None:
     peer = Peer()
     for number in range(600):
