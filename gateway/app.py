@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +51,7 @@ from gateway.observe.request_trace import TraceFile
 from gateway.operations import BackendStatus, ModelStatus, Operations
 from gateway.pipeline import Pipeline
 from gateway.protocol.options import ProtocolOptions
+from gateway.shared_memory import SharedMemory
 
 log = logging.getLogger("gateway")
 
@@ -126,6 +128,7 @@ class Gateway:
         settings = TraceSettings(server.trace.file or "")
         file = TraceFile(Path(server.trace.file), server.trace.max_bytes) if server.trace.file else None
         self.tracing = Tracing(self.catalog, settings, file)
+        memory = SharedMemory(server.limits.max_body_bytes) if server.client_shared_memory else None
         self.catalog.on_ready = self._model_ready
         self.repository.forgotten = settings.forget
         self.management = Management(
@@ -135,8 +138,11 @@ class Gateway:
             server_name=server.protocol.server_name,
             trace=settings,
             restrictions=Restrictions({api: (r.header, r.value) for r in server.restricted_apis for api in r.apis}),
+            memory=memory,
         )
         options = server.protocol.options()
+        if memory is not None:
+            options = replace(options, memory=memory)
         limits = server.limits
         bodies = BodyCoding(limits.max_body_bytes, server.compression.min_bytes, server.compression.level)
         application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies)

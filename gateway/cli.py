@@ -74,6 +74,10 @@ LoadModel = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="With --model-control explicit: load it at start; repeatable, * is all."),
 ]
+AllowClientShm = Annotated[
+    bool | None,
+    typer.Option("--allow-client-shm", help="Let local clients share memory for tensors (GATEWAY_ALLOW_CLIENT_SHM)."),
+]
 # Options of later versions: known, so that they are answered with a reason instead of "no such option".
 Later = Annotated[str | None, typer.Option(hidden=True)]
 Url = Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of the data port.")]
@@ -119,6 +123,7 @@ def serve(
     insecure: Insecure = None,
     model_control: ModelControl = None,
     load_model: LoadModel = None,
+    allow_client_shm: AllowClientShm = None,
     processes: Later = None,
 ) -> None:
     """Serve models over the Open Inference Protocol until told to stop."""

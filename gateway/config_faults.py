@@ -39,6 +39,7 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "processes": ("server", "processes"),
     "model_control": ("server", "model_control"),
     "load_models": ("server", "load_models"),
+    "allow_client_shm": ("server", "client_shared_memory"),
 }
 """Options of `gateway serve` and the key that each sets; `GATEWAY_<OPTION>` is its variable."""
 
@@ -219,6 +220,7 @@ class Loader:
         for pair in itertools.combinations(_PORTS, 2):
             if ports[pair[0]] == ports[pair[1]] != 0:
                 self._blame_ports(values, pair, ports[pair[0]])
+        self._check_tls(values.get("tls"))
         host = values.get("host", DEFAULT_SERVER.host)
         if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
             message = (
@@ -227,6 +229,12 @@ class Loader:
                 "firewall stands in front"
             )
             self._fault(("server", "host"), message)
+
+    def _check_tls(self, tls: object) -> None:
+        base = self._path.parent if self._path is not None else Path()
+        for key, text in tls.items() if isinstance(tls, dict) else ():
+            if isinstance(text, str) and text and not (base / text).is_file():
+                self._fault(("server", "tls", key), f"there is no file {base / text}; write the path of a PEM file")
 
     def _blame_ports(self, values: Mapping[str, Any], pair: tuple[str, str], port: object) -> None:
         """Two ports are the same: one fault that names both, each as the user wrote it."""

@@ -195,6 +195,9 @@ class Server(Section):
     """Memory for answers of models that ask to be cached; by default 64 MiB once there is such a model."""
     tls: Tls | None = Field(default=None, examples=[{"cert": "server.pem", "key": "server-key.pem"}])
     """Encrypts the HTTP and gRPC ports; the metrics port stays plain."""
+    client_shared_memory: bool = Field(default=False, examples=[True])
+    """Let clients on this machine register POSIX shared memory and leave tensors there instead of sending them. Whoever
+    reaches the port may then have the gateway read and write any such object that it can open."""
     compression: Compression = Field(default_factory=Compression, examples=[{"min_bytes": 8192}])
     """Compression of answers."""
 

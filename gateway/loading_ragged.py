@@ -8,8 +8,9 @@ its kind says.
 The proof is the ordinary one (core/batchability.py) on requests of different shapes: made-up requests are run alone and
 together, and each must get the same answer, or requests are never merged. A padded answer, as wide as the batch's
 largest request, is found out that way. Neighbours in one flat tensor are nearer than rows: a running sum carries one
-caller's NaN into the next one's answer. So each request must also get its answer between requests that hold NaN. If a request of two rows gets the wrong number of rows by itself, the model
-answers requests rather than rows, and requests have one row from then on.
+caller's NaN into the next one's answer. So each request must also get its answer between requests that hold NaN. If a
+request of two rows does not get two, or other ones beside another request, the model answers requests rather than rows,
+and requests have one row from then on.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Proof:
     rows: int = 1
     """Of the trial."""
     one_row: bool = False
-    """A request of two rows is not answered."""
+    """A request of two rows is not answered as it should be."""
 
 
 async def prove(
@@ -215,20 +216,24 @@ async def _proven(bench: _Bench, candidate: _Candidate, answer: Success, proof: 
         return replace(proof, verdict=Verdict(False, str(error)))
     if verdict.batchable:
         verdict = await _spoiled(bench, members, alone) or verdict
-    proof = replace(proof, verdict=verdict)
-    if limit < 2:
-        return proof
+    one_row = limit > 1 and not await _takes_two_rows(
+        bench, candidate, alone[0], merged=verdict.batchable and limit > 2
+    )
+    return replace(proof, verdict=verdict, one_row=one_row)
+
+
+async def _takes_two_rows(
+    bench: _Bench, candidate: _Candidate, first: dict[int, OutputTensor], *, merged: bool
+) -> bool:
+    """Whether a request of two rows is answered; `merged`: and the same beside the first member, whose answer `first`
+    is."""
     try:
         own = await bench.answers([candidate.two])
+        if not merged:
+            return True
+        return _compare(await bench.answers([candidate.members[0], candidate.two]), [first, *own]).batchable
     except _Unanswered:
-        return replace(proof, one_row=True)
-    if limit < 3 or not verdict.batchable:
-        return proof
-    try:
-        mixed = _compare(await bench.answers([members[0], candidate.two]), [alone[0], *own])
-    except _Unanswered as error:
-        mixed = Verdict(False, str(error))
-    return proof if mixed.batchable else replace(proof, verdict=mixed)
+        return False
 
 
 async def _spoiled(bench: _Bench, members: list[InferRequest], alone: list[dict[int, OutputTensor]]) -> Verdict | None:

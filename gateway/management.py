@@ -19,6 +19,7 @@ from gateway.management_repository import Repository
 from gateway.management_settings import Changes, LogSettings, TraceSettings
 from gateway.management_statistics import version_document
 from gateway.protocol.options import SERVER_NAME
+from gateway.shared_memory import SharedMemory
 
 EXTENSIONS: Final = (
     "classification",
@@ -27,13 +28,14 @@ EXTENSIONS: Final = (
     "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
+    "system_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
     "trace",
     "logging",
 )
-"""In Triton's order; clients decide by this list."""
+"""In Triton's order; clients decide by this list. What is not on is left out."""
 
 
 class Management:
@@ -48,8 +50,9 @@ class Management:
         server_name: str = SERVER_NAME,
         trace: TraceSettings | None = None,
         restrictions: Restrictions | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
-        """`ready`: whether the whole server takes requests."""
+        """`ready`: whether the whole server takes requests; `memory`: None: clients cannot share theirs."""
         self.restrictions = restrictions or Restrictions()
         self._catalog = catalog
         self._repository = repository
@@ -57,6 +60,7 @@ class Management:
         self._server_name = server_name
         self._trace = trace or TraceSettings()
         self._log = LogSettings()
+        self._memory = memory
 
     # -- health and metadata -------------------------------------------------------------------------------------
 
@@ -68,7 +72,10 @@ class Management:
         return self._ready()
 
     def server_metadata(self) -> dict[str, Any]:
-        return {"name": self._server_name, "version": __version__, "extensions": list(EXTENSIONS)}
+        return {"name": self._server_name, "version": __version__, "extensions": self._extensions()}
+
+    def _extensions(self) -> list[str]:
+        return [name for name in EXTENSIONS if name != "system_shared_memory" or self._memory is not None]
 
     def models(self) -> list[str]:
         """Names of all models that are served or should be, in order."""
@@ -156,21 +163,32 @@ class Management:
 
     def shm_status(self, name: str | None = None, kind: str = "system") -> list[dict[str, Any]]:
         """Registered regions. `kind`: `system` or `cuda`. Raises NotFound: no region of this name."""
+        if self._memory is not None and kind == "system":
+            return self._memory.status(name)
         if name is not None:
             raise NotFound(f"Unable to find {kind} shared memory region: '{_short(name)}'")
         return []
 
     def shm_register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Register a POSIX shared memory object as a region. Raises Unsupported."""
-        raise Unsupported(_NO_SHARED_MEMORY)
+        """Register a part of a POSIX shared memory object as a region; see `SharedMemory.register`.
+
+        Raises Unsupported besides: clients cannot share memory.
+        """
+        self._shared_memory().register(name, key, offset, byte_size)
 
     def cuda_shm_register(self, name: str) -> None:
         """Raises InvalidRequest: models run on CPUs here."""
         raise InvalidRequest(f"failed to register CUDA shared memory region: '{_short(name)}', GPUs not supported")
 
     def shm_unregister(self, name: str | None = None) -> None:
-        """Forget a region, or all of them. Raises Unsupported."""
-        raise Unsupported(_NO_SHARED_MEMORY)
+        """Forget a region, or all of them; harmless where there is none. Raises Unsupported: clients cannot share
+        memory."""
+        self._shared_memory().unregister(name)
+
+    def _shared_memory(self) -> SharedMemory:
+        if self._memory is None:
+            raise Unsupported(_NO_SHARED_MEMORY)
+        return self._memory
 
     # -- access --------------------------------------------------------------------------------------------------
 
@@ -179,7 +197,10 @@ class Management:
         return self.restrictions.required(api)
 
 
-_NO_SHARED_MEMORY: Final = "shared memory regions cannot be registered here; send tensors in the request"
+_NO_SHARED_MEMORY: Final = (
+    "shared memory of clients is switched off: send tensors in the request, or let the server's owner start it with "
+    "--allow-client-shm"
+)
 
 
 def _counts(version: ServedVersion) -> bool:

@@ -72,7 +72,9 @@ CORPUS: list[tuple[str, list[str]]] = [
         ["1: server.processes: several front-end processes are not supported in this version"],
     ),
     ("server: {processes: true}", ["1: server.processes: several front-end processes are not"]),
-    ("server: {tls: {cert: a}}", ["1: server.tls.key: is missing"]),
+    ("server: {tls: {cert: gateway.yaml}}", ["1: server.tls.key: is missing"]),
+    ("server:\n  tls: {cert: a, key: gateway.yaml}", ["2: server.tls.cert: there is no file", "write the path of"]),
+    ("server: {compression: {grpc: best}}", ["1: server.compression.grpc: the text \"best\" is not possible"]),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
     ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
     (

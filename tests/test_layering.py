@@ -35,10 +35,14 @@ ROOMS: dict[str, set[str]] = {
     "loading": SHELL | {"backends.one_shot", "backends.binding", "protocol"},
     "intake": BASE | {"observe"},
     "response_cache": BASE | {"observe"},
+    "shared_memory": BASE,
     "ensemble": SHELL | {"loading"},
-    "catalog": SHELL | {"scheduler", "loading", "intake", "ensemble"},
+    "sequence_scheduler": SHELL | {"scheduler", "backends.slotted"},
+    "catalog": SHELL | {"scheduler", "sequence_scheduler", "loading", "intake", "ensemble"},
     "pipeline": BASE | {"scheduler", "catalog", "response_cache", "observe", "provenance"},
-    "management": BASE | {"plan", "catalog", "scheduler", "loading", "config", "registry", "protocol", "observe"},
+    "management": BASE
+    | {"plan", "catalog", "scheduler", "sequence_scheduler", "loading", "config", "registry", "protocol", "observe"}
+    | {"shared_memory"},
     "ingress": BASE | {"pipeline", "catalog", "management", "protocol", "observe", "provenance"},
     "operations": BASE | {"pipeline", "catalog", "protocol", "observe", "provenance", "console"},
     "console": BASE | {"pipeline", "catalog", "protocol", "observe"},

@@ -98,6 +98,14 @@ def test_the_table_tells_every_model(screen: Console) -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_encrypted_ports_are_shown_as_such(screen: Console) -> None:
+    terminal.show_started([], "127.0.0.1", 8000, 8002, grpc_port=8001, encrypted=True)
+    lines = screen.export_text().splitlines()
+    assert "inference   https://127.0.0.1:8000/v2" in lines
+    assert "grpc        127.0.0.1:8001  (TLS)" in lines
+    assert any(line.startswith("operations  http://") for line in lines)
+
+
 def test_brackets_in_a_name_are_not_markup(screen: Console) -> None:
     started(("a[red]b[/red][/]", BatchPolicy(0)))
     assert "a[red]b[/red][/]" in screen.export_text()

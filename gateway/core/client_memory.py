@@ -1,8 +1,8 @@
 """Memory that clients share with the gateway, as the protocols see it: where a tensor lies, and who can reach it.
 
 A request may say of an input that it lies in a region that the client has registered, and of an output that it is
-wanted in one. `shared_memory.py` keeps the regions; requests only ever hold an `Area` (what the client said) and, from
-decoding to answer, a `Target` per such output.
+wanted in one. `shared_memory.py` keeps the regions; a request holds an `Area` (what the client said) and, from decoding
+to answer, a `Place` per such output.
 """
 
 from __future__ import annotations
@@ -20,48 +20,47 @@ class Area(NamedTuple):
     nbytes: int
 
 
-class Target(Protocol):
-    """An area that an output is written to. Whoever has one can write, even if the region was unregistered since."""
+class Place(Protocol):
+    """An area that was found in its region. Whoever has it can use it, even if the region was unregistered since."""
 
     @property
     def area(self) -> Area: ...
 
-    def write(self, data: bytes | memoryview, /) -> None:
-        """Write `data`, no longer than the area, at its start.
+    def read(self) -> bytes:
+        """A copy of the area as it is now.
 
         Raises:
-            RegionFailed: it cannot be written.
+            InvalidRequest: the client's object has become shorter than the area's end.
+            RegionFailed: it cannot be read.
         """
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        """Write `data`, no longer than the area, at its start; raises as `read`."""
 
 
 class ClientMemory(Protocol):
     """All registered regions."""
 
-    def read(self, area: Area, /) -> bytes:
-        """A copy of an area as it is now.
+    @property
+    def max_bytes(self) -> int:
+        """Most that the inputs of one request may take from regions, together."""
 
+    def find(self, area: Area, /) -> Place:
+        """
         Raises:
             NotFound: no such region.
-            InvalidRequest: the area is not inside the region, or the region's memory has shrunk.
-            TooLarge: more than one tensor may have.
+            InvalidRequest: the area is not inside the region.
             Unsupported: clients cannot share memory with this gateway.
         """
-
-    def target(self, area: Area, /) -> Target:
-        """The area as a place for an output; raises as `read`."""
 
 
 class NoClientMemory:
     """The usual case: clients cannot share memory with this gateway."""
 
-    def read(self, area: Area, /) -> bytes:
-        raise self._refusal(area)
+    max_bytes: Final = 2**63 - 1
 
-    def target(self, area: Area, /) -> Target:
-        raise self._refusal(area)
-
-    def _refusal(self, area: Area) -> Unsupported:
-        return Unsupported(
+    def find(self, area: Area, /) -> Place:
+        raise Unsupported(
             f"shared memory region '{area.region[:64]}' cannot be used: shared memory of clients is switched off here; "
             "send tensors in the request"
         )

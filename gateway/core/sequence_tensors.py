@@ -186,6 +186,10 @@ def check_sequences(spec: ModelSpec, inputs: Sequence[SignatureTensor], outputs:
     if spec.scheduling.batch_inputs or spec.scheduling.batch_outputs or any(tensor.ragged for tensor in spec.inputs):
         raise ConfigError("config.pbtxt: sequence_batching together with ragged batching is not supported; remove one")
     hidden = [*[control.name for control in policy.controls], *[state.input_name for state in policy.states]]
+    for names in (hidden, [state.output_name for state in policy.states]):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ConfigError(f"config.pbtxt: sequence_batching names the tensor '{twice[0]}' twice; name it once")
     listed = {tensor.name for tensor in spec.inputs}.intersection(hidden)
     if listed:
         raise ConfigError(

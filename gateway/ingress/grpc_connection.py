@@ -86,7 +86,7 @@ class GrpcConnection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.transport = cast("asyncio.Transport", transport)  # uvloop's fits, without being a subclass
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
-        self.http2 = Http2(self, shared.limits, shared.held, now)
+        self.http2 = Http2(self, shared.limits, shared.held, shared.calls, now)
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) else ""
         shared.accepted += 1

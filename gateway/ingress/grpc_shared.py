@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gateway.ingress.grpc_application import GrpcApplication
 from gateway.ingress.grpc_deadlines import CallDeadlines
 from gateway.protocol.http1 import Held
-from gateway.protocol.http2_limits import Http2Limits
+from gateway.protocol.http2_limits import Http2Limits, OpenCalls
 
 if TYPE_CHECKING:
     from gateway.ingress.grpc_connection import GrpcConnection
@@ -28,6 +28,7 @@ class Shared:
         self.application = application
         self.limits = limits
         self.held = held
+        self.calls = OpenCalls(limits.max_calls)
         self.clock = clock
         self.compression = compression
         """zlib's level for answers; 0: none are compressed."""

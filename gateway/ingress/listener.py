@@ -16,6 +16,8 @@ from typing import Final, Protocol
 from gateway.errors import BindError
 
 _BACKLOG: Final = 1024
+_HANDSHAKE_S: Final = 10.0
+"""A client that has not finished TLS by then is disconnected; servers do not know of it before."""
 
 
 class Accepting(Protocol):
@@ -76,7 +78,11 @@ async def listen(
         for sock in sockets:
             sock.close()
         raise BindError(host, port, _cause(error, option)) from None
-    servers = [await loop.create_server(server.protocol, sock=sock, backlog=_BACKLOG, ssl=tls) for sock in sockets]
+    limit_s = _HANDSHAKE_S if tls is not None else None
+    servers = [
+        await loop.create_server(server.protocol, sock=sock, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=limit_s)
+        for sock in sockets
+    ]
     listener = Listener(host, bound_port, servers)
     server.attach(listener)
     return listener

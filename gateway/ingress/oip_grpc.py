@@ -76,7 +76,7 @@ class GrpcCodec:
         self.model_line = headers.model_header(spec.name, spec.version, spec.digest)
         self.statistics = version.statistics.protocol("grpc")
         self._spec = spec
-        self._reader = RequestReader(spec)
+        self._reader = RequestReader(spec, options.memory)
         self._writer = AnswerWriter(spec, mirror=options.typed_responses == "mirror")
         self._now = time.monotonic
 

@@ -154,7 +154,7 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
             "log_format": _SETTING,
         }
     ),
-    "Regions": _list(_object({"name": _TEXT})),
+    "Regions": _list(_object({"name": _TEXT}, {"key": _TEXT, "offset": _COUNT, "byte_size": _COUNT})),
     "SystemRegion": _object({"key": _TEXT, "byte_size": _COUNT}, {"offset": _COUNT}),
     "CudaRegion": _object(
         {"raw_handle": _object({"b64": _TEXT}), "device_id": {"type": "integer"}, "byte_size": _COUNT}

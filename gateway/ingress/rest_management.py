@@ -15,7 +15,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.catalog import Catalog, ServedVersion
-from gateway.errors import GatewayError, Malformed, TooLarge, as_triton
+from gateway.errors import GatewayError, InvalidRequest, Malformed, TooLarge, as_triton
 from gateway.ingress.http_server import Exchange
 from gateway.ingress.oip_http import JSON, request_id_header
 from gateway.ingress.routes import VERSIONED, Operation, Route, RouteTable
@@ -268,13 +268,16 @@ class RestManagement:
 
     def _system_register(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         document = _object(body)
-        key, offset, size = document.get("key"), document.get("offset", 0), document.get("byte_size")
+        for name in ("key", "byte_size"):
+            if name not in document:
+                raise InvalidRequest(f"Shared memory register request has no '{name}' field")
+        key, offset, size = document["key"], document.get("offset", 0), document["byte_size"]
         if not isinstance(key, str):
             raise Malformed("'key' must be a string: the name of a POSIX shared memory object")
         for name, number in (("offset", offset), ("byte_size", size)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise Malformed(f"'{name}' must be a whole number of bytes, at least 0")
-        self._management.shm_register(route.name, key, int(offset), int(size or 0))
+        self._management.shm_register(route.name, key, offset, size)
         answer(exchange)
 
     def _system_unregister(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:

@@ -53,7 +53,7 @@ from gateway.protocol.http2_frames import (
     unpack_head,
     window_update,
 )
-from gateway.protocol.http2_limits import Http2Limits
+from gateway.protocol.http2_limits import Http2Limits, OpenCalls
 from gateway.protocol.http2_output import Piece, Stream
 from gateway.protocol.http2_streams import PRIORITY_BYTES, Head, Owner, Streams
 
@@ -77,8 +77,9 @@ class Http2(Streams):
 
     __slots__ = ("_have", "_need", "_pieces", "_rest", "_rest_end", "_rest_stream", "_started", "foreign")
 
-    def __init__(self, owner: Owner, limits: Http2Limits, held: Held, now: float) -> None:
-        super().__init__(owner, limits, held, now)
+    def __init__(self, owner: Owner, limits: Http2Limits, held: Held, calls: OpenCalls, now: float) -> None:
+        """`held`, `calls`: budgets that all connections of the server share. `now`: monotonic seconds."""
+        super().__init__(owner, limits, held, calls, now)
         self._pieces: list[bytes] = []
         """Input that waits until `_need` bytes are here."""
         self._have = 0
@@ -187,7 +188,7 @@ class Http2(Streams):
             head is None
             or not stream_id & 1
             or not self.last_stream < stream_id <= self.final_stream
-            or len(self.streams) >= self._limits.max_streams
+            or self._crowded()
         ):
             return False
         self._open(stream_id, head, 0)

@@ -15,6 +15,8 @@ class Http2Limits:
 
     max_streams: int = 1024
     """Calls open at one time; announced to the client, further ones are refused with REFUSED_STREAM."""
+    max_calls: int = 65_536
+    """Calls open at one time on all connections of the server; further ones are refused the same way."""
     max_message_bytes: int = 2**31 - 1
     """One gRPC message, inflated; `max_held_bytes` is usually reached before."""
     max_held_bytes: int = 512 * 1024 * 1024
@@ -58,6 +60,16 @@ class Http2Limits:
     body_window_s: float = 5.0
     min_body_rate_bytes_s: int = 1000
     """A message that brings less than this over a window is given up."""
+
+
+class OpenCalls:
+    """The calls open on all connections of a server."""
+
+    __slots__ = ("count", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
 
 
 class Allowance:

@@ -29,6 +29,7 @@ from gateway.protocol.http2_frames import (
     header_frames,
     rst_stream,
 )
+from gateway.protocol.http2_limits import OpenCalls
 
 Piece = bytes | memoryview
 
@@ -82,6 +83,7 @@ class Output:
     """See the module's text."""
 
     __slots__ = (
+        "calls",
         "closed",
         "held",
         "now",
@@ -95,8 +97,10 @@ class Output:
         "waiting",
     )
 
-    def __init__(self, held: Held, now: float) -> None:
+    def __init__(self, held: Held, calls: OpenCalls, now: float) -> None:
         self.held = held
+        self.calls = calls
+        """Counts `streams` of all connections."""
         self.now = now
         """The latest instant told."""
         self.closed = False
@@ -141,7 +145,8 @@ class Output:
         if stream.queue is None:
             stream.queue = deque()
             stream.progress_at = self.now
-        stream.queue.extend(part for part in parts if len(part))
+        # Only here are parts counted and cut, so they have to be views of bytes.
+        stream.queue.extend(memoryview(part).cast("B") for part in parts if len(part))
         stream.queued_bytes += length
         self.held.used_bytes += length
         if stream.send_window > 0:
@@ -167,6 +172,7 @@ class Output:
     def finished(self, stream: Stream) -> None:
         """We have sent the last frame. A client that is still sending is told that nobody listens (§8.1)."""
         del self.streams[stream.id]
+        self.calls.count -= 1
         if not stream.remote_closed:
             self.out.append(rst_stream(stream.id, 0))
             self.ignore(stream.id)
@@ -176,7 +182,8 @@ class Output:
 
     def forget(self, stream: Stream) -> None:
         """The stream is over whatever was queued for it."""
-        self.streams.pop(stream.id, None)
+        del self.streams[stream.id]
+        self.calls.count -= 1
         self.waiting.pop(stream.id, None)
         self.held.used_bytes -= stream.queued_bytes
         stream.queued_bytes = 0

@@ -38,7 +38,7 @@ from gateway.protocol.http2_frames import (
     rst_stream,
     window_update,
 )
-from gateway.protocol.http2_limits import Allowance, Http2Limits
+from gateway.protocol.http2_limits import Allowance, Http2Limits, OpenCalls
 from gateway.protocol.http2_output import Output, Piece, Stream
 
 _USEFUL_PAYS: Final = 4
@@ -103,8 +103,8 @@ class Streams(Output):
         "window",
     )
 
-    def __init__(self, owner: Owner, limits: Http2Limits, held: Held, now: float) -> None:
-        super().__init__(held, now)
+    def __init__(self, owner: Owner, limits: Http2Limits, held: Held, calls: OpenCalls, now: float) -> None:
+        super().__init__(held, calls, now)
         self._owner = owner
         self._limits = limits
         self._blocks = Blocks(limits.max_header_list_bytes)
@@ -202,9 +202,9 @@ class Streams(Output):
         """End one stream because of what the client did on it."""
         stream = self.streams.get(fault.stream_id)
         self.reset(fault.stream_id, fault.code)
-        self._count_reset()
         if stream is not None:
             self._owner.left(stream)
+        self._count_reset()
 
     def _count_reset(self) -> None:
         if not self._resets.take(self.now):
@@ -334,7 +334,7 @@ class Streams(Output):
                 raise ConnectionFault(ErrorCode.STREAM_CLOSED, "HEADERS on a stream that is over")
             return
         self.last_stream = stream_id
-        if stream_id > self.final_stream or len(self.streams) >= self._limits.max_streams:
+        if stream_id > self.final_stream or self._crowded():
             self.reset(stream_id, ErrorCode.REFUSED_STREAM)
             return
         if self._itself:
@@ -361,11 +361,15 @@ class Streams(Output):
         stream.remote_closed = True
         self._owner.received(stream, b"", True)
 
+    def _crowded(self) -> bool:
+        return len(self.streams) >= self._limits.max_streams or self.calls.count >= self.calls.limit
+
     def _open(self, stream_id: int, head: Head, end: int) -> None:
         self.last_stream = stream_id
         self._useful += 1
         stream = self._owner.new_stream(stream_id, head)
         self.streams[stream_id] = stream
+        self.calls.count += 1
         if head.content_length >= 0:
             stream.content_left = head.content_length
             if end and head.content_length:

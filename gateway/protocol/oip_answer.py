@@ -4,7 +4,8 @@ Per batch, once: each output becomes JSON text in one call and is cut into rows;
 change from request to request is put together. Per request: its rows are joined and framed.
 Rules (wire notes §1.8, §1.9): key order id, model_name, model_version, outputs; data flat; FP32 in its shortest form
 that reads back to the same float32; NaN and Infinity as bare literals; no parameters but `binary_data_size`;
-a response with at least one non-empty binary output carries `Inference-Header-Content-Length`.
+a response with at least one non-empty binary output carries `Inference-Header-Content-Length`; of an output in shared
+memory it says name, datatype and shape only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gateway.protocol.oip_outputs import answer_tensors
 from gateway.protocol.oip_plan import ResponseForm
 
 _NUMPY: Final = orjson.OPT_SERIALIZE_NUMPY
+_DATA: Final = b',"data":['
 _LITERAL: Final = {True: b"-Infinity", False: b"Infinity"}
 
 
@@ -74,7 +76,10 @@ class AnswerEncoder:
         fields: list[bytes] = []
         blobs: list[bytes | memoryview] = []
         total = 0
-        for index, binary in zip(form.outputs, form.binary, strict=True):
+        for place, (index, binary) in enumerate(zip(form.outputs, form.binary, strict=True)):
+            if form.targets and form.targets[place] is not None:
+                fields.append(encoded.description(index, rows))
+                continue
             if not binary:
                 fields.append(encoded.json_output(index, row, rows))
                 continue
@@ -160,6 +165,10 @@ class BatchEncoder:
             )
         return text
 
+    def description(self, index: int, rows: int) -> bytes:
+        """One output object without its data."""
+        return self._head(index, rows, binary=False).removesuffix(_DATA) + b"}"
+
     def elements(self, index: int, rows: int) -> int:
         """How many elements `rows` rows of one output have."""
         output = self._outputs[index]
@@ -201,11 +210,11 @@ class BatchEncoder:
     def _head(self, index: int, rows: int, *, binary: bool) -> bytes:
         output = self._outputs[index]
         shape = (rows, *output.shape[1:]) if self._spec.batched else output.shape
-        head = b'{"name":%b,"datatype":"%b","shape":[%b],%b' % (
+        head = b'{"name":%b,"datatype":"%b","shape":[%b]%b' % (
             orjson.dumps(output.name),
             output.datatype.name.encode(),
             ",".join(map(str, shape)).encode(),
-            b'"parameters":{"binary_data_size":' if binary else b'"data":[',
+            b',"parameters":{"binary_data_size":' if binary else _DATA,
         )
         self._heads[index, rows, binary] = head
         return head

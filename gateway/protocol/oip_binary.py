@@ -27,16 +27,22 @@ def from_blob(plan: InputPlan, blob: memoryview, model: str) -> InputTensor:
         InvalidRequest: size differs from the shape's, a BOOL byte is neither 0 nor 1, or BYTES framing is broken.
     """
     datatype = plan.datatype
+    check_size(plan, len(blob), model)
     if datatype.kind == "bytes":
         _check_bytes(plan, blob)
-    elif plan.elements * datatype.itemsize != len(blob):
-        raise InvalidRequest(
-            f"input byte size mismatch for input '{plan.name}' for model '{model}'. Expected "
-            f"{plan.elements * datatype.itemsize}, got {len(blob)}"
-        )
     elif datatype.kind == "bool" and len(blob) and int(np.frombuffer(blob, np.uint8).max()) > _MAX_BOOL:
         raise InvalidRequest(f"input '{plan.name}': a BOOL element must be the byte 0 or 1")
     return InputTensor(datatype, plan.shape, None, blob)
+
+
+def check_size(plan: InputPlan, size: int, model: str) -> None:
+    """Raises InvalidRequest: a tensor of `size` bytes is not of this shape. That of BYTES depends on its content."""
+    datatype = plan.datatype
+    if datatype.kind != "bytes" and plan.elements * datatype.itemsize != size:
+        raise InvalidRequest(
+            f"input byte size mismatch for input '{plan.name}' for model '{model}'. Expected "
+            f"{plan.elements * datatype.itemsize}, got {size}"
+        )
 
 
 def _check_bytes(plan: InputPlan, blob: memoryview) -> None:

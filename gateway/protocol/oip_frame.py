@@ -1,6 +1,7 @@
 """The parts of an inference request around its data: `id`, `inputs`, `outputs`, `parameters` as checked values.
 
-Rules (wire notes §1.8, §1.9): unknown keys are ignored; each input has exactly one of `data` and `binary_data_size`.
+Rules (wire notes §1.8, §1.9): unknown keys are ignored; each input has exactly one of `data`, `binary_data_size` and
+`shared_memory_region`.
 What parameters may say is decided in `oip_parameters`.
 """
 
@@ -9,20 +10,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.core.client_memory import Area
 from gateway.errors import InvalidRequest, Malformed
-from gateway.protocol.oip_parameters import RequestOptions, input_options, output_options, request_options
+from gateway.protocol.oip_parameters import (
+    RequestOptions,
+    input_options,
+    memory_area,
+    output_options,
+    request_options,
+)
 from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS, WantedOutput, shown
 
 
 @dataclass(frozen=True, slots=True)
 class FrameInput:
-    """`data` is a list or a simdjson array; None exactly where `binary_data_size` is set."""
+    """`data` is a list or a simdjson array; None exactly where `binary_data_size` or `area` is set."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: Any
     binary_data_size: int | None
+    area: Area | None = None
+    """Where in shared memory its data lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +79,16 @@ def _input(index: int, item: Any) -> FrameInput:
     shape = item.get("shape")
     if type(shape) is not list or not all(map(_is_integer, shape)):
         raise Malformed(f"{where}: 'shape' is missing or not an array of integers")
-    size = input_options(_parameters(item, where), where)
-    has_data = item.get("data") is not None
-    if has_data == (size is not None):
+    parameters = _parameters(item, where)
+    size = input_options(parameters, where)
+    area = memory_area(parameters, where) if parameters else None
+    given = (item.get("data") is not None) + (size is not None) + (area is not None)
+    if given != 1:
         raise InvalidRequest(
-            f"Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters'. {where} "
-            f"sets {'both' if has_data else 'none'}"
+            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+            f"'shared_memory_region' in 'parameters'. {where} sets {('none', '', 'both', 'all')[given]}"
         )
-    return FrameInput(name, _text(item, "datatype", where), tuple(shape), item.get("data"), size)
+    return FrameInput(name, _text(item, "datatype", where), tuple(shape), item.get("data"), size, area)
 
 
 def _outputs(outputs: Any) -> tuple[WantedOutput, ...] | None:
@@ -93,7 +105,7 @@ def _outputs(outputs: Any) -> tuple[WantedOutput, ...] | None:
         name = _text(item, "name", f"outputs[{index}]")
         where = f"output '{shown(name)}'"
         options = output_options(_parameters(item, where), where)
-        wanted.append(WantedOutput(name, options.binary_data, options.classes))
+        wanted.append(WantedOutput(name, options.binary_data, options.classes, options.area))
     return tuple(wanted) or None
 
 

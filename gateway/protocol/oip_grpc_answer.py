@@ -3,9 +3,10 @@
 Per batch and form, once: model, outputs and the lengths of tensors of a fixed size. Per request: its slices. The fields
 of a message may stand in any order; `id` and `parameters`, which differ per request, come first.
 
-Rules (wire notes §2.3): exactly one raw_output_contents entry per output, in order, also for an empty one; clients
-index them unchecked. Where the server's owner chose `typed_responses: mirror`, a request with typed contents gets its
-answer in typed contents, unless an output is FP16 or BF16, which have no such form.
+Rules (wire notes §2.3): exactly one raw_output_contents entry per output, in order, also for an empty one and for one
+in shared memory; clients index them unchecked. Where the server's owner chose `typed_responses: mirror`, a request with
+typed contents gets its answer in typed contents, unless an output is FP16 or BF16, which have no such form, or is
+wanted in shared memory.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ class AnswerWriter:
     def _write_own(self, request: InferRequest, form: GrpcForm, before: bytes) -> tuple[Parts, int]:
         tensors = answer_tensors(self.spec, form.response, request.batch, request.row, request.rows)
         head = before + self._identity
-        if form.typed and self._mirror and all(tensor.datatype.kind != "half" for tensor in tensors):
+        mirrored = form.typed and self._mirror and not form.response.targets
+        if mirrored and all(tensor.datatype.kind != "half" for tensor in tensors):
             fields = [describe(t, t.shape) + field(5, self._typed(t)) for t in tensors]
             body = head + b"".join([field(_OUTPUTS, one) for one in fields])
             return [body], len(body)

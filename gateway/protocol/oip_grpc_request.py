@@ -1,8 +1,8 @@
 """A cut `inference.ModelInferRequest` → `InferRequest`, checked against one model version.
 
 Rules (wire notes §2.3): an input has its data either typed in `contents` or raw; raw entries belong to the inputs in
-order; further raw entries are ignored. FP16 and BF16 are only ever raw. Names, shapes, outputs and parameters are
-checked where REST's are; here stands only what gRPC says differently.
+order, but for those in shared memory; further raw entries are ignored. FP16 and BF16 are only ever raw. Names, shapes,
+outputs and parameters are checked where REST's are; here stands only what gRPC says differently.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from typing import Any, Final
 
 import numpy as np
 
+from gateway.core.client_memory import NO_CLIENT_MEMORY, Area, ClientMemory
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import DATATYPE, MAX_RANK, pack_bytes
 from gateway.errors import InvalidRequest
 from gateway.protocol import oip_binary, oip_data
 from gateway.protocol.oip_grpc_cut import Cut, is_typed, raw_tensors
+from gateway.protocol.oip_memory import aimed, check_total, from_area
 from gateway.protocol.oip_parameters import (
     NO_OPTIONS,
     RequestOptions,
     Uint64,
     input_options,
+    memory_area,
     output_options,
     request_options,
 )
@@ -57,6 +60,9 @@ _KINDS: Final[dict[str, tuple[str, ...]]] = {
     "sequence_end": ("bool_param",),
     "triton_enable_empty_final_response": ("bool_param",),
     "classification": ("int64_param",),
+    "shared_memory_region": ("string_param",),
+    "shared_memory_offset": ("int64_param", "uint64_param"),
+    "shared_memory_byte_size": ("int64_param", "uint64_param"),
 }
 _UNSIGNED: Final = frozenset({"timeout", "sequence_id"})
 """Numbers of 64 bits without a sign that travel in a field with one: clients send hashes as correlation ids."""
@@ -81,10 +87,14 @@ class GrpcForm:
 class _Known:
     """What an opening means for one model version: everything but the data."""
 
-    __slots__ = ("form", "key", "nbytes", "options", "places", "plan", "tail")
+    __slots__ = ("areas", "form", "key", "nbytes", "options", "places", "plan", "tail")
 
-    def __init__(self, plan: Plan, form: GrpcForm, options: RequestOptions) -> None:
+    def __init__(
+        self, plan: Plan, form: GrpcForm, options: RequestOptions, areas: tuple[Area | None, ...] = ()
+    ) -> None:
+        """`areas`: where inputs are in shared memory, in the plan's order; empty where none is."""
         self.plan = plan
+        self.areas = areas
         self.form = form
         self.options = options
         self.key = (plan.trailing, form.response.needed)
@@ -94,7 +104,7 @@ class _Known:
         self.nbytes = 0
         self.tail = -1
         """Bytes behind the opening where `places` applies."""
-        if not form.typed and all(item.datatype.kind not in {"bytes", "bool"} for item in plan.inputs):
+        if not form.typed and not areas and all(item.datatype.kind not in {"bytes", "bool"} for item in plan.inputs):
             self._place()
 
     def _place(self) -> None:
@@ -129,8 +139,9 @@ class _Known:
 class RequestReader:
     """Reads requests for one model version."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, memory: ClientMemory = NO_CLIENT_MEMORY) -> None:
         self.spec = spec
+        self._memory = memory
         self._planner = Planner(spec)
         self._datatypes = {tensor.name: tensor.datatype for tensor in spec.inputs}
 
@@ -148,7 +159,9 @@ class RequestReader:
             raw = raw if raw is not None else raw_tensors(message, at) or []
         if raw is None:
             return self._request(known, known.slices(message, at), known.nbytes, request_id)
-        tensors = self._tensors(known.plan, opening.message, raw)
+        if known.areas:
+            check_total(self._memory, known.areas)
+        tensors = self._tensors(known, opening.message, raw)
         nbytes = sum(
             len(t.buffer) if t.buffer is not None else len(t.values or ()) * t.datatype.itemsize for t in tensors
         )
@@ -160,20 +173,27 @@ class RequestReader:
         if len(message.outputs) > MAX_OUTPUTS:
             raise InvalidRequest(f"'outputs' lists {len(message.outputs)} tensors, at most {MAX_OUTPUTS} are allowed")
         options = request_options(parameters_of(message.parameters, "request"), _OF_STREAMS)
-        for item in message.inputs:
-            self._check_input(item)
+        areas = tuple([self._check_input(item) for item in message.inputs])
         keys = [(item.name, item.datatype, tuple(item.shape[: MAX_RANK + 1])) for item in message.inputs]
         plan = self._planner.plan(tuple(keys))
         form = self._planner.response_form([_wanted(item) for item in message.outputs], all_binary=True)
-        return _Known(plan, GrpcForm(form, is_typed(message)), options)
+        return _Known(plan, GrpcForm(form, is_typed(message)), options, areas if any(areas) else ())
 
-    def _check_input(self, item: Any) -> None:
-        """What gRPC words in its own way; everything else of inputs is the planner's business."""
+    def _check_input(self, item: Any) -> Area | None:
+        """What gRPC words in its own way; everything else of inputs is the planner's business. Returns where it is in
+        shared memory."""
         where = f"input '{shown(item.name)}'"
-        input_options(parameters_of(item.parameters, where), where)
+        parameters = parameters_of(item.parameters, where)
+        input_options(parameters, where)
+        area = memory_area(parameters, where) if parameters else None
+        if area is not None and item.HasField("contents"):
+            raise InvalidRequest(
+                f"unexpected 'content' provided when using shared memory for input tensor '{shown(item.name)}' for "
+                f"model '{self.spec.name}'"
+            )
         expected = self._datatypes.get(item.name)
         if expected is None:
-            return
+            return area
         if item.datatype not in DATATYPE:
             raise InvalidRequest(
                 f"inference input '{item.name}' data-type is '<invalid>', but model '{self.spec.name}' expects "
@@ -184,20 +204,25 @@ class RequestReader:
                 f"All input dimensions should be specified for input '{item.name}' for model '{self.spec.name}', got "
                 f"{shown(str(list(item.shape)).replace(' ', ''))}"
             )
+        return area
 
-    def _tensors(self, plan: Plan, message: Any, raw: list[bytes | memoryview]) -> list[InputTensor]:
+    def _tensors(self, known: _Known, message: Any, raw: list[bytes | memoryview]) -> list[InputTensor]:
         model = self.spec.name
         tensors = []
-        for index, (planned, item) in enumerate(zip(plan.inputs, message.inputs, strict=True)):
-            if item.HasField("contents"):
+        left = iter(raw)
+        areas = known.areas or [None] * len(message.inputs)
+        for planned, item, area in zip(known.plan.inputs, message.inputs, areas, strict=True):
+            if area is not None:
+                tensors.append(from_area(self._memory, planned, area, model))
+            elif item.HasField("contents"):
                 if raw:
                     raise InvalidRequest(
                         f"contents field must not be specified when using raw_input_contents for '{planned.name}' for "
                         f"model '{model}'"
                     )
                 tensors.append(self._typed(planned, item.contents))
-            elif index < len(raw):
-                tensors.append(oip_binary.from_blob(planned, memoryview(raw[index]), model))
+            elif (blob := next(left, None)) is not None:
+                tensors.append(oip_binary.from_blob(planned, memoryview(blob), model))
             else:
                 raise InvalidRequest(
                     f"unable to find data for input tensor '{planned.name}' for model '{model}' in request."
@@ -232,6 +257,9 @@ class RequestReader:
 
     def _request(self, known: _Known, tensors: list[InputTensor], nbytes: int, request_id: str) -> InferRequest:
         trailing = known.plan.trailing
+        form = known.form
+        if form.response.areas:
+            form = GrpcForm(aimed(self._memory, form.response), form.typed)
         if len(tensors) == 1 == len(trailing):
             inputs: tuple[InputTensor | None, ...] = (tensors[0],)
         else:
@@ -240,7 +268,7 @@ class RequestReader:
                 ordered[planned.place] = tensor
             inputs = tuple(ordered)
         request = InferRequest(
-            inputs, known.plan.rows, nbytes, known.key, known.form.response.needed, request_id or None, known.form
+            inputs, known.plan.rows, nbytes, known.key, form.response.needed, request_id or None, form
         )
         if known.options is not NO_OPTIONS:
             known.options.apply(request)
@@ -285,7 +313,7 @@ def parameters_of(parameters: Any, where: str) -> dict[str, object]:
 def _wanted(item: Any) -> WantedOutput:
     where = f"output '{shown(item.name)}'"
     parameters = parameters_of(item.parameters, where)
-    classes = output_options(parameters, where).classes
-    if "classification" in parameters and not classes:
+    options = output_options(parameters, where)
+    if "classification" in parameters and not options.classes:
         raise InvalidRequest(f"{where}: invalid value for 'classification' parameter, expected an integer above 0")
-    return WantedOutput(item.name, True, classes)
+    return WantedOutput(item.name, True, options.classes, options.area)

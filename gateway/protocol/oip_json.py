@@ -31,6 +31,7 @@ from gateway.protocol import oip_binary, oip_data
 from gateway.protocol.json_literals import MAX_LITERALS, Literals
 from gateway.protocol.json_strict import given_twice, parse_strict
 from gateway.protocol.oip_frame import Frame, FrameInput, read_frame
+from gateway.protocol.oip_memory import aimed, check_total, from_area
 from gateway.protocol.oip_parameters import NO_OPTIONS
 from gateway.protocol.oip_plan import MAX_INPUTS, InputPlan, Plan, Planner, ResponseForm
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
@@ -111,8 +112,10 @@ class _BinaryForm:
 
 
 def _is_plain_binary(frame: Frame, request: InferRequest) -> bool:
-    return all(item.binary_data_size is not None for item in frame.inputs) and all(
-        tensor is None or tensor.datatype.kind not in {"bytes", "bool"} for tensor in request.inputs
+    return (
+        all(item.binary_data_size is not None for item in frame.inputs)
+        and all(tensor is None or tensor.datatype.kind not in {"bytes", "bool"} for tensor in request.inputs)
+        and not request.form.areas  # what it names may be another region next time
     )
 
 
@@ -122,6 +125,7 @@ class RequestDecoder:
     def __init__(self, spec: ModelSpec, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         self.spec = spec
         self.planner = Planner(spec, options)
+        self._memory = options.memory
         self._all_json: ResponseForm | InvalidRequest
         try:
             self._all_json = self.planner.response_form(None, all_binary=False)
@@ -255,9 +259,16 @@ class RequestDecoder:
     ) -> InferRequest:
         # Without a header length there are no blobs, but a tensor of no elements may still be declared binary.
         plan = self.planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
+        form = self.planner.response_form(frame.outputs, all_binary=frame.options.binary_data_output)
+        if form.areas:
+            form = aimed(self._memory, form)
+        check_total(self._memory, [item.area for item in frame.inputs])
         at = 0
         tensors = []
         for planned, item in zip(plan.inputs, frame.inputs, strict=True):
+            if item.area is not None:
+                tensors.append(from_area(self._memory, planned, item.area, self.spec.name))
+                continue
             if item.binary_data_size is None:
                 tensors.append(_json_tensor(planned, item, literals))
                 continue
@@ -274,7 +285,6 @@ class RequestDecoder:
                 f"unexpected additional input data for model '{self.spec.name}': {len(blobs) - at} bytes behind the "
                 "last input"
             )
-        form = self.planner.response_form(frame.outputs, all_binary=frame.options.binary_data_output)
         request = self.request(plan, tensors, form, frame.request_id)
         if frame.options is not NO_OPTIONS:
             frame.options.apply(request)

@@ -1,7 +1,8 @@
 """What a caller gets where it asked for more than its rows of the outputs: the tensors of its answer, made here.
 
 Both protocols encode from `answer_tensors` when a response form is not plain; a plain form they encode themselves,
-from what they share per batch. Labels are the model owner's (`Scheduling.labels`).
+from what they share per batch. Labels are the model owner's (`Scheduling.labels`). What is wanted in shared memory is
+written there, and a tensor without data is left for the answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.classification import classify
 from gateway.core.model import ModelSpec
 from gateway.core.request import OutputTensor
+from gateway.protocol.oip_memory import deliver
 from gateway.protocol.oip_plan import ResponseForm
 
 
@@ -21,6 +23,7 @@ def answer_tensors(
 
     Raises:
         InvalidRequest: an answer cannot be made of this output.
+        RegionFailed: an output cannot be put into the caller's shared memory.
     """
     tensors = []
     for place, index in enumerate(form.outputs):
@@ -28,7 +31,7 @@ def answer_tensors(
         mine = assembly.slice_rows(output, row, rows) if spec.batched else output
         classes = form.classes[place] if form.classes else 0
         tensors.append(classify(mine, classes, labels_of(spec, output.name), spec.batched) if classes else mine)
-    return tensors
+    return deliver(form, tensors) if form.targets else tensors
 
 
 def labels_of(spec: ModelSpec, name: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ Rules (wire notes §1.8, §1.9, §1.11):
 - own names have fixed types; numbers among them are not negative; a wrong one is refused by name;
 - a caller's own parameters are strings, integers, booleans or doubles; they are taken, ignored and never echoed;
 - names that start with `triton_` are reserved and refused;
-- shared memory regions are refused by name until a server offers them.
+- an input or output lies in shared memory where `shared_memory_region` says so; then `shared_memory_byte_size` must be
+  there too, `shared_memory_offset` may be, and nothing may say another form of the same tensor.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from gateway.core.client_memory import Area
 from gateway.core.request import InferRequest, SequenceStep
-from gateway.errors import InvalidRequest, Malformed, Unsupported
+from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.oip_plan import shown
 
 MAX_UINT64: Final = 2**64 - 1
@@ -63,14 +65,20 @@ class OutputOptions:
     """REST: this output in binary form."""
     classes: int = 0
     """`classification`: how many of the highest values, with their indexes and labels; 0: the tensor itself."""
+    area: Area | None = None
+    """Where in shared memory it is wanted, instead of in the answer."""
 
 
 _PLAIN_OUTPUT: Final = OutputOptions()
 _OF_REQUEST: Final = frozenset(
     {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output"}
 )
-_OF_OUTPUT: Final = frozenset({"binary_data", "classification"})
-_OF_INPUT: Final = frozenset({"binary_data_size"})
+_REGION: Final = "shared_memory_region"
+_OFFSET: Final = "shared_memory_offset"
+_BYTE_SIZE: Final = "shared_memory_byte_size"
+_OF_MEMORY: Final = frozenset({_REGION, _OFFSET, _BYTE_SIZE})
+_OF_OUTPUT: Final = frozenset({"binary_data", "classification"}) | _OF_MEMORY
+_OF_INPUT: Final = frozenset({"binary_data_size"}) | _OF_MEMORY
 
 
 def request_options(
@@ -95,16 +103,15 @@ def request_options(
 
 
 def input_options(parameters: Mapping[str, object], where: str) -> int | None:
-    """`binary_data_size` of one input in bytes, None if there is none. `where`: the input as errors name it.
+    """`binary_data_size` of one input in bytes, None if there is none. `where`: the input as errors name it. Whether it
+    lies in shared memory says `memory_area`.
 
     Raises:
         InvalidRequest: a parameter is reserved, or not of its type.
-        Unsupported: the input stands in a shared memory region.
     """
     if not parameters:
         return None
     _check_custom(parameters, where, _OF_INPUT, _NOTHING_RESERVED)
-    _refuse_shared_memory(parameters, where)
     if "binary_data_size" not in parameters:
         return None
     return _count(parameters, "binary_data_size", where, MAX_UINT64)
@@ -114,16 +121,42 @@ def output_options(parameters: Mapping[str, object], where: str) -> OutputOption
     """The parameters of one requested output. `where`: the output as errors name it.
 
     Raises:
-        InvalidRequest: a parameter is reserved, or not of its type.
-        Unsupported: the output is wanted in a shared memory region.
+        InvalidRequest: a parameter is reserved, not of its type, or contradicts another.
     """
     if not parameters:
         return _PLAIN_OUTPUT
     _check_custom(parameters, where, _OF_OUTPUT, _NOTHING_RESERVED)
-    _refuse_shared_memory(parameters, where)
-    return OutputOptions(
+    options = OutputOptions(
         _flag(parameters, "binary_data", where),
         min(_count(parameters, "classification", where, MAX_UINT64), MAX_CLASSES),
+        memory_area(parameters, where),
+    )
+    if options.area is not None and (options.binary_data or options.classes):
+        other = "binary_data" if options.binary_data else "classification"
+        raise InvalidRequest(f"{where}: '{other}' cannot be asked for together with '{_REGION}'; leave out one of them")
+    return options
+
+
+def memory_area(parameters: Mapping[str, object], where: str) -> Area | None:
+    """Where in shared memory an input or output is; None: it is in the request or the answer.
+
+    Raises:
+        InvalidRequest: the three parameters are not of their types, or one is missing.
+    """
+    if _REGION not in parameters:
+        for name in (_OFFSET, _BYTE_SIZE):
+            if name in parameters:
+                raise InvalidRequest(f"{where}: '{name}' can not be specified without '{_REGION}' parameter")
+        return None
+    region = parameters[_REGION]
+    if not isinstance(region, str):
+        raise Malformed(f"{where}: parameter '{_REGION}' must be a string")
+    if _BYTE_SIZE not in parameters:
+        raise InvalidRequest(f"{where}: '{_BYTE_SIZE}' must be specified along with '{_REGION}' parameter")
+    return Area(
+        region,
+        _count(parameters, _OFFSET, where, MAX_UINT64),
+        _count(parameters, _BYTE_SIZE, where, MAX_UINT64),
     )
 
 
@@ -180,11 +213,6 @@ def _sequence(parameters: Mapping[str, object]) -> SequenceStep | None:
         raise Malformed("request: parameter 'sequence_id' must be a string, or an integer that is not negative")
     start = _flag(parameters, "sequence_start", "request")
     return SequenceStep(identity, start, _flag(parameters, "sequence_end", "request"))
-
-
-def _refuse_shared_memory(parameters: Mapping[str, object], where: str) -> None:
-    if "shared_memory_region" in parameters:
-        raise Unsupported(f"{where}: shared memory regions of clients are not offered by this gateway")
 
 
 def _is_integer(value: object) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from gateway.core.classification import check_classifiable
+from gateway.core.client_memory import Area, Place
 from gateway.core.model import ModelSpec, TensorSpec
 from gateway.core.ragged import agreeing_dims
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count
@@ -56,6 +57,8 @@ class WantedOutput(NamedTuple):
     binary: bool = False
     classes: int = 0
     """0: the tensor itself; else the parameter `classification`."""
+    area: Area | None = None
+    """Where in shared memory it is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,10 @@ class ResponseForm:
     """`classification` of each output, 0: off; empty where nobody asked."""
     plain: bool = True
     """Whether the answer is the caller's rows of the outputs and nothing else; otherwise see `oip_outputs`."""
+    areas: tuple[Area | None, ...] = ()
+    """Where in shared memory each output is wanted; empty where nobody asked."""
+    targets: tuple[Place | None, ...] = ()
+    """The same as places to write to: one request's own, never remembered with the form."""
 
     @property
     def any_binary(self) -> bool:
@@ -220,23 +227,27 @@ class Planner:
             outputs = tuple(range(len(spec.outputs)))
             binary = (all_binary,) * len(outputs)
             classes: tuple[int, ...] = ()
+            areas: tuple[Area | None, ...] = ()
         else:
             outputs = tuple(self._output(item.name) for item in wanted)
             binary = tuple(item.binary for item in wanted)
             classes = tuple(item.classes for item in wanted) if any(item.classes for item in wanted) else ()
+            areas = tuple(item.area for item in wanted) if any(item.area for item in wanted) else ()
             if len(set(outputs)) != len(outputs):
                 raise InvalidRequest(f"an output is requested twice from model '{spec.name}'; list each output once")
         for place, index in enumerate(outputs):
             tensor = spec.outputs[index]
             if classes and classes[place]:
                 check_classifiable(tensor.name, tensor.datatype)
+            elif areas and areas[place]:
+                continue  # in binary form, whatever the others are
             elif tensor.datatype.kind == "half" and not binary[place] and not self._json_half:
                 raise InvalidRequest(
                     f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format "
                     f"for output '{tensor.name}' (parameter binary_data: true)"
                 )
-        plain = not classes
-        return ResponseForm(outputs, binary, plain and not any(binary), tuple(sorted(outputs)), classes, plain)
+        plain = not classes and not areas
+        return ResponseForm(outputs, binary, plain and not any(binary), tuple(sorted(outputs)), classes, plain, areas)
 
     def _output(self, name: str) -> int:
         place = self._outputs.get(name)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from gateway.core.client_memory import NO_CLIENT_MEMORY, ClientMemory
+
 TypedResponses = Literal["raw", "mirror"]
 SERVER_NAME: Final = "oip-gateway"
 
@@ -27,6 +29,8 @@ class ProtocolOptions:
     """Answer a request without `id` with a UUID of our own as `id`; otherwise the answer has none."""
     typed_responses: TypedResponses = "raw"
     """gRPC: `mirror` answers a request with typed contents in typed contents; `raw` always in raw ones."""
+    memory: ClientMemory = NO_CLIENT_MEMORY
+    """Where tensors lie that clients share instead of sending them."""
 
 
 DEFAULT_OPTIONS: Final = ProtocolOptions()

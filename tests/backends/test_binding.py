@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from gateway.backends.binding import Binding, BoundReplica
@@ -9,9 +11,10 @@ from gateway.backends.interface import Batch, Failure, FailureKind, Success
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import BatchInput, InputTensor, OutputTensor
+from gateway.core.scheduling import PLAIN, BatchInputTensor, BatchOutputTensor, Scheduling
 from gateway.core.tensor import DATATYPE
 
-FP32, INT64 = DATATYPE["FP32"], DATATYPE["INT64"]
+FP32, INT32, INT64 = DATATYPE["FP32"], DATATYPE["INT32"], DATATYPE["INT64"]
 FILE_INPUTS = (SignatureTensor("a", FP32, (None, 3)), SignatureTensor("b", INT64, (None,)))
 FILE_OUTPUTS = (SignatureTensor("p", FP32, (None, 3)), SignatureTensor("q", INT64, (None, None)))
 A, B = TensorSpec("a", FP32, (3,)), TensorSpec("b", INT64, ())
@@ -24,6 +27,51 @@ def spec(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], size: 
 
 def binding(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Binding:
     return Binding(spec(inputs, outputs), FILE_INPUTS, FILE_OUTPUTS)
+
+
+RAGGED_INPUTS = (SignatureTensor("n", INT32, (None,)), SignatureTensor("x", FP32, (None,)))
+RAGGED_OUTPUTS = (SignatureTensor("y", FP32, (None, 1)), SignatureTensor("z", FP32, (None, 3)))
+
+
+def ragged(scheduling: Scheduling, outputs: tuple[TensorSpec, ...]) -> Binding:
+    """`x` comes in rows of any length; the model has it flat, and is told each request's length by `n`."""
+    x = TensorSpec("x", FP32, (-1, 2), ragged=True)
+    return Binding(
+        ModelSpec("m", "1", "", "", (x,), outputs, BatchPolicy(8), scheduling=scheduling),
+        RAGGED_INPUTS,
+        RAGGED_OUTPUTS,
+    )
+
+
+COUNTS = (BatchInputTensor("BATCH_ELEMENT_COUNT", ("n",), INT32, ("x",)),)
+
+
+def test_what_is_made_for_a_batch_is_added_where_the_model_has_it() -> None:
+    served = ragged(Scheduling(batch_inputs=COUNTS), (TensorSpec("y", FP32, (1,)),))
+    assert not served.neutral
+    parts = [InputTensor(FP32, (1, count, 2), None, bytes(8 * count)) for count in (3, 0, 1)]
+    flat, made = served.batch_inputs([BatchInput(0, FP32, (8,), 32, parts)])
+    assert (flat.index, flat.shape, flat.nbytes, flat.parts) == (1, (8,), 32, parts)
+    assert (made.index, made.shape, made.nbytes, made.datatype) == (0, (3,), 12, INT32)
+    assert made.parts[0].buffer == struct.pack("<3i", 6, 0, 2)
+
+
+def test_one_request_is_laid_flat_and_described_too() -> None:
+    served = ragged(Scheduling(batch_inputs=COUNTS), (TensorSpec("y", FP32, (1,)),))
+    made, flat = served.model_inputs([InputTensor(FP32, (1, 3, 2), None, bytes(24))])
+    assert made is not None
+    assert flat is not None
+    assert (flat.shape, made.shape, made.buffer) == ((6,), (1,), struct.pack("<i", 6))
+
+
+def test_an_output_that_is_cut_later_has_no_dims_yet() -> None:
+    """Its dims are the members', so they cannot be enforced on the whole; those of other outputs are."""
+    outputs = (TensorSpec("y", FP32, (1,)), TensorSpec("z", FP32, (3, 7)))
+    z = OutputTensor("z", FP32, (1, 3), bytes(12))
+    scatter = Scheduling(batch_outputs=(BatchOutputTensor(("z",), ("x",)),))
+    assert ragged(scatter, outputs).served_output(1, z) is z
+    narrower = (TensorSpec("y", FP32, (1,)), TensorSpec("z", FP32, (-1,)))
+    assert not ragged(PLAIN, narrower).neutral
 
 
 class Recorded:

@@ -34,6 +34,16 @@ def test_its_batch_key_is_the_one_a_client_s_request_gets() -> None:
         )  # fmt: skip
 
 
+def test_rows_of_different_shapes_share_batches_where_the_input_is_ragged() -> None:
+    for ragged, same in ((False, False), (True, True)):
+        inputs = (TensorSpec("a", INT32, (-1,), ragged=ragged),)
+        model = ModelSpec("m", "1", "", "", inputs, (TensorSpec("y", INT32, (1,)),), BatchPolicy(8))
+        body = b'{"inputs":[{"name":"a","shape":[1,3],"datatype":"INT32","data":[1,2,3]}]}'
+        client = RequestDecoder(model).decode(body)
+        inner = inner_request(model, (InputTensor(INT32, (1, 2), [4, 5], None),), 1, (0,), client)
+        assert (inner.key == client.key) is same
+
+
 def test_it_inherits_its_place_in_line() -> None:
     cause = InferRequest((), 1, 0, None, (0,), "id")
     cause.priority, cause.stated_timeout_s, cause.sequence = 2, 0.5, SequenceStep(7, start=True)

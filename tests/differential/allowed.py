@@ -114,6 +114,7 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
         200,
         400,
     ),
+    Allowed(("json_structure/BOM",), "status", "RFC 8259 §8.1: JSON on the wire has no byte order mark", 200, 400),
     Allowed(("json_structure/depth beyond",), "status", "§1.8: nesting is bounded", 200, 400),
     Allowed(
         ("json_structure/escaped name",), "status", "§1.1: names are percent-decoded, as tritonclient quotes", 404, 200
@@ -244,6 +245,22 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
     ),
     Allowed((*HEALTH,), "body*", "§0 no. 2: health has a JSON body"),
     Allowed((*HEALTH,), "header.content-type", "§0 no. 2", *PLAIN),
+    # --- shared memory of clients
+    Allowed(("shm/*",), "status", "§0 no. 1, §1.7: mistyped, or a key that may not be opened", 500, 400),
+    Allowed(
+        ("shm/register a block again, within a page",),
+        "status",
+        "one block may have several regions, and they begin anywhere; Triton 2.51 maps a block once, and whole pages",
+        500,
+        200,
+    ),
+    Allowed(
+        ("shm/read, offset at the end", "shm/read beyond the end", "shm/gRPC read beyond the end"),
+        "status",
+        "§1.7: a tensor lies within its region; Triton 2.51 counts the region's own offset as room",
+        (200, "OK"),
+        (400, "INVALID_ARGUMENT"),
+    ),
     # --- gRPC
     Allowed(("grpc_datatypes/* overflow",), "status", "§0 no. 16", "OK", "INVALID_ARGUMENT"),
     Allowed(("grpc_contents/outputs OUTPUT1,OUTPUT0*",), "body.*", "§0 no. 13: outputs in the order asked for"),

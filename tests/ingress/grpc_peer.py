@@ -127,6 +127,7 @@ async def grpc_bench(limits: Http2Limits | None = None, compression: str = "none
                 await client.writer.wait_closed()
         statistics = server.statistics()
         assert (statistics.open_connections, statistics.held_bytes, statistics.in_flight) == (0, 0, 0)
+        assert server._shared.calls.count == 0
         assert not server.sweeping
 
 

@@ -7,8 +7,10 @@ import socket
 import pytest
 
 from gateway.errors import BindError
+from gateway.ingress.grpc_server import GrpcServer
 from gateway.ingress.http_server import HttpServer
 from gateway.ingress.listener import listen
+from tests.ingress.grpc_peer import EchoApp
 from tests.ingress.http_peer import LOOPS, App, run
 from tests.protocol.test_http1_head import get
 
@@ -71,5 +73,15 @@ def test_the_port_is_free_again_at_once_after_a_drain(loop: str) -> None:
         second = await listen("127.0.0.1", first.port, HttpServer(App()))
         assert second.port == first.port
         second.close()
+
+    run(loop, test())
+
+
+def test_a_taken_port_names_the_option_to_change(loop: str) -> None:
+    async def test() -> None:
+        taken = await listen("127.0.0.1", 0, HttpServer(App()))
+        with pytest.raises(BindError, match="choose another port with --grpc-port"):
+            await listen("127.0.0.1", taken.port, GrpcServer(EchoApp()), option="--grpc-port")
+        taken.close()
 
     run(loop, test())

@@ -79,11 +79,21 @@ def values(datatype: str, shape: tuple[int, ...], rng: np.random.Generator) -> A
 
 ROWS = st.one_of(st.integers(1, 6), st.integers(1, 70), st.sampled_from([63, 64, 65, 128, 200]))
 IDS = st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=12))
-PARAMETERS = st.dictionaries(
-    st.sampled_from(["tenant", "priority_hint", "sequence_id", "note"]),
+OWN_PARAMETERS = st.dictionaries(
+    st.sampled_from(["tenant", "priority_hint", "note"]),
     st.one_of(st.integers(0, 10**6), st.booleans(), st.text(max_size=5)),
     max_size=2,
 )
+# Those of the protocol that change nothing here: these models know neither sequences nor levels.
+KNOWN_PARAMETERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "sequence_id": st.one_of(st.integers(0, 10**6), st.text(max_size=5)),
+        "sequence_start": st.booleans(),
+        "priority": st.integers(0, 5),
+    },
+)
+PARAMETERS = st.builds(lambda own, known: own | known, OWN_PARAMETERS, KNOWN_PARAMETERS)
 
 
 @st.composite

@@ -51,6 +51,7 @@ def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
     process = GatewayProcess("serve", "-c", file)
     try:
         assert process.process.wait(60) == 2
-        assert f"server.tls.cert: {tmp_path / 'server.pem'} cannot be read" in " ".join(process.output().split())
+        fault = f"gateway.yaml:1: server.tls.cert: there is no file {tmp_path / 'server.pem'}"
+        assert fault in " ".join(process.output().split())
     finally:
         process.close()

@@ -23,7 +23,7 @@ from gateway.protocol.http2_frames import (
     settings,
     unpack_head,
 )
-from gateway.protocol.http2_limits import Http2Limits
+from gateway.protocol.http2_limits import Http2Limits, OpenCalls
 
 PSEUDO: Fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/a.B/C")]
 REQUEST: Fields = [*PSEUDO, (b":authority", b"x"), (b"te", b"trailers"), (b"content-type", b"application/grpc")]
@@ -76,9 +76,12 @@ class TestHead:
 class Peer:
     """A connection, and what it told its owner: `opened`, `received` (pieces of a stream joined), `left`."""
 
-    def __init__(self, limits: Http2Limits | None = None, *, greeted: bool = True) -> None:
+    def __init__(
+        self, limits: Http2Limits | None = None, *, greeted: bool = True, calls: OpenCalls | None = None
+    ) -> None:
         self.held = Held(1 << 30)
-        self.http2 = Http2(self, limits or Http2Limits(), self.held, 0.0)
+        self.calls = calls or OpenCalls(1 << 20)
+        self.http2 = Http2(self, limits or Http2Limits(), self.held, self.calls, 0.0)
         self.heads: list[TestHead] = []
         self.opened_streams: list[int] = []
         self.bodies: dict[int, bytearray] = {}

@@ -95,7 +95,11 @@ def decoded(block: bytes) -> list[tuple[str, ...]]:
 
 
 def test_trailers() -> None:
-    assert decoded(grpc_wire.trailers(3, "a%b", grpc_wire.binary_literal(b"x-bin", b"\0\xff"))) == [("grpc-status", "3"), ("grpc-message", "a%25b"), ("x-bin", "AP8")]
+    assert decoded(grpc_wire.trailers(3, "a%b", grpc_wire.binary_literal(b"x-bin", b"\0\xff"))) == [
+        ("grpc-status", "3"),
+        ("grpc-message", "a%25b"),
+        ("x-bin", "AP8"),
+    ]
     assert decoded(grpc_wire.TRAILERS_OK) == [("grpc-status", "0")]
     assert decoded(grpc_wire.HEADERS_BLOCK) == [(":status", "200"), ("content-type", "application/grpc")]
 

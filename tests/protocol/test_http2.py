@@ -30,7 +30,7 @@ from gateway.protocol.http2_frames import (
     settings,
     window_update,
 )
-from gateway.protocol.http2_limits import Http2Limits
+from gateway.protocol.http2_limits import Http2Limits, OpenCalls
 from tests.protocol.http2_peer import REQUEST, Peer, Sent, block, data, end_of, headers, parse
 from tests.protocol.test_http2_rules import CASES, LIMITS
 
@@ -83,6 +83,7 @@ def test_any_frames_leave_the_books_in_order(frames: list[bytes], step: int) -> 
     assert outcome(pieces) == outcome(whole)
     assert len(whole.http2.streams) <= LIMITS.max_streams
     assert whole.held.used_bytes == 0
+    assert whole.calls.count == len(whole.http2.streams)
     assert not set(whole.gone) & set(whole.http2.streams)
 
 
@@ -330,6 +331,16 @@ def test_a_shrunk_initial_window_may_go_below_zero() -> None:
     assert body_of(peer.sent(), 1) == b"x"
 
 
+def test_parts_may_be_views_of_any_type() -> None:
+    peer = Peer()
+    peer.send(settings({4: 7}), headers(1))
+    numbers = memoryview(bytes(range(16))).cast("I")
+    peer.http2.send_data(peer.stream, [numbers], 16)
+    sent = peer.sent()
+    peer.send(window_update(1, 100))
+    assert body_of(sent + peer.sent(), 1) == bytes(range(16))
+
+
 def test_streams_take_turns() -> None:
     peer = Peer()
     peer.send(settings({4: 2**30}), window_update(0, 2**30), headers(1), headers(3))
@@ -456,6 +467,21 @@ def test_pings_at_a_slow_rate_or_between_calls_are_fine() -> None:
     assert peer.verdict() == ()
 
 
+def test_calls_of_all_connections_are_bounded() -> None:
+    calls = OpenCalls(3)
+    first, second = Peer(calls=calls), Peer(calls=calls)
+    first.send(headers(1, end=False), headers(3, end=False))
+    second.send(headers(1), headers(3))
+    assert second.verdict() == ("rst 3 REFUSED_STREAM",)
+    first.send(rst_stream(1, 8))
+    second.send(headers(5))
+    assert second.verdict() == ()
+    first.send(rst_stream(3, 8))
+    for stream in list(second.http2.streams.values()):
+        second.http2.send_headers(stream, b"\x88", end=True)
+    assert calls.count == 0
+
+
 def test_rapid_reset_is_cut_off() -> None:
     peer = Peer(Http2Limits(reset_burst=100, reset_per_s=10))
     for number in range(101):
@@ -470,6 +496,7 @@ def test_making_the_server_reset_is_cut_off_too(fault: object) -> None:
     for number in range(101):
         peer.send(headers(2 * number + 1), fault(2 * number + 1))  # type: ignore[operator]
     assert peer.verdict()[-1:] == CALM
+    assert peer.gone == peer.opened_streams, "the owner hears of each, the last one too"
 
 
 def test_answered_calls_pay_for_cancelled_ones() -> None:

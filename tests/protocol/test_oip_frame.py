@@ -181,16 +181,23 @@ def test_options_of_the_request_reach_the_frame() -> None:
     assert options.sequence == SequenceStep(5, start=True)
 
 
-@pytest.mark.parametrize("place", ["input", "output"])
-def test_shared_memory_is_refused_by_name(place: str) -> None:
-    parameters = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
-    body = (
-        with_input(data=..., parameters=parameters)
-        if place == "input"
-        else document(outputs=[{"name": "Y", "parameters": parameters}])
-    )
-    with pytest.raises(Unsupported, match="shared memory"):
-        read_frame(body)
+SHARED = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
+
+
+def test_tensors_in_shared_memory() -> None:
+    (given,) = read_frame(with_input(data=..., parameters=SHARED)).inputs
+    assert (given.area, given.data, given.binary_data_size) == (Area("r", 0, 12), None, None)
+    outputs = [{"name": "Y", "parameters": {**SHARED, "shared_memory_offset": 4}}, {"name": "Z"}]
+    assert read_frame(document(outputs=outputs)).outputs == (
+        WantedOutput("Y", area=Area("r", 4, 12)), WantedOutput("Z"),
+    )  # fmt: skip
+
+
+def test_shared_memory_is_the_only_place_of_an_input() -> None:
+    refused(with_input(parameters=SHARED), "must set only one", "'shared_memory_region'", "'X' sets both")
+    sized = {**SHARED, "binary_data_size": 12}
+    refused(with_input(data=..., parameters=sized), "must set only one", "'X' sets both")
+    refused(with_input(parameters=sized), "must set only one", "'X' sets all")
 
 
 def test_classification_of_each_output() -> None:

@@ -329,6 +329,7 @@ def test_classification_is_asked_for_per_output() -> None:
         refused(infer_request(PLAIN, outputs=[("Y", {"classification": wrong})]), "classification", "'Y'")
 
 
-def test_shared_memory_is_refused_by_name() -> None:
-    message = infer_request(PLAIN, outputs=[("Y", {"shared_memory_region": "r"})])
-    refused(message, "'Y'", "shared memory", error=Unsupported)
+def test_shared_memory_is_refused_where_it_is_off() -> None:
+    shared = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
+    refused(infer_request(PLAIN, outputs=[("Y", shared)]), "'r'", "shared memory", "switched off", error=Unsupported)
+    refused(infer_request(PLAIN, outputs=[("Y", {"shared_memory_region": 1})]), "'shared_memory_region'", "'Y'")

@@ -127,10 +127,41 @@ def test_inputs() -> None:
         input_options({"binary_data_size": -1}, INPUT)
 
 
-def test_shared_memory_is_refused_by_name() -> None:
-    for read in (input_options, output_options):
-        with pytest.raises(Unsupported, match="shared memory"):
-            read({"shared_memory_region": "r", "shared_memory_byte_size": 12}, INPUT)
+SHARED = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
+
+
+def test_areas_of_shared_memory() -> None:
+    assert memory_area({}, INPUT) is memory_area({"mine": 1}, INPUT) is None
+    assert memory_area(SHARED, INPUT) == Area("r", 0, 12)
+    assert memory_area({**SHARED, "shared_memory_offset": Uint64(2**63)}, INPUT) == Area("r", 2**63, 12)
+    assert input_options({**SHARED, "mine": 1}, INPUT) is None
+    assert output_options({**SHARED, "binary_data": False, "classification": 0}, OUTPUT).area == Area("r", 0, 12)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"shared_memory_byte_size": 1}, "'shared_memory_byte_size' can not be specified without"),
+        ({"shared_memory_offset": 1}, "'shared_memory_offset' can not be specified without"),
+        ({"shared_memory_region": "r"}, "'shared_memory_byte_size' must be specified along with"),
+        ({**SHARED, "shared_memory_region": 1}, "'shared_memory_region' must be a string"),
+        ({**SHARED, "shared_memory_byte_size": -1}, "'shared_memory_byte_size' must be an integer"),
+        ({**SHARED, "shared_memory_byte_size": 2**64}, "'shared_memory_byte_size' must be an integer"),
+        ({**SHARED, "shared_memory_offset": "0"}, "'shared_memory_offset' must be an integer"),
+        ({**SHARED, "shared_memory_offset": True}, "'shared_memory_offset' must be an integer"),
+        ({**SHARED, "shared_memory_offset": 1.0}, "'shared_memory_offset' must be an integer"),
+    ],
+)
+def test_areas_that_make_no_sense(parameters: dict[str, Any], words: str) -> None:
+    for read in (memory_area, output_options):
+        with pytest.raises(InvalidRequest, match=f"'Y'.*{words}"):
+            read(parameters, OUTPUT)
+
+
+@pytest.mark.parametrize("other", [{"binary_data": True}, {"classification": 1}])
+def test_an_output_in_shared_memory_has_no_other_form(other: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"'Y'.*'{next(iter(other))}' cannot be asked for together"):
+        output_options({**SHARED, **other}, OUTPUT)
 
 
 JSON_VALUES = st.recursive(

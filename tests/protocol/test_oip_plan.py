@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gateway.core.model import ModelSpec
@@ -45,6 +47,24 @@ def test_absent_optional_input_is_part_of_the_batch_key() -> None:
     planner = Planner(OPTIONAL)
     assert planner.plan((("A", "FP32", (1, 5)),)).trailing == ((5,), None, None)
     assert planner.plan((("A", "FP32", (1, 5)), ("C", "FP32", (1, 2)))).trailing == ((5,), None, (2,))
+
+
+def test_dims_of_ragged_inputs_are_checked_and_separate_no_batches() -> None:
+    planner = Planner(model([tensor_spec("A", dims=(-1, 2), ragged=True), tensor_spec("B")]))
+    plans = [planner.plan((("A", "FP32", (1, n, 2)), ("B", "FP32", (1, 3)))) for n in (0, 1, 7)]
+    assert {plan.trailing for plan in plans} == {((), (3,))}
+    assert [plan.inputs[0].elements for plan in plans] == [0, 2, 14]
+    assert [plan.inputs[0].shape for plan in plans] == [(1, 0, 2), (1, 1, 2), (1, 7, 2)]
+    refused(planner.spec, [("A", "FP32", (1, 7, 3)), ("B", "FP32", (1, 3))], "unexpected shape for input 'A'")
+    refused(planner.spec, [("A", "FP32", (1, 7)), ("B", "FP32", (1, 3))], "Expected [-1,-1,2], got [1,7]")
+
+
+def test_a_model_may_take_one_row_at_a_time() -> None:
+    spec = model([tensor_spec("A")])
+    one_row = replace(spec, policy=replace(spec.policy, one_row=True))
+    assert Planner(one_row).plan((("A", "FP32", (1, 3)),)).rows == 1
+    refused(one_row, [("A", "FP32", (2, 3))], "inference request batch-size must be <= 1 for 'm'")
+    assert (one_row.policy.request_rows, spec.policy.request_rows) == (1, spec.policy.max_batch_size)
 
 
 def test_equal_forms_share_one_plan_and_the_memory_is_bounded() -> None:

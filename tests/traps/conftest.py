@@ -60,5 +60,5 @@ def bounded(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Itera
 def sharing(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Client]:
     """Clients may register shared memory."""
     models = ["m", "add_sub"]
-    with client(tmp_path_factory.mktemp("sharing"), repository, models, allow_client_shm=True) as one:
+    with client(tmp_path_factory.mktemp("sharing"), repository, models, client_shared_memory=True) as one:
         yield one
