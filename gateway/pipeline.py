@@ -11,6 +11,8 @@
              │                                              a time, with the sequence's state
           ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
           ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
+             ├─ core/ragged.py, loading_ragged.py           only for models whose rows differ in shape: laid flat and
+             │                                              described on the way in, cut by shape on the way back
           ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory
           ─▶ dispatcher.py → scheduler.py                   answer checked, members settled, each exactly once
           ─▶ ingress/oip_http.py + protocol/oip_answer.py   its rows encoded, provenance headers, bytes

@@ -285,7 +285,7 @@ class SequenceScheduler:
         """The step as the model is asked: with controls and states, for all outputs."""
         step = _step(request)
         slot = sequence.seat.row if self._slotted and sequence.seat is not None else None
-        states = sequence.states
+        states = self._tensors.first if step.start else sequence.states
         inputs = (*request.inputs, *self._tensors.added(step, sequence.correlation, states, slot))
         skip = 1 if self.spec.batched else 0
         key = tuple([None if tensor is None else tensor.shape[skip:] for tensor in inputs])

@@ -394,7 +394,9 @@ async def test_a_sequence_is_not_idle_while_a_step_waits_or_runs() -> None:
     await asyncio.sleep(0.9)
     assert first.sum == 1
     second = bench.send(2)
-    (await bench.expect_batch([2])).reply()
+    batch = await bench.expect_batch([2])
+    await asyncio.sleep(5.0)
+    batch.reply()
     await asyncio.sleep(0.9)
     third = bench.send(3, end=True)
     (await bench.expect_batch([3])).reply()

@@ -258,7 +258,9 @@ def check_deflate_request(subject: Subject) -> str:
 
 
 def _encoded(subject: Subject, body: bytes, coding: str) -> str:
-    answer = subject.ask("POST", f"{subject.model_path}/infer", body, {"Content-Encoding": coding})
+    answer = subject.ask(
+        "POST", f"{subject.model_path}/infer", body, {"Content-Type": "application/json", "Content-Encoding": coding}
+    )
     if answer.status != 200:
         raise NotOffered(refused(answer, client_fault=False))
     expect_same_outputs(subject, answer)

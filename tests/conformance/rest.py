@@ -13,6 +13,7 @@ HEALTH = "REST health"
 METADATA = "REST metadata"
 INFERENCE = "REST inference"
 REFUSALS = "REST refusals"
+JSON_TYPE = {"Content-Type": "application/json"}
 
 
 def refused(answer: Answer, *, client_fault: bool = True) -> str:
@@ -297,13 +298,13 @@ def check_unknown_version(subject: Subject) -> str:
 def check_malformed_json(subject: Subject) -> str:
     """A body that is no JSON is refused with an error text."""
     body = _json(subject.sample)[:-7]
-    return refused(subject.ask("POST", f"{subject.model_path}/infer", body), client_fault=False)
+    return refused(subject.ask("POST", f"{subject.model_path}/infer", body, JSON_TYPE), client_fault=False)
 
 
 @check(REFUSALS, "recommended", f'{OIP_REST}: "typically 400"')
 def check_malformed_json_is_the_clients_fault(subject: Subject) -> str:
     """... with 4xx, because the fault is the client's."""
-    return refused(subject.ask("POST", f"{subject.model_path}/infer", _json(subject.sample)[:-7]))
+    return refused(subject.ask("POST", f"{subject.model_path}/infer", _json(subject.sample)[:-7], JSON_TYPE))
 
 
 @check(REFUSALS, "required", f"{OIP_REST}: Request Input")

@@ -210,5 +210,6 @@ ENTRIES = [entry for entry in ALLOWED if entry.cases[0].startswith("shm/")]
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[entry.why for entry in ENTRIES])
 def test_every_entry_of_the_allow_list_explains_something(answers: Answers, entry: Allowed) -> None:
-    found = [differences(f"shm/{name}", step, *pair) for name, (step, pair) in answers.replies.items()]
+    asked = answers.replies.items()
+    found = [differences(f"shm/{name}", step, theirs, ours) for name, (step, (theirs, ours)) in asked]
     assert any(entry.covers(difference) for case in found for difference in case)

@@ -35,7 +35,8 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         self.version = int(args["model_version"])
-        self.inputs = [i["name"] for i in config["input"]]
+        controls = config.get("sequence_batching", {{}}).get("control_input", [])
+        self.inputs = [i["name"] for i in (*config["input"], *controls)]
         self.outputs = {{o["name"]: o["data_type"] for o in config["output"]}}
 
     def execute(self, requests):

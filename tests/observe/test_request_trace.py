@@ -56,6 +56,23 @@ async def traced(tmp_path: Path, plan: TracePlan, batches: list[list[InferReques
     return json.loads((tmp_path / "trace.json").read_bytes()) if (tmp_path / "trace.json").exists() else []
 
 
+async def test_what_a_member_was_answered_with_is_traced(tmp_path: Path) -> None:
+    """Outputs of a ragged batch are not rows: each member has a batch of its own."""
+    members = [request(0), request(1)]
+    whole = batch(*members)
+    for place, member in enumerate(members):
+        own = batch(member)
+        own.outputs[0] = OutputTensor("y", FP32, (1, 2 + place), np.full(2 + place, place, "<f4").tobytes())
+        member.row = 0
+    file = TraceFile(tmp_path / "trace.json", 10**6)
+    whole.outputs[0] = OutputTensor("y", FP32, (5,), bytes(20))
+    ModelTracer(SPEC, file, EVERY).batch(members, whole)
+    await file.close()
+    rows = json.loads((tmp_path / "trace.json").read_bytes())
+    tensors = [row["tensor"] for row in rows if row.get("activity") == "TENSOR_BACKEND_OUTPUT"]
+    assert [(tensor["shape"], tensor["data"]) for tensor in tensors] == [("1,2", "0.0,0.0"), ("1,3", "1.0,1.0,1.0")]
+
+
 async def test_what_a_trace_says(tmp_path: Path) -> None:
     members = [request(0), request(1, "mine", "é,".encode())]
     first, _, _, _, head, times, x, s, y = await traced(tmp_path, EVERY, [members])

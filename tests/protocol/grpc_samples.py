@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway.core.client_memory import NO_CLIENT_MEMORY, ClientMemory
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest
 from gateway.protocol import schema
@@ -58,9 +59,9 @@ def infer_request(
 class Codec:
     """Both halves of reading, for one model; keeps what it has seen, as a server does."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, memory: ClientMemory = NO_CLIENT_MEMORY) -> None:
         self.openings = Openings()
-        self.reader = RequestReader(spec)
+        self.reader = RequestReader(spec, memory)
 
     def read(self, message: Any) -> InferRequest:
         data = message if isinstance(message, bytes | memoryview) else message.SerializeToString(deterministic=True)

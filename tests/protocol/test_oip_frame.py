@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from gateway.core.client_memory import Area
 from gateway.core.request import SequenceStep
-from gateway.errors import InvalidRequest, Unsupported
+from gateway.errors import InvalidRequest
 from gateway.protocol.oip_frame import read_frame
 from gateway.protocol.oip_parameters import NO_OPTIONS
 from gateway.protocol.oip_plan import MAX_INPUTS, MAX_OUTPUTS, WantedOutput

@@ -50,7 +50,7 @@ def test_absent_optional_input_is_part_of_the_batch_key() -> None:
 
 
 def test_dims_of_ragged_inputs_are_checked_and_separate_no_batches() -> None:
-    planner = Planner(model([tensor_spec("A", dims=(-1, 2), ragged=True), tensor_spec("B")]))
+    planner = Planner(model([replace(tensor_spec("A", dims=(-1, 2)), ragged=True), tensor_spec("B")]))
     plans = [planner.plan((("A", "FP32", (1, n, 2)), ("B", "FP32", (1, 3)))) for n in (0, 1, 7)]
     assert {plan.trailing for plan in plans} == {((), (3,))}
     assert [plan.inputs[0].elements for plan in plans] == [0, 2, 14]
