@@ -65,7 +65,14 @@ MALFORMED: Final = (
     "control/file without config",
     "statistics/*",
 )
-CONFIGS: Final = ("documents/config *", "grpc_documents/config *", "control/*", "grpc_control/*", "restricted/*/config")
+CONFIGS: Final = (
+    "documents/config *",
+    "grpc_documents/config *",
+    "control/*",
+    "grpc_control/*",
+    "restricted/*/config",
+    "sequence/* config",
+)
 SERVER: Final = (
     "documents/server",
     "routes/GET /v2?x=y",
@@ -88,7 +95,13 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
     Allowed(MALFORMED, "status", "§0 no. 1: what the client wrote wrongly is 400 here, INTERNAL there", 500, 400),
     Allowed(("*",), "error.header.content-type", "§1.2: an error's body is JSON and says so", *PLAIN),
     Allowed(
-        ("documents/metadata *", "accepting/metadata *", "grpc_documents/metadata *", "restricted/* /v2/models/m"),
+        (
+            "documents/metadata *",
+            "accepting/metadata *",
+            "grpc_documents/metadata *",
+            "restricted/* /v2/models/m",
+            "sequence/* metadata",
+        ),
         "body.platform",
         "the twins differ in this: Python there, ONNX here",
         "python",
@@ -260,6 +273,19 @@ ALLOWED: Final[tuple[Allowed, ...]] = (
         "§1.7: a tensor lies within its region; Triton 2.51 counts the region's own offset as room",
         (200, "OK"),
         (400, "INVALID_ARGUMENT"),
+    ),
+    # --- sequences
+    Allowed(
+        ("sequence/* statistics",),
+        "body.model_stats.0.*",
+        "which requests of a stream meet in a batch depends on timing; the counts of requests and rows do not",
+    ),
+    Allowed(
+        ("sequence/named*",),
+        "*status",
+        "Triton's Python backend cannot read the string of a correlation id that Triton gives it",
+        400,
+        200,
     ),
     # --- gRPC
     Allowed(("grpc_datatypes/* overflow",), "status", "§0 no. 16", "OK", "INVALID_ARGUMENT"),

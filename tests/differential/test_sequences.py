@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from tritonclient.grpc import service_pb2 as pb
 
+from tests.differential.allowed import ALLOWED, Allowed
 from tests.differential.build import add, ask, blob, call, infer, request, tensor
 from tests.differential.campaign import Setting, Tally, both, run
 from tests.differential.exchange import Case, Grpc, Http
@@ -150,3 +151,16 @@ def tally(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tally]:
 def test_answers_are_equal_or_their_difference_is_explained(tally: Tally, case: Case) -> None:
     found = tally.unexplained[case.name]
     assert not found, "\n".join(map(str, found))
+
+
+def test_counts_of_requests_and_rows_are_equal(tally: Tally) -> None:
+    paths = [found.path for name in ("direct", "oldest") for found in tally.found[f"sequence/{name} statistics"]]
+    assert not [path for path in paths if "success" in path or "inference_count" in path or "fail" in path]
+
+
+ENTRIES = [entry for entry in ALLOWED if entry.cases[0].startswith("sequence/") and entry.path == "*status"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry.why for entry in ENTRIES])
+def test_every_entry_of_the_allow_list_explains_something(tally: Tally, entry: Allowed) -> None:
+    assert entry not in tally.stale
