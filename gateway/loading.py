@@ -199,6 +199,8 @@ async def _settle_ragged(
         note = f"not batched: {kept_apart or verdict.why}"
         if kept_apart is None:
             _warn_not_merged(wanted, verdict)
+    if one_row:
+        note += "; a request has one row, for the model answers requests"
     policy = replace(spec.policy, merge=merge, oversize="reject", one_row=one_row)
     spec = replace(spec, policy=policy, batching_note=note)
     await _warm_up(wanted, loaded, spec, proof.trial)

@@ -90,10 +90,17 @@ def test_clients_see_rows_of_any_length(rig: Rig) -> None:
 def test_requests_have_one_row_where_the_model_answers_requests(rig: Rig) -> None:
     version = rig.one(models.segments(), SEGMENTS_CONFIG)
     assert version.spec.policy.one_row
+    assert version.spec.batching_note.endswith("; a request has one row, for the model answers requests")
     planner = Planner(version.spec)
     assert planner.plan((("x", "FP32", (1, 7)),)).rows == 1
     with pytest.raises(InvalidRequest, match="inference request batch-size must be <= 1 for 'm'"):
         planner.plan((("x", "FP32", (2, 3)),))
+
+
+def test_batches_of_one(rig: Rig) -> None:
+    version = rig.one(models.segments(), SEGMENTS_CONFIG.replace("max_batch_size: 8", "max_batch_size: 1"))
+    assert (version.spec.policy.max_batch_size, version.spec.policy.request_rows) == (1, 1)
+    assert ask(rig, version, np.array([[1.0, 2.0]]))["sum"].tolist() == [[3]]
 
 
 def test_several_rows_where_the_model_answers_rows(rig: Rig) -> None:
@@ -176,7 +183,7 @@ def test_what_carries_a_neighbours_numbers_into_an_answer_is_not_merged(rig: Rig
     version = rig.one(models.segments(running=True), SEGMENTS_CONFIG)
     assert not version.spec.policy.merge
     assert "output 'sum' of request" in version.spec.batching_note
-    assert version.spec.batching_note.endswith("together, where those hold NaN")
+    assert "nan] together, where those hold NaN;" in version.spec.batching_note
     assert ask(rig, version, np.array([[1.0, 2.0]]))["sum"].tolist() == [[3]]  # alone it serves
 
 

@@ -329,14 +329,15 @@ class GrpcCall(Stream):
         self._connection.http2.send_data(self, parts, PREFIX_BYTES + length)
         self._connection.wake()
 
-    def finish(self, code: int = 0, text: str = "") -> None:
-        """End the call with a status, behind all that was sent. Does nothing if the call is over."""
+    def finish(self, code: int = 0, text: str = "", head: bytes = b"") -> None:
+        """End the call with a status, behind all that was sent; `head`: literals that go with it. Does nothing if the
+        call is over."""
         if self.over:
             return
         if not self.started:
-            self.fail(code, text)
+            self.fail(code, text, head)
             return
-        block = TRAILERS_OK if not code else grpc_wire.trailers(code, text)
+        block = TRAILERS_OK + head if not code else grpc_wire.trailers(code, text, head)
         self._connection.http2.send_trailers(self, block)
         self._end()
         self._connection.wake()

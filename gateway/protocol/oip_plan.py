@@ -23,8 +23,8 @@ from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 
 MAX_ELEMENTS: Final = 2**63 - 1
-MAX_EMPTY_ELEMENTS: Final = 2**31
-"""Bound on the product of the other dimensions where one is 0."""
+MAX_EMPTY_ELEMENTS: Final = 2**31 - 1
+"""Bound on the product of the other dimensions where one is 0; models may be told dims as INT32 (core/ragged.py)."""
 MAX_INPUTS: Final = 64
 MAX_OUTPUTS: Final = 256
 REMEMBERED: Final = 512

@@ -49,6 +49,7 @@ COUNTS = (BatchInputTensor("BATCH_ELEMENT_COUNT", ("n",), INT32, ("x",)),)
 def test_what_is_made_for_a_batch_is_added_where_the_model_has_it() -> None:
     served = ragged(Scheduling(batch_inputs=COUNTS), (TensorSpec("y", FP32, (1,)),))
     assert not served.neutral
+    assert not Binding(served.spec, RAGGED_INPUTS[::-1], RAGGED_OUTPUTS).neutral  # `n` last, but nobody else makes it
     parts = [InputTensor(FP32, (1, count, 2), None, bytes(8 * count)) for count in (3, 0, 1)]
     flat, made = served.batch_inputs([BatchInput(0, FP32, (8,), 32, parts)])
     assert (flat.index, flat.shape, flat.nbytes, flat.parts) == (1, (8,), 32, parts)
