@@ -286,13 +286,13 @@ class Catalog:
         check_cacheable(wanted.scheduling)
         if wanted.scheduling.ensemble:
             spec = ensemble_spec(wanted, artifact)
-            version.config_document = document(wanted, artifact, spec, 0)
+            version.config_document = await asyncio.to_thread(document, wanted, artifact, spec, 0)
             version.settle_ensemble(Ensemble(spec, version.statistics, self.resolve, self._infer))
             return
         loaded = await wanted.load(artifact)
         try:
             spec, row_s = await settle_spec(version.wanted, artifact, loaded)
-            version.config_document = document(wanted, artifact, spec, len(loaded.replicas))
+            version.config_document = await asyncio.to_thread(document, wanted, artifact, spec, len(loaded.replicas))
         except BaseException:
             await loaded.unload()
             raise

@@ -120,8 +120,13 @@ class EnsembleRun:
 
     def _launch_all(self, steps: list[int]) -> None:
         for step in steps:
-            if self.request.state != SETTLED:  # a queue that is asked may find that another step's time is up
+            if self.request.state == SETTLED:  # a queue that is asked may find that another step's time is up
+                return
+            try:
                 self._launch(step)
+            except GatewayError:
+                if self.request.state != SETTLED:
+                    raise
 
     def _launch(self, index: int) -> None:
         try:

@@ -163,7 +163,7 @@ class Repository:
                 f"{fault or 'a name that begins with a dot is hidden'}"
             )
         try:
-            await self._load_with_steps(name, read_override(parameters), ())
+            await self._load_with_steps(name, await asyncio.to_thread(read_override, parameters), ())
         except ConfigError as error:
             raise LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}") from None
         finally:

@@ -11,7 +11,8 @@ kept is `core/remembered.py`'s. Rules:
     requests of another priority or timeout do not share a flight, only the answer once it is there;
   * `Inference-Backend` says "cache", with the batch that once made the answer, exactly for the requests that count as
     cache hits: those that were not executed. One request of a flight counts as executed;
-  * those who wait for flights are bounded in rows, like a queue.
+  * those who wait for flights are bounded in rows, like a queue;
+  * an ensemble may hold steps of sequences, now or after a reload: what belongs to a sequence goes past the cache there.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class ResponseCache:
             Refused: the request was not taken; `settle` will not be called.
         """
         begun = self._now()
+        if request.sequence is not None and self.spec.scheduling.ensemble:
+            self._forward(request)
+            return
         scope = self._model.fingerprint()
         key = key_of(scope, request)
         if key is None:

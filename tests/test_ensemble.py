@@ -20,7 +20,7 @@ from gateway.backends.interface import Batch, Failure, FailureKind, Success
 from gateway.catalog import ServedVersion
 from gateway.core.assembly import slice_rows, write_parts
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
-from gateway.core.request import InferRequest, InputTensor, OutputTensor
+from gateway.core.request import SETTLED, InferRequest, InputTensor, OutputTensor, SequenceStep
 from gateway.core.scheduling import EnsembleStep, Scheduling
 from gateway.core.tensor import DATATYPE
 from gateway.ensemble import Ensemble, check_cacheable
@@ -779,3 +779,45 @@ async def test_any_history_settles_everyone_once(seed: int, count: int, history:
     counted = world.versions["e"].statistics
     assert counted.success == sum(caller.error is None for caller, _ in sent)
     assert sum(counted.failures.values()) == len(sent) - counted.success + refused
+
+
+@simulated
+async def test_steps_of_a_sequence_are_never_taken_from_the_cache() -> None:
+    world = diamond(cached=True)
+    for _ in range(2):
+        caller = Caller(world, world.versions["e"], {"IN": [1]})
+        caller.request.sequence = SequenceStep(7)
+        world.infer(world.versions["e"], caller.request)
+        world.callers.append(caller)
+        await turns(20)
+        await asyncio.sleep(1.0)
+        assert caller.made() == {"OUT": [4]}
+    await world.finish()
+    assert world.replicas["add"].executed == [1, 1]
+    assert world.versions["e"].statistics.cache_hits == 0
+
+
+@simulated
+async def test_a_caller_whose_request_ended_while_a_step_was_refused_is_told_once() -> None:
+    world = diamond()
+    served = world.versions["e"]
+    first: list[InferRequest] = []
+
+    def infer(version: Version, request: InferRequest) -> None:
+        if not first:
+            first.append(request)
+            return
+        request_of_first = first[0]  # a queue that is asked finds that the time of the other step is up
+        request_of_first.error, request_of_first.state = DeadlineExceeded("too late"), SETTLED
+        request_of_first.settle(request_of_first)
+        raise Overloaded("full")
+
+    ensemble = Ensemble(served.spec, served.statistics, world.resolve, infer, world.loop.time)
+    caller = Caller(world, served, {"IN": [1]})
+    ensemble.submit(caller.request)
+    assert caller.settled == 1
+    assert isinstance(caller.error, DeadlineExceeded)
+    assert caller.request.state == SETTLED
+    assert (ensemble.pending, ensemble.nbytes) == (0, 0)
+    assert all(version.pins == 0 for version in world.versions.values())
+    await world.finish()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gateway import catalog, management_repository
 from gateway.backends.interface import Batch
 from gateway.catalog import Catalog
 from gateway.config import Config, ModelSettings
@@ -264,6 +266,22 @@ async def test_other_refusals(tmp_path: Path) -> None:
             assert "'repository_name' specification is not supported" in str(error)
         assert isinstance(await refusal(r.repository.load("a", {"x": "y"})), Malformed)
         assert r.states() == {}
+
+
+async def test_reading_a_large_configuration_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by: list[threading.Thread] = []
+    for where, name in ((management_repository, "read_override"), (catalog, "document")):
+
+        def noted(*arguments: Any, real: Any = getattr(where, name)) -> Any:
+            read_by.append(threading.current_thread())
+            return real(*arguments)
+
+        monkeypatch.setattr(where, name, noted)
+    async with rig(tmp_path) as r:
+        await r.start()
+        await r.repository.load("a", {"config": '{"max_batch_size": 4}'})
+    assert len(read_by) == 2
+    assert threading.main_thread() not in read_by
 
 
 @pytest.mark.parametrize("mode", ["none", "poll"])

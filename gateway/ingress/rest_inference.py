@@ -108,13 +108,18 @@ class RestInference:
 
     def infer_coded(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         """The request is compressed, or the answer may be."""
-        version = self._ready(route, exchange)
-        if version is None:
+        ready = self._ready(route, exchange)
+        if ready is None:
             return
+        version: ServedVersion = ready
         codec: HttpCodec = version.http_codec or codec_for(version, self._options)
         coding, accepted = route.codings
 
         def plain(body: bytes) -> None:
+            nonlocal version, codec
+            if version.scheduler is None:  # freed while the body was inflated: its name may mean another by now
+                version = self._catalog.resolve(route.model, route.version)
+                codec = version.http_codec or codec_for(version, self._options)
             request = codec.decode(head, body, exchange)
             if accepted is not None:
                 request.settle = lambda request: codec.settle_coded(self._bodies, accepted, request)

@@ -24,7 +24,9 @@ from gateway.protocol.protobuf_wire import length_at
 
 REMEMBERED_OPENINGS: Final = 1024
 REMEMBERED_BYTES: Final = 4096
-"""Longest opening that is remembered."""
+"""Longest opening that is remembered, and ..."""
+REMEMBERED_TOTAL_BYTES: Final = 512 * 1024
+"""... of all of them. The library's objects take up to 50 times as much."""
 MAX_OPENING_BYTES: Final = 16 * 1024 * 1024
 """Of an opening with typed data; raw tensors do not count."""
 MAX_WHOLE_BYTES: Final = 4 * 1024 * 1024
@@ -78,6 +80,8 @@ class Openings:
     def __init__(self) -> None:
         self._message = schema.message("inference.ModelInferRequest")
         self._openings: dict[bytes | tuple[bytes, bytes], Opening] = {}
+        self._nbytes = 0
+        """Of the keys there."""
         self._places: dict[int, tuple[int, int, int]] = {}
         """Where a message of this many bytes was cut last: start of `id`, end of `id`, first raw tensor. A guess: it
         counts only where the bytes so cut are an opening that is remembered."""
@@ -142,9 +146,12 @@ class Openings:
         if found is None:
             found = Opening(self._parse(key if isinstance(key, bytes) else b"".join(key), MAX_OPENING_BYTES))
             if not is_typed(found.message):
-                if len(self._openings) >= REMEMBERED_OPENINGS:
+                nbytes = at - end + start
+                if len(self._openings) >= REMEMBERED_OPENINGS or self._nbytes + nbytes > REMEMBERED_TOTAL_BYTES:
                     self._openings.clear()
+                    self._nbytes = 0
                 self._openings[key] = found
+                self._nbytes += nbytes
         return found
 
     def _parse(self, data: bytes | memoryview, limit: int) -> Any:

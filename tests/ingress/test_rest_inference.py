@@ -183,6 +183,22 @@ async def test_inflating_a_large_body_holds_up_nobody(monkeypatch: pytest.Monkey
         check(await client.answer(), [5])
 
 
+async def test_a_model_that_is_replaced_while_a_body_is_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = body_of([5])[:-1] + b" " * (AT_ONCE_BYTES * 2) + b"}"
+    gate = Gate(monkeypatch, "_rest")
+    async with oip_bench() as bench:
+        client = await bench.client()
+        client.send(sent(padded, "gzip"))
+        await gate.reached()
+        former = bench.catalog.find("numbers", "2")
+        assert await bench.catalog.replace([former.wanted]) == []
+        while former.scheduler is not None:
+            await asyncio.sleep(0)
+        gate.opened.set()
+        check(await client.answer(), [5])
+        assert bench.catalog.find("numbers", "2").statistics.inference_count == 1
+
+
 async def test_a_caller_who_leaves_while_its_body_is_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = body_of([5])[:-1] + b" " * (AT_ONCE_BYTES * 2) + b"}"
     gate = Gate(monkeypatch, "_rest")

@@ -53,17 +53,25 @@ def test_a_zero_does_not_hide_dimensions_that_kill_workers(served: GatewayProces
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,16],"data":[' + b"1," * 600_000 + b"NaN]}]}",
         b'{"x":[' + b"[]," * 400_000 + b'[]],"inputs":[]}',
         b'{"x":' + b'{"a":1},' * 200_000,
     ],
-    ids=["a NaN among many", "many small arrays", "broken"],
+    ids=["many small arrays", "broken"],
 )
 def test_large_json_that_only_slow_parsers_read_is_refused(served: GatewayProcess, body: bytes) -> None:
     status, headers, answer = served.request("POST", "/v2/models/linear/infer", body)
     assert status == 400
     assert "binary tensor extension" in json.loads(answer)["error"]
     assert "x-request-id" in headers
+
+
+def test_a_nan_in_a_large_body_is_read_like_any_number(served: GatewayProcess) -> None:
+    row = b",".join([b"1"] * 15 + [b"NaN"])
+    rows = b",".join([row] * 40_000)  # 1.3 MB: literals used to end on a road that only small bodies may take
+    body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,16],"data":[' + rows + b"]}]}"
+    status, _, answer = served.request("POST", "/v2/models/linear/infer", body)
+    assert status == 400
+    assert "640000" in json.loads(answer)["error"]  # all were counted; there are too many for the shape
 
 
 def test_after_sigterm_readiness_is_refused_while_requests_are_still_served(tmp_path: Path) -> None:

@@ -259,3 +259,12 @@ def test_a_large_tensor_is_not_copied() -> None:
         assert tensor is not None
         assert isinstance(tensor.buffer, memoryview)
         assert tensor.buffer.obj is data
+
+
+def test_what_is_remembered_is_bounded_in_bytes() -> None:
+    openings = Openings()
+    for number in range(1024):  # 2000 inputs each, of two bytes: some 100 KiB once they are read
+        openings.cut(b"\x0a\x06%06d" % number + b"\x2a\x00" * 2000)
+        remembered = sum([len(key) if isinstance(key, bytes) else sum(map(len, key)) for key in openings._openings])
+        assert remembered <= 512 * 1024
+    assert openings._openings

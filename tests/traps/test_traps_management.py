@@ -205,4 +205,6 @@ def test_trap_54_generate(plain: Client) -> None:
     assert reply.text.count("data: ") == 1
     event = {"model_name": "text", "model_version": "1", "OUTPUT0": "hello"}
     assert json.loads(reply.text.removeprefix("data: ")) == event
-    assert plain.ask(infer(ask(SIMPLE))).status == 200
+    decoupled = plain.post(LOAD, override(model_transaction_policy={"decoupled": True}))
+    refused(decoupled, 500, "decoupled")  # so no model here answers generate twice
+    assert plain.ask(infer(ask(SIMPLE), "managed")).status == 200
