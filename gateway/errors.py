@@ -3,7 +3,8 @@
     GatewayError
     ├── RequestError              blame: the caller; retrying the same bytes cannot help
     │   ├── InvalidRequest        400  malformed, mistyped, inconsistent input
-    │   │   └── Malformed         400  not JSON, or a field of a wrong JSON type: Triton's 500
+    │   │   ├── Malformed         400  not JSON, or a field of a wrong JSON type: Triton's 500
+    │   │   └── AlreadyRegistered 400  a name that is taken
     │   ├── Restricted            403  an API that needs a header the caller did not send
     │   ├── NotFound              404  unknown model, version or path
     │   ├── MethodNotAllowed      405
@@ -69,6 +70,12 @@ class Malformed(InvalidRequest):
 
     A class of its own because Triton answers it 500, which a server's owner may choose too.
     """
+
+
+class AlreadyRegistered(InvalidRequest):
+    """400: what the caller wants to register has a name that is taken."""
+
+    grpc_code = 6
 
 
 class NotFound(RequestError):

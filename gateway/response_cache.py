@@ -12,7 +12,8 @@ kept is `core/remembered.py`'s. Rules:
   * `Inference-Backend` says "cache", with the batch that once made the answer, exactly for the requests that count as
     cache hits: those that were not executed. One request of a flight counts as executed;
   * those who wait for flights are bounded in rows, like a queue;
-  * an ensemble may hold steps of sequences, now or after a reload: what belongs to a sequence goes past the cache there.
+  * an ensemble may hold steps of sequences, now or after a reload: what belongs to a sequence goes past the cache of an
+    ensemble.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ request of its own with the control inputs and the sequence's state behind the c
 sizes, delays, retries, deadlines while a step is executed, statistics: all that is the lanes' (scheduler.py). Who has a
 seat and whose turn it is, is `core/sequencing.py`'s; what the added tensors hold, `core/sequence_tensors.py`'s.
 
-Where sequences run. `direct`: a sequence stays on one replica, in one row of its batches where the model has a READY
-control; there are as many at once as replicas × `max_batch_size`. `oldest`: all replicas together execute the steps of
-up to `max_candidate_sequences` sequences for each of them; a model executed here keeps nothing between runs, so any
-replica may serve any step. What a sequence carries from step to step is held by the gateway, so a worker that dies
-costs it nothing: the step is executed again.
+Where sequences run. `direct`: a sequence stays on one replica; as many as replicas × `max_batch_size` live at once. It
+also stays in one row of the batches if the model has a READY control and its rows are proven independent. `oldest`:
+all replicas together execute the steps of up to `max_candidate_sequences` sequences for each of them; a model executed
+here keeps nothing between runs, so any replica may serve any step. What a sequence carries from step to step is held by
+the gateway, so a worker that dies costs it nothing: the step is executed again.
 
 A step is all or nothing: its caller gets the answer and the sequence its new state, or neither happens.
   * The model refuses a step (ModelError): the sequence goes on from where it was, as with Triton.
@@ -79,7 +79,8 @@ class SequenceScheduler:
         seats = max(1, spec.policy.max_batch_size) if direct else policy.max_candidate_sequences * len(replicas)
         groups = [[replica] for replica in replicas] if direct else [[*replicas]]
         self._room = SequenceRoom(len(groups), seats, policy.max_sequence_idle_s)
-        self._slotted = direct and spec.batched and self._tensors.ready_place is not None
+        # Rows that nobody asked for are rows of others: they may only stand beside rows proven independent.
+        self._slotted = direct and spec.batched and spec.policy.merge and self._tensors.ready_place is not None
         self._replicas = groups
         self._lanes = [
             Scheduler(self._tensors.model_spec, self._with_slots(group, lane), statistics, clock, row_s)
@@ -334,7 +335,7 @@ class SequenceScheduler:
         )
         for other in behind:
             if other.state != SETTLED:  # the answer to one may have made another leave
-                self.statistics.reject(lost.reason)
+                self.statistics.reject(lost.reason, spent_s=self._now() - other.received)
                 self._settle(other, lost)
         if then_go_on:
             self._go_on(sequence)

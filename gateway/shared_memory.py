@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from gateway.core.client_memory import Area
-from gateway.errors import InvalidRequest, NotFound, Overloaded, RegionFailed
+from gateway.errors import AlreadyRegistered, InvalidRequest, NotFound, Overloaded, RegionFailed
 
 DIRECTORY: Final = "/dev/shm"  # noqa: S108  # where POSIX shared memory objects live on Linux
 MAX_REGIONS: Final = 1024
@@ -77,7 +77,6 @@ class Region:
         """A copy of an area that was checked. Raises InvalidRequest: the object has shrunk; RegionFailed."""
         at = self.offset + area.offset
         end = at + area.nbytes
-        self._check_size(end)
         parts = []
         while at < end:
             try:
@@ -95,7 +94,8 @@ class Region:
     def write(self, area: Area, data: bytes | memoryview) -> None:
         """Write at the start of an area that was checked. Raises as `read`."""
         at = self.offset + area.offset
-        self._check_size(at + len(data))
+        if self.status().st_size < at + len(data):  # writing would make the client's object longer
+            raise self._shrunk(at + len(data))
         rest = memoryview(data)
         while rest:
             try:
@@ -106,11 +106,6 @@ class Region:
                 ) from error
             at += written
             rest = rest[written:]
-
-    def _check_size(self, end: int) -> None:
-        """Reading behind the end would give too little, and writing there would make the client's object longer."""
-        if self.status().st_size < end:
-            raise self._shrunk(end)
 
     def _shrunk(self, end: int) -> InvalidRequest:
         return InvalidRequest(
@@ -152,13 +147,14 @@ class SharedMemory:
         """Make bytes `offset` to `offset + byte_size` of the object `key` the region `name`.
 
         Raises:
-            InvalidRequest: a name is missing, reserved, too long or taken, or the bytes are not inside the object.
+            InvalidRequest: a name is missing, reserved or too long, or the bytes are not inside the object.
+            AlreadyRegistered: the region's name is taken.
             RegionFailed: there is no such object, or it cannot be opened.
             Overloaded: there are too many regions.
         """
         _check_name(name)
         if name in self._regions:
-            raise InvalidRequest(f"shared memory region '{_short(name)}' already in manager; unregister it first")
+            raise AlreadyRegistered(f"shared memory region '{_short(name)}' already in manager; unregister it first")
         if len(self._regions) >= self.max_regions:
             raise Overloaded(
                 f"failed to register shared memory region '{_short(name)}': there are {len(self._regions)} regions, "

@@ -135,6 +135,9 @@ def test_variables_are_typed_like_the_file() -> None:
     server = load(None, {}, environ).server
     assert (server.host, server.insecure, server.log_format) == ("0.0.0.0", True, "json")
     assert load(None, {}, {"GATEWAY_HOST": "", "GATEWAY_WORKERS": ""}).server == Server()
+    assert load(None, {}, {"GATEWAY_ALLOW_CLIENT_SHM": "true"}).server.client_shared_memory
+    assert load(None, {"allow_client_shm": True}, {"GATEWAY_ALLOW_CLIENT_SHM": "false"}).server.client_shared_memory
+    assert not Server().client_shared_memory
 
 
 def test_variables_that_kubernetes_makes_of_a_service_are_not_ours() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gateway.errors import GatewayError, InvalidRequest, NotFound, NotReady, Res
 from gateway.management import EXTENSIONS, Management
 from gateway.management_access import Restrictions
 from gateway.management_repository import Repository
+from gateway.shared_memory import SharedMemory
 from tests.ingress.oip_bench import Bench, check, http, infer, oip_bench, replica_of
 
 DURATIONS = {
@@ -182,10 +184,31 @@ async def test_shared_memory_is_off() -> None:
         for kind in ("system", "cuda"):
             with pytest.raises(NotFound, match=f"Unable to find {kind} shared memory region: 'r'"):
                 m.shm_status("r", kind)
-        with pytest.raises(Unsupported):
+        with pytest.raises(Unsupported, match="--allow-client-shm"):
             m.shm_register("r", "/k", 0, 8)
+        for name in ("r", None):
+            with pytest.raises(Unsupported, match="--allow-client-shm"):
+                m.shm_unregister(name)
         with pytest.raises(InvalidRequest, match="GPUs not supported"):
             m.cuda_shm_register("r")
+
+
+async def test_shared_memory_is_on_where_regions_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "object").write_bytes(bytes(8))
+    async with oip_bench() as bench:
+        repository = bench.management._repository
+        m = Management(bench.catalog, repository, lambda: True, memory=SharedMemory(100, str(tmp_path)))
+        assert m.server_metadata()["extensions"] == list(EXTENSIONS)
+        m.shm_register("r", "/object", 2, 4)
+        assert m.shm_status() == m.shm_status("r") == [{"name": "r", "key": "/object", "offset": 2, "byte_size": 4}]
+        assert m.shm_status(kind="cuda") == []
+        with pytest.raises(NotFound, match="Unable to find cuda shared memory region: 'r'"):
+            m.shm_status("r", "cuda")
+        with pytest.raises(InvalidRequest, match="already in manager"):
+            m.shm_register("r", "/object", 0, 1)
+        m.shm_unregister("nobody")
+        m.shm_unregister()
+        assert m.shm_status() == []
 
 
 def test_only_the_header_and_value_that_were_agreed_open_an_api() -> None:

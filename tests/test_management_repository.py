@@ -270,13 +270,16 @@ async def test_other_refusals(tmp_path: Path) -> None:
 
 async def test_reading_a_large_configuration_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_by: list[threading.Thread] = []
-    for where, name in ((management_repository, "read_override"), (catalog, "document")):
 
-        def noted(*arguments: Any, real: Any = getattr(where, name)) -> Any:
+    def noted(real: Any) -> Any:
+        def read(*arguments: Any) -> Any:
             read_by.append(threading.current_thread())
             return real(*arguments)
 
-        monkeypatch.setattr(where, name, noted)
+        return read
+
+    for where, name in ((management_repository, "read_override"), (catalog, "document")):
+        monkeypatch.setattr(where, name, noted(getattr(where, name)))
     async with rig(tmp_path) as r:
         await r.start()
         await r.repository.load("a", {"config": '{"max_batch_size": 4}'})

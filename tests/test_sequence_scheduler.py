@@ -268,6 +268,19 @@ async def test_direct_with_ready_every_sequence_has_its_row() -> None:
 
 
 @simulated
+async def test_direct_with_ready_rows_that_are_not_proven_independent_stay_alone() -> None:
+    bench = SequenceBench(sequence_policy(controls=(*FLAGS, READY)), BatchPolicy(4, merge=False))
+    bench.respond = replies
+    for identity in (1, 2):
+        bench.send(identity, identity, start=True)
+    await turns()
+    last = bench.send(20, 2, end=True)
+    await bench.finish(sequences=1)
+    assert [batch.numbers for batch in bench.executed] == [[1], [2], [20]]
+    assert (last.sum, last.flags) == (22, END + READY_FLAG)
+
+
+@simulated
 async def test_direct_with_ready_the_batch_ends_at_the_highest_row_in_use() -> None:
     bench = SequenceBench(sequence_policy(controls=(*FLAGS, READY)))
     bench.respond = replies
@@ -425,6 +438,7 @@ async def test_a_step_whose_time_is_up_in_the_backlog_ends_its_sequence() -> Non
     await bench.finish(sequences=1)
     assert with_start.sum == 4
     assert bench.statistics.rejected == {"deadline": 1, "sequence": 1}
+    assert (bench.statistics.failed, bench.statistics.failures["REJECTED"]) == (2, 2), "both had been accepted"
 
 
 @simulated

@@ -17,11 +17,15 @@ from gateway.core.tensor import DATATYPE, Datatype, pack_bytes
 from gateway.errors import InvalidRequest
 
 MAX_STRINGS: Final = 262_144
-"""Of one output of one request: making more would hold up everybody else for longer than a tenth of a second or so."""
+"""Of one output of one request: making more would hold up everybody else for longer than a few tenths of a second."""
 _RANKED: Final = frozenset({"float", "int", "uint"})
 _BYTES: Final = DATATYPE["BYTES"]
 _SELECT_FACTOR: Final = 8
-"""Where fewer than one in so many values are wanted, the others are left out before sorting."""
+"""Where fewer than one in so many values of a long row are wanted, the others are left out before sorting."""
+_LONG_ROW: Final = 256
+"""Shorter rows are ranked together: one by one, numpy's calls would cost more than the sorting."""
+_AT_ONCE: Final = 65_536
+"""Elements ranked together."""
 
 
 def check_classifiable(name: str, datatype: Datatype) -> None:
@@ -56,9 +60,13 @@ def classify(output: OutputTensor, classes: int, labels: tuple[str, ...], batche
     form = b"%f:%d" if output.datatype.kind == "float" else b"%d:%d"
     endings = _endings(labels, table.shape[1])
     elements: list[bytes] = []
-    for row in table:
-        for index in _highest(row, count):
-            text = form % (row[index].item(), index)
+    some = max(1, _AT_ONCE // max(1, table.shape[1]))
+    for first in range(0, rows if count else 0, some):
+        part = table[first : first + some]
+        places = _highest(part, count)
+        values = np.take_along_axis(part, places, 1)
+        for value, index in zip(values.ravel().tolist(), places.ravel().tolist(), strict=True):
+            text = form % (value, index)
             elements.append(text + endings[index] if index < len(endings) else text)
     shape = (rows, count) if batched else (count,)
     return OutputTensor(output.name, _BYTES, shape, pack_bytes(elements))
@@ -68,22 +76,23 @@ def _endings(labels: tuple[str, ...], length: int) -> list[bytes]:
     return [b":" + label.encode() if label else b"" for label in labels[:length]]
 
 
-def _highest(row: np.ndarray[Any, Any], count: int) -> list[int]:
-    """Indexes of the `count` highest values, the highest first; of equal ones the lowest index first."""
-    if count == 0:
-        return []
-    rank = np.where(np.isnan(row), -np.inf, row) if row.dtype.kind == "f" else row
+def _highest(table: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
+    """Indexes of the `count` highest values of each row, the highest first; of equal ones the lowest index first."""
+    ranks = np.where(np.isnan(table), -np.inf, table) if table.dtype.kind == "f" else table
+    if ranks.shape[1] >= _LONG_ROW and count * _SELECT_FACTOR < ranks.shape[1]:
+        return np.stack([_highest_of_long(rank, count) for rank in ranks])
+    return _descending(ranks)[:, :count]
+
+
+def _highest_of_long(rank: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
     size = len(rank)
-    if count * _SELECT_FACTOR < size:
-        least = np.partition(rank, size - count)[size - count]
-        places = np.flatnonzero(rank >= least)
-        rank = rank[places]
-        order = _descending(rank)[:count]
-        return [int(place) for place in places[order]]
-    return [int(place) for place in _descending(rank)[:count]]
+    least = np.partition(rank, size - count)[size - count]
+    places = np.flatnonzero(rank >= least)
+    found: np.ndarray[Any, Any] = places[_descending(rank[places])[:count]]
+    return found
 
 
-def _descending(rank: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _descending(ranks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A stable sort is ascending only, and unsigned numbers cannot be negated: so everything runs backwards."""
-    order: np.ndarray[Any, Any] = (len(rank) - 1 - np.argsort(rank[::-1], kind="stable"))[::-1]
-    return order
+    order: np.ndarray[Any, Any] = ranks.shape[-1] - 1 - np.argsort(ranks[..., ::-1], axis=-1, kind="stable")
+    return order[..., ::-1]

@@ -67,7 +67,7 @@ class SequencePolicy:
     minimum_slot_utilization: float = 0.0
     """Direct: share of the slots that must be filled before a batch goes without waiting for the delay."""
     max_candidate_sequences: int = 0
-    """Oldest: sequences in work at once; others wait for one to end. 0: no bound."""
+    """Oldest: sequences in work at once for each instance; others wait for one to end. 0: no bound."""
     preferred_batch_sizes: tuple[int, ...] = ()
     preserve_ordering: bool = False
     controls: tuple[ControlInput, ...] = ()

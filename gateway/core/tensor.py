@@ -73,8 +73,8 @@ def pack_bytes(elements: list[bytes]) -> bytes:
     return b"".join([part for element in elements for part in (pack(len(element)), element)])
 
 
-def unpack_bytes(buffer: bytes | memoryview) -> list[bytes]:
-    """OIP binary form → BYTES elements.
+def unpack_bytes(buffer: bytes | memoryview, most: int | None = None) -> list[bytes]:
+    """OIP binary form → BYTES elements. With `most` it reads no further than to one element more than that.
 
     Raises:
         ValueError: a length prefix is cut short or points past the end of the buffer.
@@ -83,6 +83,8 @@ def unpack_bytes(buffer: bytes | memoryview) -> list[bytes]:
     end, at = len(view), 0
     elements: list[bytes] = []
     while at < end:
+        if most is not None and len(elements) > most:
+            break
         if end - at < 4:
             raise ValueError("incomplete string length indicator")
         (length,) = _LENGTH.unpack_from(view, at)

@@ -37,8 +37,9 @@ PHASE_BOUNDS_S: Final = (0.00005, 0.0001, *DURATION_BOUNDS_S)
 """Queue wait and overhead are often far below a quarter of a millisecond."""
 ROW_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-EXPIRED: Final = frozenset(("deadline", "timeout"))
-"""Reasons of rejection that end a request which had been accepted: its time ran out in the queue."""
+EXPIRED: Final = frozenset(("deadline", "timeout", "sequence"))
+"""Reasons of rejection that end a request which had been accepted: its time ran out in the queue, or that of an earlier
+request of its sequence."""
 
 RECENT_BATCHES: Final = 1024
 """Executions that quantiles are made of."""

@@ -64,9 +64,10 @@ class TraceFile:
         self._left = max_bytes
         self._waiting: list[Trace] = []
         self._per_file = 0
-        self._number = 0
+        self._number = self._filled = 0
+        """Of the numbered file that is written, and how many traces are in it."""
         self._closing = False
-        self._begun: set[Path] = set()
+        self._begun = False
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
 
@@ -87,19 +88,25 @@ class TraceFile:
     async def _write_all(self) -> None:
         try:
             while self._waiting:
-                count = self._per_file or len(self._waiting)
-                if len(self._waiting) < count and not self._closing:
+                per_file = self._per_file
+                count = max(1, per_file - self._filled) if per_file else len(self._waiting)
+                if len(self._waiting) < min(count, MAX_WAITING) and not self._closing:
                     break  # this file is not full yet
                 traces, self._waiting = self._waiting[:count], self._waiting[count:]
-                path = self._path
-                if self._per_file:
-                    path = path.with_name(f"{path.name}.{self._number}")
-                    self._number += 1
-                await self._write(path, traces)
+                if not per_file:
+                    await self._write(self._path, traces, new=not self._begun)
+                    self._begun = True
+                    continue
+                await self._write(
+                    self._path.with_name(f"{self._path.name}.{self._number}"), traces, new=not self._filled
+                )
+                self._filled += len(traces)
+                if self._filled >= per_file:
+                    self._number, self._filled = self._number + 1, 0
         finally:
             self._writing = None
 
-    async def _write(self, path: Path, traces: list[Trace]) -> None:
+    async def _write(self, path: Path, traces: list[Trace], *, new: bool) -> None:
         rows = b",\n".join([orjson.dumps(row) for trace in traces for row in trace])
         if len(rows) + 4 > self._left:
             self._left = 0
@@ -107,13 +114,10 @@ class TraceFile:
             return
         self._left -= len(rows) + 4
         try:
-            await asyncio.to_thread(append_rows, path, rows, path not in self._begun)
+            await asyncio.to_thread(append_rows, path, rows, new)
         except OSError as error:
             self._left = 0
             log.error("tracing ends: %s cannot be written: %s", path, error.strerror)
-            return
-        if not self._per_file:
-            self._begun.add(path)
 
     async def close(self) -> None:
         """Write what is left."""

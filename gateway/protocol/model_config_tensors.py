@@ -7,6 +7,7 @@ order; a scalar (empty reshape) needs the batch dimension of a batching model. W
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Final, cast, get_args
 
@@ -122,8 +123,8 @@ def segments(dims: tuple[int, ...]) -> list[int]:
 
 
 def _refuse_repeated(top: Section, name: str, specs: list[TensorSpec]) -> None:
-    names = [spec.name for spec in specs]
-    for repeated in sorted({n for n in names if names.count(n) > 1}):
+    times = Counter([spec.name for spec in specs])
+    for repeated in sorted(name for name, n in times.items() if n > 1):
         top.fault(0, name, f"'{repeated}' is described twice; keep one of them")
 
 

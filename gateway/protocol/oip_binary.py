@@ -47,7 +47,7 @@ def check_size(plan: InputPlan, size: int, model: str) -> None:
 
 def _check_bytes(plan: InputPlan, blob: memoryview) -> None:
     try:
-        elements = unpack_bytes(blob)
+        elements = unpack_bytes(blob, plan.elements)  # a blob may hold millions more than its shape says
     except ValueError as error:
         raise InvalidRequest(f"{error} for inference input '{plan.name}'") from error
     if len(elements) > plan.elements:

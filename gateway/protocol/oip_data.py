@@ -19,7 +19,7 @@ from gateway.core.tensor import Datatype, pack_bytes
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.json_literals import Literals
 from gateway.protocol.json_strict import MinusZero
-from gateway.protocol.oip_plan import InputPlan, shown
+from gateway.protocol.oip_plan import MAX_STRINGS, InputPlan, shown
 
 MAX_DEPTH: Final = 100
 WIDEST: Final = 8
@@ -122,6 +122,11 @@ def from_array(plan: InputPlan, array: Any, literals: Literals | None = None) ->
     """
     kind = plan.datatype.kind
     if kind not in {"float", "int", "uint"}:
+        if kind == "bytes" and len(array) > MAX_STRINGS:  # looked at before each of them becomes a Python object
+            raise InvalidRequest(
+                f"input '{plan.name}': 'data' holds {len(array)} elements, at most {MAX_STRINGS} strings are allowed; "
+                "send several requests"
+            )
         return from_json(plan, array.as_list())
     letter, wire = {"float": ("d", "<f8"), "int": ("i", "<i8"), "uint": ("u", "<u8")}[kind]
     try:

@@ -259,9 +259,6 @@ class RequestDecoder:
     ) -> InferRequest:
         # Without a header length there are no blobs, but a tensor of no elements may still be declared binary.
         plan = self.planner.plan(tuple([(item.name, item.datatype, item.shape) for item in frame.inputs]))
-        form = self.planner.response_form(frame.outputs, all_binary=frame.options.binary_data_output)
-        if form.areas:
-            form = aimed(self._memory, form)
         check_total(self._memory, [item.area for item in frame.inputs])
         at = 0
         tensors = []
@@ -285,6 +282,9 @@ class RequestDecoder:
                 f"unexpected additional input data for model '{self.spec.name}': {len(blobs) - at} bytes behind the "
                 "last input"
             )
+        form = self.planner.response_form(frame.outputs, all_binary=frame.options.binary_data_output)
+        if form.areas:
+            form = aimed(self._memory, form)
         request = self.request(plan, tensors, form, frame.request_id)
         if frame.options is not NO_OPTIONS:
             frame.options.apply(request)

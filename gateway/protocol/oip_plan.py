@@ -25,6 +25,8 @@ from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_EMPTY_ELEMENTS: Final = 2**31 - 1
 """Bound on the product of the other dimensions where one is 0; models may be told dims as INT32 (core/ragged.py)."""
+MAX_STRINGS: Final = 1_048_576
+"""Elements of one BYTES input. Each becomes a Python object, and nobody else is served for half a second meanwhile."""
 MAX_INPUTS: Final = 64
 MAX_OUTPUTS: Final = 256
 REMEMBERED: Final = 512
@@ -165,6 +167,11 @@ class Planner:
                 f"size of {MAX_ELEMENTS}"
             )
         self._check_dims(tensor, shape)
+        if elements > MAX_STRINGS and not datatype.itemsize:
+            raise InvalidRequest(
+                f"input '{tensor.name}': shape {shown(_dims(shape))} holds {elements} strings, at most {MAX_STRINGS} "
+                "are allowed; send several requests"
+            )
         return InputPlan(place, tensor.name, datatype, shape, elements, datatype.kind != "half" or self._json_half)
 
     def _check_dims(self, tensor: TensorSpec, shape: tuple[int, ...]) -> None:

@@ -49,15 +49,18 @@ def varints(packed: memoryview) -> np.ndarray[Any, Any]:
     """
     octets = np.frombuffer(packed, np.uint8)
     ends = np.flatnonzero(octets < 0x80)
+    if len(ends) == len(octets):  # small numbers only: the case in which there are most of them
+        return octets.astype(np.uint64)
     starts = np.empty_like(ends)
-    starts[:1] = 0
+    starts[0] = 0
     starts[1:] = ends[:-1] + 1
-    lengths = ends - starts + 1
-    numbers = np.zeros(len(ends), np.uint64)
-    for place in range(int(lengths.max(initial=0))):
-        there = lengths > place
-        digits = (octets[starts[there] + place] & 0x7F).astype(np.uint64)
-        numbers[there] |= digits << np.uint64(7 * place)
+    numbers = (octets[starts] & 0x7F).astype(np.uint64)
+    place, longer = 1, np.flatnonzero(ends > starts)
+    while len(longer):
+        at = starts[longer] + place
+        numbers[longer] |= (octets[at] & 0x7F).astype(np.uint64) << np.uint64(7 * place)
+        longer = longer[at < ends[longer]]
+        place += 1
     return numbers
 
 

@@ -130,10 +130,12 @@ class Section:
     def entries(self, name: str) -> list[tuple[str, Section]]:
         """A map of texts to texts or blocks: its keys, each with the entry it stands in; a repeated key is a fault."""
         found: list[tuple[str, Section]] = []
+        seen: set[str] = set()
         for entry in self.sections(name):
             key = entry.text("key") or ""
-            if any(key == known for known, _ in found):
+            if key in seen:
                 entry.fault(entry.line, "key", f"'{key[:64]}' stands twice; keep one of them")
+            seen.add(key)
             found.append((key, entry))
         return found
 

@@ -87,6 +87,17 @@ def test_order_is_descending_and_ties_go_by_index(
     assert found == expected
 
 
+@pytest.mark.parametrize(("rows", "length", "classes"), [(3, 300, 5), (2, 300, 300), (3000, 50, 2), (1, 70_000, 3)])
+@pytest.mark.parametrize("datatype", ["FP32", "UINT64"])
+def test_long_rows_and_many_of_them(datatype: str, rows: int, length: int, classes: int) -> None:
+    values = np.random.default_rng(7).integers(0, 100, (rows, length))
+    found = texts(classify(output(datatype, values, (rows, length)), classes, LABELS, batched=True))
+    indexes = [int(text.split(":")[1]) for text in found]
+    for row in range(rows):
+        expected = sorted(range(length), key=lambda index, row=row: (-values[row, index], index))[:classes]  # type: ignore[misc]
+        assert indexes[row * classes : (row + 1) * classes] == expected
+
+
 def test_an_answer_is_bounded() -> None:
     rows = 4
     wide = output("UINT8", np.zeros(rows * MAX_STRINGS, np.uint8), (rows, MAX_STRINGS))

@@ -42,7 +42,7 @@ def campaign(atheris: Any, target: Any, chosen: argparse.Namespace) -> None:
     for number, data in enumerate([*target.seeds, *target.found()]):
         (corpus / f"seed-{number}").write_bytes(data)
     words = directory / "words"
-    words.write_text("".join(f'"{"".join(f"\\x{byte:02x}" for byte in word)}"\n' for word in target.words))
+    words.write_text("".join(f'"{escaped(word)}"\n' for word in target.words))
     arguments = [
         sys.argv[0], str(corpus), f"-runs={chosen.runs}", f"-max_len={target.max_bytes}", f"-timeout={MAX_INPUT_S}",
         f"-rss_limit_mb={MAX_RSS_MIB}", f"-artifact_prefix={chosen.artifacts}/{target.name}-", f"-dict={words}",
@@ -71,6 +71,11 @@ def campaign(atheris: Any, target: Any, chosen: argparse.Namespace) -> None:
 
     atheris.Setup(arguments, one)
     atheris.Fuzz()
+
+
+def escaped(word: bytes) -> str:
+    """As libFuzzer's dictionaries have it."""
+    return "".join(f"\\x{byte:02x}" for byte in word)
 
 
 def rss_mib() -> int:

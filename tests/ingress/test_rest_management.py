@@ -13,6 +13,7 @@ from gateway.protocol.options import ProtocolOptions
 from tests.ingress.oip_bench import Answer, Bench, check, http, infer, oip_bench
 
 OFF = "explicit model load / unload is not allowed if polling is enabled"
+REGION = "/v2/systemsharedmemory/region/r"
 
 
 async def ask(bench: Bench, method: str, path: str, body: Any = b"") -> Answer:
@@ -109,6 +110,15 @@ async def test_the_index_takes_an_empty_body_and_none_at_all() -> None:
         ("/v2/logging", {"log_file": "y"}, 501, "log file location can not be updated"),
         ("/v2/logging", {"log_format": "xml"}, 503, "invalid argument for log_format, got: xml"),
         ("/v2/cudasharedmemory/region/r/register", {}, 400, "GPUs not supported"),
+        (f"{REGION}/register", b"", 400, "failed to parse the request JSON buffer"),
+        (f"{REGION}/register", {}, 400, "Shared memory register request has no 'key' field"),
+        (f"{REGION}/register", {"key": "/k"}, 400, "Shared memory register request has no 'byte_size' field"),
+        (f"{REGION}/register", {"key": 1, "byte_size": 1}, 400, "'key' must be a string"),
+        (f"{REGION}/register", {"key": "/k", "byte_size": -1}, 400, "'byte_size' must be a whole number"),
+        (f"{REGION}/register", {"key": "/k", "byte_size": 1, "offset": 1.5}, 400, "'offset' must be a whole number"),
+        (f"{REGION}/register", {"key": "/k", "byte_size": 1}, 501, "--allow-client-shm"),
+        (f"{REGION}/unregister", b"", 501, "--allow-client-shm"),
+        ("/v2/systemsharedmemory/unregister", b"", 501, "--allow-client-shm"),
     ],
 )
 async def test_refusals(path: str, body: Any, status: int, text: str) -> None:

@@ -226,6 +226,29 @@ SEGMENTS_CONFIG = """max_batch_size: 8
 """For `segments`."""
 
 
+def running_sum() -> bytes:
+    """`INPUT` INT32 [batch, 1] + `PAST` → `OUTPUT` = `NOW` INT32 [batch, 1]; as a sequence with RUNNING_SUM."""
+    shape: list[int | str | None] = ["batch", 1]
+    return model(
+        [helper.make_node("Add", ["INPUT", "PAST"], ["OUTPUT"]), helper.make_node("Identity", ["OUTPUT"], ["NOW"])],
+        [value(name, "INT32", shape) for name in ("INPUT", "PAST")],
+        [value(name, "INT32", shape) for name in ("OUTPUT", "NOW")],
+    )
+
+
+RUNNING_SUM = """
+max_batch_size: 8
+input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "OUTPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+sequence_batching {
+  max_sequence_idle_microseconds: 60000000
+  %s
+  state [ { input_name: "PAST" output_name: "NOW" data_type: TYPE_INT32 dims: [ 1 ] } ]
+}
+"""
+"""Configuration of `running_sum`, to be filled with a strategy: `direct { }` or `oldest { … }`."""
+
+
 def repository(root: Path, models: dict[str, bytes], configs: dict[str, str] | None = None) -> Path:
     """Write `<root>/<name>/1/model.onnx` [+ config.pbtxt] for each model; returns `root`."""
     for name, data in models.items():

@@ -46,6 +46,15 @@ CONFIGS = {
     "told": f"{TENSORS} sequence_batching {{ {IDLE} {CONTROLS} }}",
     "named": f"{TENSORS} sequence_batching {{ control_input [ {{ name: 'CORRID' control [ "
     "{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_STRING } ] } ] }",
+    "named_adds": """
+      platform: "ensemble"
+      max_batch_size: 4
+      input [ { name: "X" data_type: TYPE_FP32 dims: [ 1 ] } ]
+      output [ { name: "SUM" data_type: TYPE_FP32 dims: [ 1 ] }, { name: "NAME" data_type: TYPE_STRING dims: [ 1 ] } ]
+      ensemble_scheduling { step [
+        { model_name: "adds" input_map { key: "x" value: "X" } output_map { key: "sum" value: "SUM" } },
+        { model_name: "named" input_map { key: "x" value: "SUM" } output_map { key: "name" value: "NAME" } }
+      ] }""",
     "grows": f"{TENSORS} output [ {{ name: 'all' data_type: TYPE_FP32 dims: [ -1 ] }} ] sequence_batching {{ {IDLE} "
     "state [ { input_name: 'past' output_name: 'all' data_type: TYPE_FP32 dims: [ -1 ] } ] }",
 }
@@ -110,7 +119,9 @@ def grows() -> bytes:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     files = {name: accumulator() for name in ("adds", "adds_direct", "restless")}
     files |= {"told": echoes_controls(), "named": echoes_name(), "grows": grows(), "plain": models.identity("FP32", 1)}
-    root = models.repository(tmp_path_factory.mktemp("sequences"), files, CONFIGS)
+    root = tmp_path_factory.mktemp("sequences")
+    (root / "named_adds" / "1").mkdir(parents=True)
+    models.repository(root, files, CONFIGS)
     with gateway("serve", str(root), "--workers", "2") as process:
         yield process
 
@@ -224,10 +235,24 @@ def test_a_sequence_that_rests_too_long_has_to_start_again(served: GatewayProces
     def forgotten() -> bool:
         threading.Event().wait(0.3)  # longer than it may rest; the machine may be slower than that, so more than once
         answers.append(step(served, "restless", 1, 3))
-        return answers[-1][0] == 400
+        return bool(answers[-1][0] == 400)
 
     until(forgotten, 60, "it rests for ever")
     assert "must specify the START flag" in answers[-1][2]["error"]
+
+
+def test_steps_of_an_ensemble_are_steps_of_their_models_sequences(served: GatewayProcess) -> None:
+    found = []
+    for x in (1, 2, 3):
+        given = {"name": "X", "datatype": "FP32", "shape": [1, 1], "data": [x]}
+        parameters = {"sequence_id": "inside", "sequence_start": x == 1, "sequence_end": x == 3}
+        status, _, answer = served.infer("named_adds", {"inputs": [given], "parameters": parameters})
+        assert status == 200, answer
+        found.append(outputs(answer))
+    assert found == [{"SUM": [total], "NAME": ["inside"]} for total in (1, 3, 6)]
+    status, _, answer = served.infer("named_adds", {"inputs": [given], "parameters": {"sequence_id": "inside"}})
+    assert status == 400
+    assert "must specify the START flag" in answer["error"]
 
 
 @pytest.mark.parametrize("model", ["adds", "adds_direct"])

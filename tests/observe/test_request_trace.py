@@ -130,6 +130,23 @@ async def test_a_log_frequency_makes_numbered_files(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+async def test_a_file_for_more_traces_than_may_wait_is_filled_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.observe.request_trace.FLUSH_AFTER_S", 0.0)
+    monkeypatch.setattr("gateway.observe.request_trace.MAX_WAITING", 4)
+    file = TraceFile(tmp_path / "trace.json", 10**6)
+    for number in range(16):
+        file.add([{"id": number}], 10)
+        async with asyncio.timeout(30):
+            while len(file._waiting) >= 4:
+                await asyncio.sleep(0.001)
+    await file.close()
+    assert file.dropped == 0
+    files = [json.loads((tmp_path / f"trace.json.{n}").read_bytes()) for n in range(2)]
+    assert [[row["id"] for row in rows] for rows in files] == [list(range(10)), list(range(10, 16))]
+
+
 async def test_one_file_is_begun_anew_and_then_continued(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("what was there before")
     file = TraceFile(tmp_path / "t", 10**6)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 
 from gateway.core.model import ModelSpec
-from gateway.core.tensor import DATATYPE, element_count
+from gateway.core.tensor import DATATYPE, element_count, unpack_bytes
 from gateway.errors import InvalidRequest
+from gateway.protocol import oip_binary
 from gateway.protocol.oip_binary import from_blob, raw_request_key
-from gateway.protocol.oip_plan import InputPlan
+from gateway.protocol.oip_plan import InputPlan, Planner
 
 from .oip_samples import NUMPY, model, packed, tensor_spec
 
@@ -118,3 +120,23 @@ def test_raw_request_whose_shape_cannot_be_deduced(spec: ModelSpec, size: int, w
     with pytest.raises(InvalidRequest) as caught:
         raw_request_key(spec, size)
     assert words in str(caught.value)
+
+
+def test_strings_beyond_the_shape_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def noted(*arguments: Any) -> list[bytes]:
+        read.append(len(found := unpack_bytes(*arguments)))
+        return found
+
+    monkeypatch.setattr(oip_binary, "unpack_bytes", noted)
+    refused("BYTES", (1, 2), bytes(400_000), "unexpected number of string elements 3", "expecting 2")
+    assert read == [3]
+
+
+def test_the_strings_of_one_input_are_bounded() -> None:
+    planner = Planner(model([tensor_spec("x", "BYTES"), tensor_spec("y", "INT8", optional=True)]))
+    assert planner.plan((("x", "BYTES", (1, 1_048_576)),)).inputs[0].elements == 1_048_576
+    planner.plan((("x", "BYTES", (1, 1)), ("y", "INT8", (1, 2_000_000))))
+    with pytest.raises(InvalidRequest, match=r"input 'x': .* holds 1048577 strings, at most 1048576 are allowed"):
+        planner.plan((("x", "BYTES", (1, 1_048_577)),))

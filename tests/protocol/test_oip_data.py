@@ -247,3 +247,9 @@ def test_halves_of_integers_and_what_is_no_number() -> None:
             from_json(in_json("FP16", 1), [wrong])
     array = simdjson.Parser().parse(b"[1,2.5]")
     assert tensor_bytes(from_array(in_json("FP16", 2), array)) == np.array([1, 2.5], "<f2").tobytes()
+
+
+def test_a_large_array_of_strings_is_refused_before_it_becomes_python_objects() -> None:
+    array = simdjson.Parser().parse(b"[" + b'"",' * 1_048_576 + b'""]')
+    with pytest.raises(InvalidRequest, match="'data' holds 1048577 elements, at most 1048576 strings are allowed"):
+        from_array(plan("BYTES", 2), array)

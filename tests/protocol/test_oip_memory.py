@@ -17,7 +17,7 @@ from gateway.protocol.oip_answer import AnswerEncoder, BatchEncoder
 from gateway.protocol.oip_grpc_answer import AnswerWriter, BatchAnswers
 from gateway.protocol.oip_json import LARGE_BYTES, RequestDecoder
 from gateway.protocol.options import ProtocolOptions
-from gateway.shared_memory import SharedMemory
+from gateway.shared_memory import RegionPlace, SharedMemory
 
 from .grpc_samples import RESPONSE, Codec, infer_request
 from .oip_samples import batch_of, decoded, model, packed, tensor_spec
@@ -168,8 +168,9 @@ def test_a_tensor_of_no_elements(reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 8, 13, 16])
-def test_an_area_has_the_size_of_the_shape(reader: Reader, size: int) -> None:
+def test_an_area_has_the_size_of_the_shape(reader: Reader, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     words = f"input byte size mismatch for input 'A' for model 'm'. Expected 12, got {size}"
+    monkeypatch.setattr(RegionPlace, "read", None)  # nothing is read for a request that is refused anyway
     refused(reader, InvalidRequest, words, ("A", "FP32", [1, 3], area(size)))
 
 
@@ -255,6 +256,16 @@ def test_raw_tensors_belong_to_the_inputs_that_are_not_in_shared_memory(memory: 
     refused(reader, InvalidRequest, "unable to find data for input tensor 'B'", SHARED, ("B", "BYTES", [1, 1], None))
 
 
+def test_a_raw_tensor_too_many_is_not_taken_for_the_one_in_shared_memory(memory: SharedMemory) -> None:
+    codec = Codec(SPEC, memory)
+    message = infer_request(PLAIN)
+    message.raw_input_contents[0] = bytes(12)
+    message.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    message.inputs[0].parameters["shared_memory_byte_size"].int64_param = 12
+    for _ in range(3):
+        assert decoded(SPEC, codec.read(message)) == {"A": ((1, 3), ROWS)}
+
+
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -291,11 +302,11 @@ def test_rest_with_json_beside_shared_memory(memory: SharedMemory, file: Path) -
 @pytest.mark.parametrize("mirror", [False, True])
 def test_grpc_has_an_empty_raw_entry_for_it(memory: SharedMemory, file: Path, mirror: bool) -> None:
     rpc = Rpc(SPEC, memory)
-    message = infer_request(("A", "FP32", [1, 1], {"fp32_contents": [0.0]}), outputs=["N", ("Y", area(8, 40)), "H"])
+    message = infer_request(("A", "FP32", [1, 1], {"fp32_contents": [0.0]}), outputs=["N", ("Y", area(8, 40))])
     answer = rpc.answer(settled(rpc.codec.read(message), 3, 1), mirror)
     described = [(o.name, o.datatype, list(o.shape)) for o in answer.outputs]
-    assert described == [("N", "BYTES", [1, 1]), ("Y", "FP32", [1, 2]), ("H", "FP16", [1, 1])]
-    assert list(answer.raw_output_contents) == [packed([b"dd"]), b"", H[3:].tobytes()]
+    assert described == [("N", "BYTES", [1, 1]), ("Y", "FP32", [1, 2])]
+    assert list(answer.raw_output_contents) == [packed([b"dd"]), b""]
     assert not any(o.parameters or o.HasField("contents") for o in answer.outputs)
     assert file.read_bytes()[40:48] == Y[3:].tobytes()
 
