@@ -24,9 +24,7 @@ _REASONS: Final[dict[tuple[str, str], str]] = {
 _NEUTRAL: Final[dict[tuple[str, str], object]] = {
     ("server", "processes"): 1,
 }
-_GUESSED: Final = frozenset(
-    ("auth", "authentication", "backends", "grpc", "inference_log", "registries", "registry")
-)
+_GUESSED: Final = frozenset(("auth", "authentication", "backends", "grpc", "inference_log", "registries", "registry"))
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 _SERVICE_NAME: Final = re.compile(r"(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_[0-9]+_.*")
 """Variables that Kubernetes makes of a service named gateway."""
@@ -49,8 +47,6 @@ def is_neutral(section: str, key: str, value: object) -> bool:
     """Whether the key belongs to a later version but its value asks for nothing that this one lacks."""
     wanted = _NEUTRAL.get((section, key))
     return wanted is not None and type(value) is type(wanted) and value == wanted
-
-
 
 
 def is_service_link(text: str) -> bool:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from gateway.core.admission import deadline_of
+from gateway.core.admission import deadline_of, never_fits
 from gateway.core.batch_queue import QueueStatistics
 from gateway.core.ensemble_plan import EnsemblePlan, plan_ensemble
 from gateway.core.model import Artifact, BatchPolicy, ModelSpec
@@ -182,6 +182,9 @@ class Ensemble:
             self.statistics.reject(self._closed.reason)
             raise type(self._closed)(str(self._closed))
         policy = self.spec.policy
+        if (rejected := never_fits(policy, rows, nbytes)) is not None:
+            self.statistics.reject(rejected.reason)
+            raise rejected.error(rejected.message)
         if self._rows + rows > policy.max_queue_rows or self.nbytes + nbytes > policy.max_queue_bytes:
             self.statistics.reject("queue_rows" if self._rows + rows > policy.max_queue_rows else "queue_bytes")
             raise Overloaded(

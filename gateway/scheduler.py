@@ -57,9 +57,10 @@ class Scheduler:
         statistics: ModelStatistics,
         clock: Callable[[], float] = time.monotonic,
         row_s: float = 0.0,
+        bounded: bool = True,
     ) -> None:
         """`clock`: monotonic seconds, the one that requests' `received` is read from. `row_s`: seconds a row took on
-        trial, 0.0 if nobody knows."""
+        trial, 0.0 if nobody knows. `bounded`: False where somebody before it decides who may wait."""
         self.spec = spec
         self.statistics = statistics
         self.tracer: ModelTracer | None = None
@@ -71,7 +72,8 @@ class Scheduler:
         """The queue, where the model has priority levels or queue policies."""
         self._queue: BatchQueue = self._levels or BatchQueue()
         self._order = ArrivalOrder() if stated.preserve_ordering else None
-        self._plain = self._levels is None and self._order is None
+        self._plain = bounded and self._levels is None and self._order is None
+        self._bounded = bounded
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
         self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self, row_s)
         self._pumping = False
@@ -129,6 +131,8 @@ class Scheduler:
             raise rejected.error(rejected.message)
 
     def _why_not(self, request: InferRequest) -> Rejected | None:
+        if not self._bounded:
+            return None
         rejected = admit(self._queue, self._policy, request)
         if rejected is None and self._order is not None:
             rejected = admit_in_order(self._queue, self._order, self._policy, request)
@@ -194,9 +198,12 @@ class Scheduler:
         return self._queue.unsettled
 
     @property
-    def waiting(self) -> tuple[int, int]:
-        """Rows and bytes that wait for a batch."""
-        return self._queue.rows, self._queue.nbytes
+    def waiting(self) -> tuple[int, int, int]:
+        """Rows and bytes that wait for a batch, or whose answers are held back, and groups that cannot share one."""
+        rows, nbytes = self._queue.rows, self._queue.nbytes
+        if self._order is not None:
+            rows, nbytes = rows + self._order.rows, nbytes + self._order.nbytes
+        return rows, nbytes, len(self._queue.groups)
 
     def __repr__(self) -> str:
         return f"<Scheduler {self.spec.name}/{self.spec.version} {self._queue!r} running={self._dispatcher.running}>"

@@ -83,7 +83,8 @@ class SequenceScheduler:
         self._slotted = direct and spec.batched and spec.policy.merge and self._tensors.ready_place is not None
         self._replicas = groups
         self._lanes = [
-            Scheduler(self._tensors.model_spec, self._with_slots(group, lane), statistics, clock, row_s)
+            # Who is let in is decided here; a step that was must not be refused when its turn comes.
+            Scheduler(self._tensors.model_spec, self._with_slots(group, lane), statistics, clock, row_s, bounded=False)
             for lane, group in enumerate(groups)
         ]
         self._queue = BatchQueue()
@@ -158,11 +159,11 @@ class SequenceScheduler:
         return step
 
     def _admit(self, request: InferRequest, *, begins: bool) -> None:
-        rows, held = self._queue.rows, self._queue.nbytes
+        rows, held, groups = self._queue.rows, self._queue.nbytes, 0
         for lane in self._lanes:
             more = lane.waiting
-            rows, held = rows + more[0], held + more[1]
-        rejected = admit_step(self._room, self._policy, (rows, held), request, begins=begins)
+            rows, held, groups = rows + more[0], held + more[1], max(groups, more[2])
+        rejected = admit_step(self._room, self._policy, (rows, held, groups), request, begins=begins)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
             raise rejected.error(rejected.message)

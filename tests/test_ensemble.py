@@ -35,6 +35,7 @@ from gateway.errors import (
     NotFound,
     NotReady,
     Overloaded,
+    TooLarge,
 )
 from gateway.intake import Intake
 from gateway.observe.record import ModelStatistics
@@ -820,4 +821,13 @@ async def test_a_caller_whose_request_ended_while_a_step_was_refused_is_told_onc
     assert caller.request.state == SETTLED
     assert (ensemble.pending, ensemble.nbytes) == (0, 0)
     assert all(version.pins == 0 for version in world.versions.values())
+    await world.finish()
+
+
+@simulated
+async def test_what_can_never_fit_is_not_to_be_sent_again() -> None:
+    world = diamond(policy=BatchPolicy(8, max_queue_bytes=32))
+    with pytest.raises(TooLarge, match="40 bytes, but only 16384 rows and 32 bytes may wait"):
+        world.send({"IN": [1, 2, 3, 4, 5]})
+    assert world.versions["e"].statistics.rejected == {"too_large": 1}
     await world.finish()

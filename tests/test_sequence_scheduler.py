@@ -679,6 +679,25 @@ async def test_bytes_that_wait_are_bounded() -> None:
 
 
 @simulated
+async def test_who_was_let_in_is_not_refused_later() -> None:
+    """A batch that comes back from a dead worker fills the queue beyond its bound; nobody inside pays for it."""
+    bench = SequenceBench(sequence_policy(strategy="oldest"), BatchPolicy(4, max_queue_bytes=16), replicas=2)
+    bench.send(1, 1, start=True)
+    stays = await bench.expect_batch([1])
+    bench.send(3, 3, start=True)
+    dies = await bench.expect_batch([3])
+    second = bench.send(10, 1)
+    bench.send(2, 2, start=True)
+    bench.replicas[1].set_available(False)
+    dies.fail(FailureKind.BROKEN)
+    await turns()
+    bench.respond = replies
+    stays.reply()
+    await bench.finish(sequences=3)
+    assert second.sum == 11
+
+
+@simulated
 async def test_sequences_are_bounded() -> None:
     bench = SequenceBench(sequence_policy(strategy="oldest"), BatchPolicy(4, max_queue_rows=5))
     bench.respond = replies

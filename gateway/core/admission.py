@@ -31,15 +31,22 @@ MAX_TIMEOUT_S = 120.0
 """The longest deadline a caller may ask for; more is capped (resilience notes §1.2)."""
 
 
+def never_fits(policy: BatchPolicy, rows: int, nbytes: int) -> Rejected | None:
+    """None: there may be room for such a request. The bounds on the queue are also what one caller may occupy."""
+    if rows <= policy.max_queue_rows and nbytes <= policy.max_queue_bytes:
+        return None
+    return Rejected(
+        "too_large",
+        f"the request holds {rows} rows and {nbytes} bytes, but only {policy.max_queue_rows} rows and "
+        f"{policy.max_queue_bytes} bytes may wait for this model; send smaller requests",
+        TooLarge,
+    )
+
+
 def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Rejected | None:
-    """None: let in. The bounds on the queue are also what one caller may occupy."""
+    """None: let in."""
     if request.rows > policy.max_queue_rows or request.nbytes > policy.max_queue_bytes:
-        return Rejected(
-            "too_large",
-            f"the request holds {request.rows} rows and {request.nbytes} bytes, but only {policy.max_queue_rows} rows "
-            f"and {policy.max_queue_bytes} bytes may wait for this model; send smaller requests",
-            TooLarge,
-        )
+        return never_fits(policy, request.rows, request.nbytes)
     if len(queue.groups) >= MAX_GROUPS and request.key not in queue.groups:
         return Rejected(
             "queue_shapes",

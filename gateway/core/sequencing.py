@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from gateway.core.admission import Rejected
+from gateway.core.admission import MAX_GROUPS, Rejected
 from gateway.core.model import BatchPolicy
 from gateway.core.request import InferRequest, InputTensor
 from gateway.core.sequence_tensors import States, nbytes
@@ -196,13 +196,14 @@ class SequenceRoom:
 
 
 def admit_step(
-    room: SequenceRoom, policy: BatchPolicy, waiting: tuple[int, int], request: InferRequest, *, begins: bool
+    room: SequenceRoom, policy: BatchPolicy, waiting: tuple[int, int, int], request: InferRequest, *, begins: bool
 ) -> Rejected | None:
-    """Whether a step is let in; None: it is. `waiting`: rows and bytes that wait; `begins`: it makes a new sequence.
+    """Whether a step is let in; None: it is. `waiting`: rows and bytes that wait, and kinds of steps (shapes of inputs
+    and states) that wait for a batch in one lane; `begins`: it makes a new sequence.
 
     States are bounded as a queue's inputs are. While they exceed the bound, only steps that end a sequence get in.
     """
-    rows, held = waiting
+    rows, held, groups = waiting
     if request.nbytes > policy.max_queue_bytes:
         return Rejected(
             "too_large",
@@ -218,6 +219,16 @@ def admit_step(
         return Rejected(
             "queue_bytes", f"Exceeds maximum queue size: {held} of {policy.max_queue_bytes} bytes wait; retry later"
         )
+    if groups >= MAX_GROUPS:
+        return Rejected(
+            "queue_shapes",
+            f"Exceeds maximum queue size: steps of {groups} different shapes wait, which cannot share batches; retry "
+            "later",
+        )
+    return _admit_sequence(room, policy, request, begins=begins)
+
+
+def _admit_sequence(room: SequenceRoom, policy: BatchPolicy, request: InferRequest, *, begins: bool) -> Rejected | None:
     if begins and room.count >= policy.max_queue_rows:
         return Rejected("queue_sequences", f"Exceeds maximum queue size: {room.count} sequences live; retry later")
     ends = request.sequence is not None and request.sequence.end

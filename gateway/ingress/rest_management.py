@@ -76,9 +76,7 @@ class RestManagement:
         )
         get(
             f"{MODEL}/config",
-            Operation(
-                self._model_config, "model-config", "Completed configuration", "ModelConfig", errors=(404, 503)
-            ),
+            Operation(self._model_config, "model-config", "Completed configuration", "ModelConfig", errors=(404, 503)),
         )
         get(
             f"{MODEL}/stats",

@@ -37,7 +37,8 @@ MIN_COMPRESSED_BYTES: Final = 1024
 """A shorter message is not worth compressing."""
 MAX_TIMEOUT_S: Final = 30 * 86_400.0
 """Longer ones are cut to this."""
-MAX_MESSAGE_TEXT_BYTES: Final = 4096
+MAX_MESSAGE_TEXT_BYTES: Final = 6144
+"""Of a status text, percent-encoded. grpcio takes 8 KiB of trailers, and may refuse more."""
 
 _CONTENT_TYPE: Final = metadata_literal(b"content-type", b"application/grpc")
 HEADERS_BLOCK: Final = status_literal(200) + _CONTENT_TYPE
@@ -134,9 +135,25 @@ def timeout_of(value: bytes) -> float | None:
 
 
 def percent_encoded(text: str) -> bytes:
-    """A status text as `grpc-message` carries it: UTF-8, all but printable ASCII (and `%`) percent-encoded."""
-    raw = text.encode("utf-8", "replace")[:MAX_MESSAGE_TEXT_BYTES]
-    return _UNPRINTABLE.sub(lambda found: b"%%%02X" % found[0][0], raw)
+    """A status text as `grpc-message` carries it: UTF-8, all but printable ASCII (and `%`) percent-encoded.
+
+    At most MAX_MESSAGE_TEXT_BYTES as encoded, because clients refuse a long header list, and with it the status; a
+    longer text is cut behind a whole character.
+    """
+    encoded = _percent_encoded(text[:MAX_MESSAGE_TEXT_BYTES])
+    if len(encoded) <= MAX_MESSAGE_TEXT_BYTES:
+        return encoded
+    room, count = MAX_MESSAGE_TEXT_BYTES, 0
+    for character in text:
+        room -= len(_percent_encoded(character))
+        if room < 0:
+            break
+        count += 1
+    return _percent_encoded(text[:count])
+
+
+def _percent_encoded(text: str) -> bytes:
+    return _UNPRINTABLE.sub(lambda found: b"%%%02X" % found[0][0], text.encode("utf-8", "replace"))
 
 
 def trailers(code: int, text: str = "", extra: bytes = b"") -> bytes:

@@ -191,6 +191,8 @@ class Output:
 
     def pump(self, budget: int) -> None:
         """Move queued data to `out`, up to about `budget` bytes."""
+        if self.closed:  # nothing goes out behind the GOAWAY that ended the connection
+            return
         waiting = self.waiting
         while waiting and budget > 0 and self.send_window > 0 and self.open:
             stream_id = next(iter(waiting))

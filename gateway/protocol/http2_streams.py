@@ -212,8 +212,6 @@ class Streams(Output):
 
     # -- frames ------------------------------------------------------------------------------------------------
 
-    # -- frames ------------------------------------------------------------------------------------------------
-
     def _padded_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         content = unpad(payload, flags)
         stream = self._account(stream_id, len(payload), len(content), flags)

@@ -34,8 +34,12 @@ def read(name: str, data: bytes | memoryview) -> Any:
 
 def write(name: str, document: dict[str, Any]) -> bytes:
     """The bytes of a message `name` (in full) that says what the document says."""
-    message = schema.message(name)()
-    json_format.ParseDict(document, message, ignore_unknown_fields=True)
+    kind = schema.message(name)
+    try:
+        message = kind(**document)  # a tenth of the other road's time: statistics of many models are long
+    except (TypeError, ValueError):  # not the message's fields to the letter
+        message = kind()
+        json_format.ParseDict(document, message, ignore_unknown_fields=True)
     written: bytes = message.SerializeToString()
     return written
 

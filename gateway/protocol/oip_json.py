@@ -130,7 +130,7 @@ class RequestDecoder:
         try:
             self._all_json = self.planner.response_form(None, all_binary=False)
         except InvalidRequest as error:  # an FP16 output: only a request that asks for binary can be answered
-            self._all_json = error
+            self._all_json = InvalidRequest(str(error))  # not its traceback, which holds the first request
         self._typed = _typed_decoder(spec)
         self._binary: dict[bytes, _BinaryForm] = {}
         self._single: dict[tuple[str | int, ...], _SingleForm] = {}

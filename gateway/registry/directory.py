@@ -30,7 +30,6 @@ from gateway.registry.reference import name_fault
 log = logging.getLogger("gateway.registry")
 
 CONFIG_FILE: Final = "config.pbtxt"
-WARM_UP_FOLDER: Final = "warmup"
 STATE_FOLDER: Final = "initial_state"
 MAX_SIDE_FILE: Final = 64 * 1024 * 1024
 """Bytes of one file of labels, of a first state or of a warm-up sample."""

@@ -319,9 +319,7 @@ class WorkerPool(Generic[R]):
             elif channel is not None:
                 self._background(keeper.free(channel, instance))
         if not was_failed:
-            self.emit(
-                PoolEvent("model_failed", model=model.name, version=model.version, text=reason, subject=model)
-            )
+            self.emit(PoolEvent("model_failed", model=model.name, version=model.version, text=reason, subject=model))
         handle = self._retries.pop(model, None)
         if handle is not None:
             handle.cancel()

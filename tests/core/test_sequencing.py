@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.core.admission import MAX_GROUPS
 from gateway.core.model import BatchPolicy
 from gateway.core.request import InferRequest, InputTensor, SequenceStep
 from gateway.core.sequencing import OpenSequence, SequenceRoom, admit_step
@@ -118,10 +119,10 @@ def request(nbytes: int = 8, *, end: bool = False) -> InferRequest:
 
 @pytest.mark.parametrize(
     ("waiting", "nbytes", "reason"),
-    [((9, 0), 8, None), ((10, 0), 8, "queue_rows"), ((0, 92), 8, None), ((0, 93), 8, "queue_bytes"),
-     ((0, 0), 101, "too_large")],
+    [((9, 0, 0), 8, None), ((10, 0, 0), 8, "queue_rows"), ((0, 92, 0), 8, None), ((0, 93, 0), 8, "queue_bytes"),
+     ((0, 0, 0), 101, "too_large"), ((0, 0, MAX_GROUPS - 1), 8, None), ((0, 0, MAX_GROUPS), 8, "queue_shapes")],
 )  # fmt: skip
-def test_what_may_wait(waiting: tuple[int, int], nbytes: int, reason: str | None) -> None:
+def test_what_may_wait(waiting: tuple[int, int, int], nbytes: int, reason: str | None) -> None:
     policy = BatchPolicy(4, max_queue_rows=10, max_queue_bytes=100)
     rejected = admit_step(SequenceRoom(1, 4, 1.0), policy, waiting, request(nbytes), begins=True)
     assert (None if rejected is None else rejected.reason) == reason
@@ -132,15 +133,15 @@ def test_how_many_may_live_and_what_their_states_may_hold() -> None:
     policy = BatchPolicy(4, max_queue_rows=2, max_queue_bytes=100)
     room = SequenceRoom(1, 4, 1.0)
     first, _ = begin(room, 1, (True,)), begin(room, 2, (True,))
-    assert admit_step(room, policy, (0, 0), request(), begins=False) is None
-    rejected = admit_step(room, policy, (0, 0), request(), begins=True)
+    assert admit_step(room, policy, (0, 0, 0), request(), begins=False) is None
+    rejected = admit_step(room, policy, (0, 0, 0), request(), begins=True)
     assert rejected is not None
     assert rejected.reason == "queue_sequences"
     room.keep(first, (state(13),))
-    rejected = admit_step(room, policy, (0, 0), request(), begins=False)
+    rejected = admit_step(room, policy, (0, 0, 0), request(), begins=False)
     assert rejected is not None
     assert rejected.reason == "sequence_states"
-    assert admit_step(room, policy, (0, 0), request(end=True), begins=False) is None, "an end makes room"
+    assert admit_step(room, policy, (0, 0, 0), request(end=True), begins=False) is None, "an end makes room"
 
 
 @given(

@@ -1,5 +1,7 @@
-"""Sequences that remember, on both servers. The Python twin of Triton keeps its sums itself, by correlation id; the ONNX
-twin of the gateway keeps nothing, and gets the sum of each sequence back as its implicit state.
+"""Sequences that remember, on both servers.
+
+The Python twin of Triton keeps its sums itself, by correlation id; the ONNX twin of the gateway keeps nothing, and gets
+the sum of each sequence back as its implicit state.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def run_framing(data: bytes) -> None:
     expected, rest = _naive_messages(body)
     buffer = MessageBuffer()
     found = []
-    for at in range(0, len(body), step or len(body)):
+    for at in range(0, len(body), step or max(len(body), 1)):
         buffer.add(body[at : at + (step or len(body))])
         while buffer.length >= 0 and buffer.missing <= 0:
             found.append((buffer.flag, buffer.pop()))

@@ -29,7 +29,7 @@ from gateway.protocol.http2_frames import (
     frame,
     settings,
 )
-from gateway.protocol.http2_limits import Http2Limits
+from gateway.protocol.http2_limits import Http2Limits, OpenCalls
 from tests.fuzz.target import Target, cut_up, require
 from tests.protocol.http2_peer import REQUEST, block, data, headers, parse
 
@@ -124,7 +124,8 @@ class _Owner:
 
     def __init__(self) -> None:
         self.held = Held(1 << 30)
-        self.http2 = Http2(self, _HTTP2, self.held, 0.0)
+        self.calls = OpenCalls(1 << 20)
+        self.http2 = Http2(self, _HTTP2, self.held, self.calls, 0.0)
         self.bodies: dict[int, bytes] = {}
         self.told: list[tuple[str, int]] = []
         self.wire: list[bytes] = []
@@ -199,6 +200,7 @@ def _check_http2(owner: _Owner, received: int) -> None:
     for stream in list(http2.streams.values()):
         http2.forget(stream)
     require(owner.held.used_bytes == 0, "something is still held", owner.held.used_bytes)
+    require(owner.calls.count == 0, "calls are still counted", owner.calls.count)
 
 
 def _encoded(count: int) -> bytes:

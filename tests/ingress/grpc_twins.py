@@ -50,7 +50,13 @@ class Act:
     """Messages come back when the client has sent its last, as one."""
 
 
-METADATA: Pairs = (("x-a", "1"), ("x-b-bin", bytes(range(256))), ("x-a", "two, three"), ("x-empty-bin", b""), ("x-e", ""))
+METADATA: Pairs = (
+    ("x-a", "1"),
+    ("x-b-bin", bytes(range(256))),
+    ("x-a", "two, three"),
+    ("x-empty-bin", b""),
+    ("x-e", ""),
+)
 LONG_BIN: Pairs = (("x-long-bin", b"\xfb\xff" * 1000),)
 DETAILS = {
     "none": "",
@@ -151,20 +157,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no t
                 await _open(act, context)
                 if act.greeting is not None:
                     yield act.greeting
-                kept = []
-                count = 0
-                if act.after != 0:
-                    async for message in requests:
-                        record.messages.append(len(message))
-                        count += 1
-                        if act.late:
-                            kept.append(message)
-                        else:
-                            yield message
-                        if count == act.after:
-                            break
-                if act.late:
-                    yield b"".join(kept)
+                async for answer in _answers(act, requests, record):
+                    yield answer
                 if act.hold:
                     await record.released.wait()
                 await _close(act, context)
@@ -172,6 +166,24 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no t
         if act.stream:
             return grpc.stream_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(unary)
+
+
+async def _answers(act: Act, requests: AsyncIterator[bytes], record: Record) -> AsyncIterator[bytes]:
+    kept: list[bytes] = []
+    count = 0
+    if act.after == 0:
+        return
+    async for message in requests:
+        record.messages.append(len(message))
+        count += 1
+        if act.late:
+            kept.append(message)
+        else:
+            yield message
+        if count == act.after:
+            return
+    if act.late:
+        yield b"".join(kept)
 
 
 class _Watched:
@@ -216,12 +228,10 @@ class Method:
     def __init__(self, record: Record, act: Act | None) -> None:
         self.record = record
         self.act = act
-        self.streaming = act is not None and act.stream
+        self.streaming = act is None or act.stream
 
     def handle(self, head: CallHead, message: bytes | memoryview, call: GrpcCall) -> None:
-        if self.act is None:
-            call.fail(UNIMPLEMENTED, UNKNOWN_METHOD)
-            return
+        assert self.act is not None
         taker = Taker(self.record, self.act, head, call)
         call.on_abort = taker.aborted
         self.record.messages.append(len(message))
@@ -231,8 +241,9 @@ class Method:
             taker.close(as_told(metadata_of(head)) if self.act.told else message)
 
     def open(self, head: CallHead, call: GrpcCall) -> StreamHandler:
-        assert self.act is not None
-        return Taker(self.record, self.act, head, call)
+        if self.act is None:
+            call.fail(UNIMPLEMENTED, UNKNOWN_METHOD)
+        return Taker(self.record, self.act or Act(), head, call)
 
 
 class Taker:
@@ -306,7 +317,7 @@ def metadata_of(head: CallHead) -> Pairs:
             assert decoded is not None
             pairs.append((name.decode(), decoded))
         else:
-            pairs.append((name.decode(), value.decode()))
+            pairs.append((name.decode(), value.decode("latin-1")))
     return tuple(pairs)
 
 

@@ -21,7 +21,7 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 from tests.live import models
-from tests.live.gateway_process import GatewayProcess, gateway
+from tests.live.gateway_process import GatewayProcess, gateway, until
 
 MODELS = {
     "two": models.two_inputs(),
@@ -59,6 +59,16 @@ def client(api: Any, served: GatewayProcess) -> Iterator[Any]:
     with contextlib.closing(api.InferenceServerClient(f"127.0.0.1:{port}")) as found:
         yield found
         found.unregister_system_shared_memory()
+    until(lambda: not held(served), 20, "objects are still open although nobody uses them")
+
+
+def held(served: GatewayProcess) -> list[str]:
+    """Shared memory objects of clients that the gateway has open."""
+    found = []
+    for descriptor in Path(f"/proc/{served.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(str(descriptor.readlink()))
+    return [target for target in found if target.startswith("/dev/shm/")]
 
 
 @pytest.fixture
@@ -98,13 +108,14 @@ def regions(client: Any) -> dict[str, tuple[int, int]]:
     return {region["name"]: (region["offset"], region["byte_size"]) for region in status}
 
 
-def test_registration(client: Any, create: Create) -> None:
+def test_registration(client: Any, served: GatewayProcess, create: Create) -> None:
     metadata = client.get_server_metadata()
     extensions = metadata["extensions"] if isinstance(metadata, dict) else list(metadata.extensions)
     assert "system_shared_memory" in extensions
     assert "cuda_shared_memory" not in extensions
     handle = create("a")
     create("b")
+    assert len(held(served)) == 2
     assert regions(client) == {"a": (0, BYTES), "b": (0, BYTES)}
     with pytest.raises(InferenceServerException, match="shared memory region 'a' already in manager"):
         client.register_system_shared_memory("a", handle._shm_key, 8)

@@ -90,6 +90,17 @@ def test_a_status_text_is_bounded() -> None:
     assert len(grpc_wire.percent_encoded("x" * 10**6)) == grpc_wire.MAX_MESSAGE_TEXT_BYTES
 
 
+@pytest.mark.parametrize("character", ["\u00e9", "\u2603", "\U0001f389", "%", "\n"])
+@pytest.mark.parametrize("before", range(10))
+def test_a_status_text_is_cut_behind_a_whole_character(character: str, before: int) -> None:
+    """A long text of characters that are encoded must neither outgrow what clients take nor end within one."""
+    encoded = grpc_wire.percent_encoded("x" * before + character * 5000)
+    one = 3 * len(character.encode())
+    assert grpc_wire.MAX_MESSAGE_TEXT_BYTES - one < len(encoded) <= grpc_wire.MAX_MESSAGE_TEXT_BYTES
+    text = urllib.parse.unquote_to_bytes(encoded).decode()
+    assert text == "x" * before + character * ((len(encoded) - before) // one)
+
+
 def decoded(block: bytes) -> list[tuple[str, ...]]:
     return [tuple(map(str, field)) for field in Decoder().decode(block)]
 

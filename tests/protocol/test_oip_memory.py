@@ -350,3 +350,11 @@ def test_an_output_in_shared_memory_has_no_other_form(memory: SharedMemory, othe
     refused(Rest(SPEC, memory), InvalidRequest, "'Y'.*together", PLAIN, outputs=[("Y", {**area(8), **other})])
     if "classification" in other:
         refused(Rpc(SPEC, memory), InvalidRequest, "'Y'.*together", PLAIN, outputs=[("Y", {**area(8), **other})])
+
+
+def test_what_a_model_cannot_answer_is_remembered_without_the_request_that_came_first() -> None:
+    """An exception holds its traceback, the traceback its frames, and these a request with its tensors and regions."""
+    remembered = RequestDecoder(SPEC)._all_json
+    assert isinstance(remembered, InvalidRequest)
+    assert remembered.__traceback__ is None
+    assert remembered.__context__ is None
