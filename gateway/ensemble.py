@@ -174,7 +174,8 @@ class Ensemble:
                 started.append(part)
         except GatewayError:
             for part in started:
-                self._runs[id(part)].drop()
+                if (run := self._runs.get(id(part))) is not None:
+                    run.drop()
             raise
 
     def _admit(self, rows: int, nbytes: int) -> None:

@@ -101,9 +101,9 @@ class SplitRequest:
         scheduler = self._version.scheduler
         if scheduler is None:
             raise Draining(f"model '{self._version.spec.name}' is unloading")
-        scheduler.submit_parts(self._original, self._parts)
         for part in self._parts:
             part.settle = self._part_settled
+        scheduler.submit_parts(self._original, self._parts)
         self._original.owner = self
 
     def abort(self, request: InferRequest) -> None:

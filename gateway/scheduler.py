@@ -331,8 +331,14 @@ class Scheduler:
             waited_s, batch.finished - dispatched,
         )  # fmt: skip
         if self.tracer is not None:
-            self.tracer.batch(members, batch)
+            self._trace(self.tracer, members, batch)
         self._after_batch()
+
+    def _trace(self, tracer: ModelTracer, members: list[InferRequest], batch: FinishedBatch) -> None:
+        try:
+            tracer.batch(members, batch)
+        except Exception:  # a record that could not be made must not hold up the queue
+            log.exception("model %s: a trace could not be noted", self.spec.name)
 
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
         for request in members:

@@ -9,9 +9,10 @@ An output whose shape contradicts what is served is the run's failure, and reach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
+from gateway.backends.wrapped import WrappedReplica
 from gateway.core.assembly import part_nbytes
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import ModelSpec, TensorSpec
@@ -137,36 +138,14 @@ class _BoundBatch:
         return Success(served, answer.compute_input_ns, answer.compute_infer_ns, answer.compute_output_ns)
 
 
-class BoundReplica:
+class BoundReplica(WrappedReplica):
     """Fits `backends.interface.Replica`."""
 
-    __slots__ = ("_binding", "_replica")
+    __slots__ = ("_binding",)
 
     def __init__(self, replica: Replica, binding: Binding) -> None:
-        self._replica = replica
+        super().__init__(replica)
         self._binding = binding
-
-    def __repr__(self) -> str:
-        return f"<BoundReplica {self._replica!r}>"
-
-    @property
-    def name(self) -> str:
-        return self._replica.name
-
-    @property
-    def available(self) -> bool:
-        return self._replica.available
-
-    @property
-    def free_slots(self) -> int:
-        return self._replica.free_slots
-
-    @property
-    def in_flight(self) -> int:
-        return self._replica.in_flight
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
         self._replica.execute(_BoundBatch(batch, self._binding), timeout_s)
-
-    def set_listener(self, changed: Callable[[], None], /) -> None:
-        self._replica.set_listener(changed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
+from gateway.backends.wrapped import WrappedReplica
 from gateway.core.assembly import AssemblyError, join_outputs, part_nbytes
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.sequence_tensors import SlotFlag, zeros
@@ -72,36 +73,14 @@ class _SlottedBatch:
         return Success([*own.values()], answer.compute_input_ns, answer.compute_infer_ns, answer.compute_output_ns)
 
 
-class SlottedReplica:
+class SlottedReplica(WrappedReplica):
     """Fits `backends.interface.Replica`."""
 
-    __slots__ = ("_replica", "_slots")
+    __slots__ = ("_slots",)
 
     def __init__(self, replica: Replica, slots: Slots) -> None:
-        self._replica = replica
+        super().__init__(replica)
         self._slots = slots
-
-    def __repr__(self) -> str:
-        return f"<SlottedReplica {self._replica!r}>"
-
-    @property
-    def name(self) -> str:
-        return self._replica.name
-
-    @property
-    def available(self) -> bool:
-        return self._replica.available
-
-    @property
-    def free_slots(self) -> int:
-        return self._replica.free_slots
-
-    @property
-    def in_flight(self) -> int:
-        return self._replica.in_flight
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
         self._replica.execute(_SlottedBatch(batch, self._slots), timeout_s)
-
-    def set_listener(self, changed: Callable[[], None], /) -> None:
-        self._replica.set_listener(changed)

@@ -75,11 +75,6 @@ class Histogram:
         if len(self.pending) >= FOLD_AT:
             self.fold()
 
-    def add_many(self, values: Sequence[float]) -> None:
-        self.pending.extend(values)
-        if len(self.pending) >= FOLD_AT:
-            self.fold()
-
     def fold_if_full(self) -> None:
         if len(self.pending) >= FOLD_AT:
             self.fold()

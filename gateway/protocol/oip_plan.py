@@ -82,10 +82,6 @@ class ResponseForm:
     targets: tuple[Place | None, ...] = ()
     """The same as places to write to: one request's own, never remembered with the form."""
 
-    @property
-    def any_binary(self) -> bool:
-        return any(self.binary)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:

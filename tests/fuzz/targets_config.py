@@ -97,29 +97,47 @@ def run_load(data: bytes) -> None:
 
 
 _TEXTS = (
-    b'name: "m"\nplatform: "onnxruntime_onnx"\nmax_batch_size: 8\ninput [ { name: "X" data_type: TYPE_FP32 dims: [ -1 ] } ]\n'
-    b'output [ { name: "Y" data_type: TYPE_FP32 dims: [ 3 ] label_filename: "l.txt" } ]\n',
-    b'backend: "onnxruntime" dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 '
-    b"preserve_ordering: true priority_levels: 2 default_priority_level: 1 default_queue_policy { timeout_action: DELAY "
-    b"default_timeout_microseconds: 9 allow_timeout_override: true max_queue_size: 3 } } max_batch_size: 8",
+    (
+        b'name: "m"\nplatform: "onnxruntime_onnx"\nmax_batch_size: 8\ninput [ { name: "X" data_type: '
+        b'TYPE_FP32 dims: [ -1 ] } ]\noutput [ { name: "Y" data_type: TYPE_FP32 dims: [ 3 ] '
+        b'label_filename: "l.txt" } ]\n'
+    ),
+    (
+        b'backend: "onnxruntime" dynamic_batching { preferred_batch_size: [ 4, 8 ] '
+        b'max_queue_delay_microseconds: 100 preserve_ordering: true priority_levels: 2 '
+        b'default_priority_level: 1 default_queue_policy { timeout_action: DELAY '
+        b'default_timeout_microseconds: 9 allow_timeout_override: true max_queue_size: 3 } } '
+        b'max_batch_size: 8'
+    ),
     b"version_policy: { specific { versions: [1, 3] } } instance_group [ { count: 2 kind: KIND_CPU } ]",
-    b"sequence_batching { max_sequence_idle_microseconds: 5 oldest { max_candidate_sequences: 4 } control_input [ { name: "
-    b'"S" control [ { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } ] } ] } max_batch_size: 2',
-    b'platform: "ensemble" ensemble_scheduling { step [ { model_name: "a" model_version: -1 input_map { key: "x" value: "y" '
-    b'} output_map { key: "z" value: "w" } } ] }',
-    b'model_warmup { name: "w" batch_size: 1 count: 2 inputs { key: "X" value: { data_type: TYPE_FP32 dims: 3 zero_data: '
-    b"true } } } response_cache { enable: true }",
-    b'input { name: "X" data_type: TYPE_STRING dims: 1 reshape: { shape: [ ] } optional: true allow_ragged_batch: true }'
-    b' parameters { key: "a" value: { string_value: "\\303\\251\\x41\\u00e9" } } # comment',
-    b"batch_input [ { kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: 'I' data_type: TYPE_FP32 source_input: 'X' } ]",
-)
+    (
+        b'sequence_batching { max_sequence_idle_microseconds: 5 oldest { max_candidate_sequences: 4 } '
+        b'control_input [ { name: "S" control [ { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, '
+        b'1 ] } ] } ] } max_batch_size: 2'
+    ),
+    (
+        b'platform: "ensemble" ensemble_scheduling { step [ { model_name: "a" model_version: -1 '
+        b'input_map { key: "x" value: "y" } output_map { key: "z" value: "w" } } ] }'
+    ),
+    (
+        b'model_warmup { name: "w" batch_size: 1 count: 2 inputs { key: "X" value: { data_type: '
+        b'TYPE_FP32 dims: 3 zero_data: true } } } response_cache { enable: true }'
+    ),
+    (
+        b'input { name: "X" data_type: TYPE_STRING dims: 1 reshape: { shape: [ ] } optional: true '
+        b'allow_ragged_batch: true } parameters { key: "a" value: { string_value: '
+        b'"\\303\\251\\x41\\u00e9" } } # comment'
+    ),
+    b"batch_input [ { kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: 'I' source_input: 'X' } ]",
+)  # fmt: skip
 _KEYS = (
     b"name", b"platform", b"backend", b"max_batch_size", b"input", b"output", b"dims", b"data_type", b"TYPE_FP32",
     b"dynamic_batching", b"preferred_batch_size", b"max_queue_delay_microseconds", b"sequence_batching", b"direct",
-    b"oldest", b"ensemble_scheduling", b"instance_group", b"KIND_CPU", b"version_policy", b"latest", b"all", b"{", b"}",
-    b"[", b"]", b"<", b">", b":", b",", b";", b'"', b"\\", b"-", b"inf", b"1e9", b"0x1F", b"017", b".5f", b"#", b"\n",
-    b"true", b"false", b"18446744073709551616", b"parameters", b"model_warmup", b"reshape", b"shape", b"key", b"value",
-    b"control_input", b"state", b"batch_input", b"label_filename", b"optimization", b"metric_tags", b"priority_queue_policy",
+    b"oldest", b"ensemble_scheduling", b"instance_group", b"KIND_CPU", b"version_policy", b"latest", b"all", b"{",
+    b"}", b"[", b"]", b"<", b">", b":", b",", b";", b'"', b"\\", b"-", b"inf", b"1e9", b"0x1F", b"017", b".5f", b"#",
+    b"\n", b"true", b"false", b"18446744073709551616", b"parameters", b"model_warmup", b"reshape", b"shape", b"key",
+    b"value", b"control_input", b"state", b"batch_input", b"label_filename", b"optimization", b"metric_tags",
+    b"priority_queue_policy",
 )  # fmt: skip
 
 
@@ -144,5 +162,7 @@ _LOADS = (
 TARGETS = (
     Target("pbtxt", run_pbtxt, _TEXTS, _KEYS),
     Target("config-json", run_config_json, tuple(_JSONS), (*_KEYS, b'":', b'"', b"{}", b"[]", b"null", b"1.5")),
-    Target("load", run_load, _LOADS, (b'"config"', b'"file:', b"/", b"..", b"\\u0000", b"{}", b"=", b'\\"', *_KEYS[:8])),
+    Target(
+        "load", run_load, _LOADS, (b'"config"', b'"file:', b"/", b"..", b"\\u0000", b"{}", b"=", b'\\"', *_KEYS[:8])
+    ),
 )

@@ -5,7 +5,9 @@ First byte of `protobuf`: the model.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
@@ -15,7 +17,7 @@ from gateway.protocol.hpack_blocks import metadata_literal
 from gateway.protocol.http2_fields import MalformedHeaders, check_trailers, read_request
 from gateway.protocol.oip_grpc_cut import Openings
 from gateway.protocol.oip_grpc_request import RequestReader, parameters_of
-from gateway.protocol.oip_parameters import Uint64, input_options, memory_area, output_options, request_options
+from gateway.protocol.oip_parameters import input_options, memory_area, output_options, request_options
 from gateway.protocol.schema import message
 from tests.fuzz.target import SPECS, Target, check_refusal, chosen, outcome, require
 from tests.protocol.grpc_samples import infer_request
@@ -90,19 +92,28 @@ def run_parameters(data: bytes) -> None:
         except GatewayError as error:
             check_refusal(error)
     for parameters in found:
-        for read in (request_options, input_options, output_options, memory_area):
-            try:
-                value = read(parameters) if read is request_options else read(parameters, "input 'x'")  # type: ignore[operator]
-            except GatewayError as error:
-                check_refusal(error)
-                continue
-            if read is memory_area and value is not None:
-                require(0 <= value.nbytes < 2**64 and 0 <= value.offset < 2**64, "an impossible area", value)
-            elif read is request_options:
-                require(value.stated_timeout_s >= 0 and value.priority >= 0, "an impossible option", value)
-                if value.sequence is not None:
-                    require(type(value.sequence.id) in (int, str), "a strange correlation id", value)
-                    require(not isinstance(value.sequence.id, Uint64), "a strange correlation id", value)
+        _check_parameters(parameters)
+
+
+def _check_parameters(parameters: dict[str, object]) -> None:
+    def read(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except GatewayError as error:
+            check_refusal(error)
+            return None
+
+    size = read(lambda: input_options(parameters, "input 'x'"))
+    require(size is None or 0 <= size < 2**64, "an impossible size", size)
+    wanted = read(lambda: output_options(parameters, "output 'y'"))
+    require(wanted is None or wanted.classes >= 0, "an impossible number of classes", wanted)
+    area = read(lambda: memory_area(parameters, "input 'x'"))
+    require(area is None or (0 <= area.nbytes < 2**64 and 0 <= area.offset < 2**64), "an impossible area", area)
+    options = read(lambda: request_options(parameters))
+    if options is not None:
+        require(options.stated_timeout_s >= 0 and options.priority >= 0, "an impossible option", options)
+        step = options.sequence
+        require(step is None or type(step.id) in {int, str}, "a strange correlation id", step)
 
 
 def _parameters(**parameters: Any) -> bytes:
@@ -172,10 +183,8 @@ def run_head(data: bytes) -> None:
     """Fields as `name NUL value NUL`: well formed or refused; what a head says is within its bounds."""
     parts = data.split(b"\0")
     fields = list(zip(parts[::2], parts[1::2], strict=False))
-    try:
+    with contextlib.suppress(MalformedHeaders):
         check_trailers(fields)
-    except MalformedHeaders:
-        pass
     try:
         request = read_request(fields)
     except MalformedHeaders as error:
@@ -190,7 +199,8 @@ def run_head(data: bytes) -> None:
         encoded = percent_encoded(head.refusal[1])
         require(encoded.isascii() and not {10, 13, 0} & set(encoded), "a text that is not fit for a header", encoded)
     for name, value in fields:
-        require(timeout_of(value) is None or 0 <= timeout_of(value) <= MAX_TIMEOUT_S, "an impossible timeout", value)  # type: ignore[operator]
+        timeout = timeout_of(value)
+        require(timeout is None or 0 <= timeout <= MAX_TIMEOUT_S, "an impossible timeout", value)
         binary_value(value)
         require(len(metadata_literal(name, value)) >= len(value), "a literal that is too short", name)
 
@@ -205,15 +215,18 @@ def _fields(*extra: tuple[bytes, bytes]) -> bytes:
 
 _HEADS = (
     _fields(),
-    _fields((b"grpc-timeout", b"50m"), (b"grpc-encoding", b"gzip"), (b"grpc-accept-encoding", b"identity, deflate,gzip")),
+    _fields(
+        (b"grpc-timeout", b"50m"), (b"grpc-encoding", b"gzip"), (b"grpc-accept-encoding", b"identity, deflate,gzip")
+    ),
     _fields((b"grpc-timeout", b"99999999H"), (b"x-bin", b"AAEC"), (b"content-length", b"12")),
     _fields((b"grpc-timeout", b"1.5S"), (b"grpc-encoding", b"br")),
     _fields((b"content-type", b"text/plain"), (b"host", b"other"), (b"cookie", b"a=b")),
     b"grpc-status\x000",
 )
 _HEAD_WORDS = (
-    b"\0", b":method", b":path", b":scheme", b":authority", b"te", b"trailers", b"connection", b"host", b"content-length",
-    b"grpc-timeout", b"H", b"n", b"grpc-encoding", b"-bin", b"\r\n", b"A", b" ", b"application/grpc+proto", b":protocol",
+    b"\0", b":method", b":path", b":scheme", b":authority", b"te", b"trailers", b"connection", b"host",
+    b"content-length", b"grpc-timeout", b"H", b"n", b"grpc-encoding", b"-bin", b"\r\n", b"A", b" ",
+    b"application/grpc+proto", b":protocol",
 )  # fmt: skip
 
 TARGETS = (

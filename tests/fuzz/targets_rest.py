@@ -40,6 +40,14 @@ def run_json(data: bytes) -> None:
     require(found == plain, f"the {road} road differs", plain, found, body)
 
 
+_TWO_INPUTS = (
+    b'{"inputs":[{"name":"X","shape":[1,2],"datatype":"INT8","data":[-128,127]},'
+    b'{"name":"Z","shape":[1,1,2],"datatype":"UINT64","data":[18446744073709551615,-0]}]}'
+)
+_TWO_INT64 = (
+    b'{"inputs":[{"name":"X","shape":[1,1],"datatype":"INT64","data":[9007199254740993]},'
+    b'{"name":"Z","shape":[1,1],"datatype":"INT64","data":[[-9223372036854775808]]}],"id":"7"}'
+)
 _BODIES: tuple[tuple[int, bytes], ...] = (
     (0, request_body()),
     (0, request_body(data="[[1,-0.5],[1e3]]", extra='"id":"a\\u00e9",')),
@@ -47,25 +55,23 @@ _BODIES: tuple[tuple[int, bytes], ...] = (
     (0, request_body(data="[1e39,-1.5e-400,0.1]", extra='"parameters":{"sequence_id":"q","sequence_start":true},')),
     (0, request_body()[:-1] + b',"outputs":[{"name":"Y","parameters":{"binary_data":true,"classification":2}}]}'),
     (0, request_body(shape="[2,0]", data="[]")),
-    (1, b'{"inputs":[{"name":"X","shape":[1,2],"datatype":"INT8","data":[-128,127]},{"name":"Z","shape":[1,1,2],'
-        b'"datatype":"UINT64","data":[18446744073709551615,-0]}]}'),
+    (1, _TWO_INPUTS),
     (2, request_body("BYTES", '["h\\u00e9","b\\u0000c",""]')),
     (2, request_body("BYTES", '["\\ud83d\\ude00","\\\\","a:b"]')),
     (3, request_body("BOOL", "[true,false,true]")),
     (4, request_body()),
     (5, b'{"inputs":[{"name":"X","shape":[],"datatype":"FP64","data":[3]}],"foo":{"x":[]}}'),
-    (6, b'{"inputs":[{"name":"X","shape":[1,1],"datatype":"INT64","data":[9007199254740993]},{"name":"Z","shape":[1,1],'
-        b'"datatype":"INT64","data":[[-9223372036854775808]]}],"id":"7"}'),
+    (6, _TWO_INT64),
     (7, request_body("FP16")),
 )  # fmt: skip
 _JSON_WORDS = (
-    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"-0", b"-0.0", b"1e400", b"1e39", b"NaN", b"Infinity", b"-Infinity",
-    b"null", b"true", b"false", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\xef\xbb\xbf", b"\\u0000", b'""',
-    b"18446744073709551616", b"18446744073709551615", b"-9223372036854775809", b"9223372036854775808",
-    b"[[[[[[[[[[[[[[[[", b'"inputs"', b'"data"', b'"shape"', b'"datatype"', b'"name"', b'"parameters"', b'"outputs"',
-    b'"id"', b'"binary_data_size"', b'"binary_data_output"', b'"classification"', b'"shared_memory_region"',
-    b'"shared_memory_byte_size"', b'"sequence_id"', b'"timeout"', b'"X"', b'"Y"', b'"FP32"', b'"BYTES"', b'"INT8"',
-    b'"INT64"', b'"BOOL"', b'{"triton_a":1}', b"1.0", b"1E1",
+    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"-0", b"-0.0", b"1e400", b"1e39", b"NaN", b"Infinity",
+    b"-Infinity", b"null", b"true", b"false", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\udc00", b"\xef\xbb\xbf",
+    b"\\u0000", b'""', b"18446744073709551616", b"18446744073709551615", b"-9223372036854775809",
+    b"9223372036854775808", b"[[[[[[[[[[[[[[[[", b'"inputs"', b'"data"', b'"shape"', b'"datatype"', b'"name"',
+    b'"parameters"', b'"outputs"', b'"id"', b'"binary_data_size"', b'"binary_data_output"', b'"classification"',
+    b'"shared_memory_region"', b'"shared_memory_byte_size"', b'"sequence_id"', b'"timeout"', b'"X"', b'"Y"',
+    b'"FP32"', b'"BYTES"', b'"INT8"', b'"INT64"', b'"BOOL"', b'{"triton_a":1}', b"1.0", b"1E1",
 )  # fmt: skip
 
 # -- binary ----------------------------------------------------------------------------------------------------------
@@ -117,8 +123,9 @@ def run_generate(data: bytes) -> None:
 
 
 _GENERATED = (
-    b'\0{"X":[1,2.5],"id":"a"}', b'\0{"X":1}', b'\1{"X":[1,2],"Z":[3,4,5,6],"timeout":7}', b'\2{"X":"text","stream":false}',
-    b'\3{"X":[true],"parameters":{"max_tokens":20}}', b'\6{"X":-0,"Z":[],"parameters":{"priority":2}}', b'\4{"I":[9],"X":[]}',
+    b'\0{"X":[1,2.5],"id":"a"}', b'\0{"X":1}', b'\1{"X":[1,2],"Z":[3,4,5,6],"timeout":7}',
+    b'\2{"X":"text","stream":false}', b'\3{"X":[true],"parameters":{"max_tokens":20}}',
+    b'\6{"X":-0,"Z":[],"parameters":{"priority":2}}', b'\4{"I":[9],"X":[]}',
 )  # fmt: skip
 
 # -- content coding --------------------------------------------------------------------------------------------------
@@ -155,15 +162,19 @@ def _inflate(coding: bytes, body: bytes, most: int) -> bytes | int:
     return stream.result
 
 
-_CODED = tuple(
-    bytes([first]) + deflate([text], (GZIP, DEFLATE)[first & 1], 6)
-    for first in (0, 1, 6, 255)
-    for text in (b"", b"hello", bytes(INFLATED_LIMIT), bytes(INFLATED_LIMIT + 1), bytes(range(256)) * 4)
-) + (b"\0gzip;q=0.5, deflate;q=0.8", b"\0identity;q=1.0,*;q=0", b"\1gzip;q=0,br,GZIP", b"\0deflate , gzip ; q=1.5")
-
+_PLAIN = (b"", b"hello", bytes(INFLATED_LIMIT), bytes(INFLATED_LIMIT + 1), bytes(range(256)) * 4)
+_CODED = (
+    *(bytes([n]) + deflate([text], (GZIP, DEFLATE)[n & 1], 6) for n in (0, 1, 6, 255) for text in _PLAIN),
+    b"\0gzip;q=0.5, deflate;q=0.8", b"\0identity;q=1.0,*;q=0", b"\1gzip;q=0,br,GZIP", b"\0deflate , gzip ; q=1.5",
+)  # fmt: skip
 
 TARGETS = (
-    Target("json", run_json, tuple(bytes([road * len(SPECS) + place]) + body for place, body in _BODIES for road in range(len(_ROADS))), _JSON_WORDS),
+    Target(
+        "json",
+        run_json,
+        tuple(bytes([road * len(SPECS) + place]) + body for place, body in _BODIES for road in range(len(_ROADS))),
+        _JSON_WORDS,
+    ),
     Target("binary", run_binary, _BINARY, _JSON_WORDS),
     Target("generate", run_generate, _GENERATED, _JSON_WORDS),
     Target("coding", run_coding, _CODED, (b"gzip", b"deflate", b"identity", b";q=", b",", b"\x1f\x8b\x08")),

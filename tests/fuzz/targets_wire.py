@@ -97,9 +97,10 @@ _HTTP1_SEEDS = (
     PREFACE,
 )
 _HTTP1_WORDS = (
-    b"\r\n", b"\n", b"\r", b": ", b"\0", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"Host: a\r\n", b"0\r\n\r\n",
-    b"HTTP/1.1", b"HTTP/1.0", b"GET ", b"POST ", b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"%2f", b";", b"\t",
-    b"ffffffffffffffff\r\n", b"00000000000000001\r\n", b"\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n", b"Upgrade: x\r\n",
+    b"\r\n", b"\n", b"\r", b": ", b"\0", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"Host: a\r\n",
+    b"0\r\n\r\n", b"HTTP/1.1", b"HTTP/1.0", b"GET ", b"POST ", b"Expect: 100-continue\r\n", b"Connection: close\r\n",
+    b"%2f", b";", b"\t", b"ffffffffffffffff\r\n", b"00000000000000001\r\n", b"\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n",
+    b"Upgrade: x\r\n",
 )  # fmt: skip
 
 # -- HTTP/2 ----------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class _Owner:
         self.http2 = Http2(self, _HTTP2, self.held, self.calls, 0.0)
         self.bodies: dict[int, bytes] = {}
         self.told: list[tuple[str, int]] = []
-        self.wire: list[bytes] = []
+        self.wire: list[Piece] = []
 
     def read_head(self, request: RequestFields, list_bytes: int) -> Head:
         return _Head(request)
@@ -191,7 +192,9 @@ def _check_http2(owner: _Owner, received: int) -> None:
     http2 = owner.http2
     frames = parse(b"".join(owner.wire))
     # An answer to a frame of nine bytes is at most a header, 100 bytes in nine-byte frames, and its end.
-    require(sum(len(each.payload) + 9 for each in frames) < 1000 + received * 12, "it says more than it was told", received)
+    require(
+        sum(len(each.payload) + 9 for each in frames) < 1000 + received * 12, "it says more than it was told", received
+    )
     for stream in http2.streams.values():
         require(stream.send_window <= MAX_WINDOW, "a window over 2^31-1", stream.send_window)
     require(sum(each.kind == GOAWAY for each in frames) <= 1 + http2.closed, "it says goodbye twice", frames)
@@ -217,7 +220,10 @@ _HTTP2_SEEDS = (
     headers(1, [*REQUEST, (b"content-length", b"3")], end=False) + data(1, b"abc", end=True),
     frame(HEADERS, END_STREAM, 1, block()[:_HALF]) + frame(CONTINUATION, END_HEADERS, 1, block()[_HALF:]),
     headers(1, end=False) + frame(DATA, PADDED | END_STREAM, 1, b"\3abc\0\0\0"),
-    settings({INITIAL_WINDOW_SIZE: 10}) + headers(1) + frame(WINDOW_UPDATE, 0, 1, b"\0\0\1\0") + frame(SETTINGS, ACK, 0),
+    settings({INITIAL_WINDOW_SIZE: 10})
+    + headers(1)
+    + frame(WINDOW_UPDATE, 0, 1, b"\0\0\1\0")
+    + frame(SETTINGS, ACK, 0),
     frame(PING, 0, 0, b"12345678") + frame(PRIORITY, 0, 3, b"\0\0\0\1\5") + frame(GOAWAY, 0, 0, bytes(8)),
     headers(1, end=False) + frame(RST_STREAM, 0, 1, bytes(4)) + data(1, b"late") + headers(3),
     headers(1, end=False) + headers(1, [(b"x-trailer", b"y")]),
@@ -226,8 +232,9 @@ _HTTP2_SEEDS = (
     _encoded(6),
 )
 _HTTP2_WORDS = (
-    *(bytes([0, 0, length, kind]) for length in (0, 1, 4, 5, 8) for kind in range(10)), block(), b"\0\0\0\1", b"\0\0\0\3",
-    b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\1", b"\0\4", b"\0\5", b"\0\1", b"\x88", b"\x82\x86\x84", b"\x3f\xe1\x1f", b"\x20",
+    *(bytes([0, 0, length, kind]) for length in (0, 1, 4, 5, 8) for kind in range(10)), block(), b"\0\0\0\1",
+    b"\0\0\0\3", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\1", b"\0\4", b"\0\5", b"\0\1", b"\x88", b"\x82\x86\x84",
+    b"\x3f\xe1\x1f", b"\x20",
 )  # fmt: skip
 
 # -- HPACK -----------------------------------------------------------------------------------------------------------
@@ -275,8 +282,8 @@ _HPACK_SEEDS = (
     b"\7\x40\1a\xff\xff\xff\xff\2\x0f\x7f",
 )
 _HPACK_WORDS = (
-    b"\x20", b"\x3f\xe1\x1f", b"\x40", b"\x00", b"\x10", b"\x80", b"\xbe", b"\xff", b"\x7f\xff\xff\xff\xff\x0f", b"\x82",
-    b"\1\x82", b"\1\xbe", b"\5\x40\1a\1b", b"\4\x3f\xe1\xff\x03",
+    b"\x20", b"\x3f\xe1\x1f", b"\x40", b"\x00", b"\x10", b"\x80", b"\xbe", b"\xff", b"\x7f\xff\xff\xff\xff\x0f",
+    b"\x82", b"\1\x82", b"\1\xbe", b"\5\x40\1a\1b", b"\4\x3f\xe1\xff\x03",
 )  # fmt: skip
 
 TARGETS = (

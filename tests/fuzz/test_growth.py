@@ -6,6 +6,7 @@ and the best of several runs counts, so a busy machine does not matter.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from gateway.protocol.oip_json import RequestDecoder
 from tests.fuzz.target import SPECS
 from tests.protocol.http2_peer import Peer, data, headers
 
+Run = Callable[[int], object]
+"""Sends a pattern so many times."""
 FACTOR = 8
 BOUND = 28.0
 """Between 8 and 64."""
@@ -38,7 +41,7 @@ BYTES_PER_BYTE = 120
 """Memory that one byte of a request may cost while it is read: a Python object for an element of two characters."""
 
 
-def json_body(piece: bytes) -> Callable[[int], None]:
+def json_body(piece: bytes) -> Run:
     def run(count: int) -> None:
         RequestDecoder(SPECS[4]).decode(
             b'{"inputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":[%b]}]}' % (piece * count)[:-1]
@@ -47,8 +50,8 @@ def json_body(piece: bytes) -> Callable[[int], None]:
     return run
 
 
-def json_text(before: bytes, piece: bytes, after: bytes = b"") -> Callable[[int], None]:
-    return lambda count: RequestDecoder(SPECS[4]).decode(before + piece * count + after) and None
+def json_text(before: bytes, piece: bytes, after: bytes = b"") -> Run:
+    return lambda count: RequestDecoder(SPECS[4]).decode(before + piece * count + after)
 
 
 def binary(count: int) -> None:
@@ -61,19 +64,19 @@ def generate(count: int) -> None:
     Generate(RequestDecoder(SPECS[0])).decode(b'{"X":[%b0]}' % (b"1," * count))
 
 
-def protobuf(piece: bytes) -> Callable[[int], None]:
-    return lambda count: RequestReader(SPECS[4]).read(Openings().cut(b"\x0a\x01m" + piece * count)) and None
+def protobuf(piece: bytes) -> Run:
+    return lambda count: RequestReader(SPECS[4]).read(Openings().cut(b"\x0a\x01m" + piece * count))
 
 
-def pbtxt(piece: str) -> Callable[[int], None]:
-    return lambda count: parse(piece * count) and None
+def pbtxt(piece: str) -> Run:
+    return lambda count: parse(piece * count)
 
 
-def config_json(piece: str) -> Callable[[int], None]:
-    return lambda count: parse_json('{"input": [' + piece * count + "{}]}") and None
+def config_json(piece: str) -> Run:
+    return lambda count: parse_json('{"input": [' + piece * count + "{}]}")
 
 
-def http1(piece: bytes, step: int) -> Callable[[int], None]:
+def http1(piece: bytes, step: int) -> Run:
     def run(count: int) -> None:
         limits = HttpLimits(max_head_bytes=1 << 20, max_field_bytes=1 << 20, max_fields=100_000, max_chunks=1 << 20)
         subject = Receiver(Heads(limits, lambda head: None), Held(1 << 30), 0.0)
@@ -95,7 +98,7 @@ def http1_chunks(count: int) -> None:
         subject.receive(b"1\r\na\r\n", 0.0, 99)
 
 
-def http2(piece: bytes, step: int = 1 << 20) -> Callable[[int], None]:
+def http2(piece: bytes, step: int = 1 << 20) -> Run:
     def run(count: int) -> None:
         peer = Peer(Http2Limits(overhead_burst=1 << 30, reset_burst=1 << 30, frame_bytes=1 << 20))
         body = headers(1, end=False) + piece * count
@@ -114,11 +117,11 @@ def http2_streams(count: int) -> None:
     peer.raw()
 
 
-def hpack(piece: bytes) -> Callable[[int], None]:
-    return lambda count: Blocks(1 << 30).decode(piece * count) and None
+def hpack(piece: bytes) -> Run:
+    return lambda count: Blocks(1 << 30).decode(piece * count)
 
 
-def framing(step: int) -> Callable[[int], None]:
+def framing(step: int) -> Run:
     def run(count: int) -> None:
         buffer = MessageBuffer()
         body = (b"\0\0\0\0\4abcd" if step > 1 else (count).to_bytes(5, "big") + bytes(4)) * (count if step > 1 else 1)
@@ -131,7 +134,7 @@ def framing(step: int) -> Callable[[int], None]:
     return run
 
 
-def inflating(most: int) -> Callable[[int], None]:
+def inflating(most: int) -> Run:
     def run(count: int) -> None:
         stream = Inflation(GZIP, deflate([b"0123456789" * count], GZIP, 9), 1 << 30)
         while not stream.step(most):
@@ -145,7 +148,7 @@ def load(count: int) -> None:
     read_override({"config": "{}", **{f"file:1/{number}": "AAAA" for number in range(count)}})
 
 
-PATTERNS: dict[str, tuple[Callable[[int], object], int]] = {
+PATTERNS: dict[str, tuple[Run, int]] = {
     "json: numbers": (json_body(b"1.5,"), 10_000),
     "json: a number of many digits": (json_body(b"7"), 50_000),
     "json: strings": (json_body(b'"a",'), 10_000),
@@ -203,13 +206,11 @@ PATTERNS: dict[str, tuple[Callable[[int], object], int]] = {
 }  # fmt: skip
 
 
-def attempt(run: Callable[[int], object], count: int) -> float:
+def attempt(run: Run, count: int) -> float:
     """Seconds. A refusal is fine."""
     start = time.perf_counter()
-    try:
+    with contextlib.suppress(GatewayError, ConfigError, ConnectionFault):
         run(count)
-    except (GatewayError, ConfigError, ConnectionFault):
-        pass
     return time.perf_counter() - start
 
 

@@ -13,7 +13,6 @@ import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -73,9 +72,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]
 
 def message(*row: float, model: str = "whole") -> bytes:
     array = np.array([row], "<f4")
-    written: bytes = infer_request(
-        ("x", "FP32", list(array.shape), array.tobytes()), model=model
-    ).SerializeToString(deterministic=True)
+    written: bytes = infer_request(("x", "FP32", list(array.shape), array.tobytes()), model=model).SerializeToString(
+        deterministic=True
+    )
     return written
 
 
@@ -211,7 +210,9 @@ pytestmark = [pytest.mark.usefixtures("honest"), pytest.mark.slow]
 # -- floods ----------------------------------------------------------------------------------------------------------
 
 
-def flood(piece: Callable[[int], bytes], rounds: int = 2_000, reads: bool = True) -> Callable[[Attacker], Awaitable[None]]:
+def flood(
+    piece: Callable[[int], bytes], rounds: int = 2_000, reads: bool = True
+) -> Callable[[Attacker], Awaitable[None]]:
     """Send until the gateway hangs up."""
 
     async def story(attacker: Attacker) -> None:
@@ -351,7 +352,9 @@ def test_answers_that_are_not_taken_are_given_up(served: GatewayProcess) -> None
             assert served.process.poll() is None
         done, _ = await asyncio.wait({reading}, timeout=30)
         reading.cancel()
-        ended = {each.stream for each in attacker.seen if each.kind in {RST_STREAM, HEADERS} and each.flags & END_STREAM}
+        ended = {
+            each.stream for each in attacker.seen if each.kind in {RST_STREAM, HEADERS} and each.flags & END_STREAM
+        }
         ended |= {each.stream for each in attacker.seen if each.kind == RST_STREAM}
         assert done or len(ended) == 60, len(ended)
 
@@ -386,8 +389,8 @@ def test_broken_rules_end_the_connection(served: GatewayProcess, parts: tuple[by
 def status_of(found: Sent) -> tuple[int, str]:
     from hpack import Decoder
 
-    fields = dict(Decoder().decode(found.payload))
-    return int(fields.get("grpc-status", -1)), str(fields.get("grpc-message", ""))
+    fields = {str(name): str(value) for name, value in Decoder().decode(found.payload)}
+    return int(fields.get("grpc-status", -1)), fields.get("grpc-message", "")
 
 
 def answer_to(served: GatewayProcess, *parts: bytes) -> tuple[int, str]:
@@ -539,9 +542,7 @@ _NAME = struct.pack("<BB", 0x0A, 5) + b"whole"
 BAD_MESSAGES = {
     "garbage": b"\xff" * 40,
     "invalid UTF-8": b"\x0a\x02\xff\xfe",
-    "a shape over 2^63": infer_request(
-        ("x", "FP32", [2**40, 2**40], b""), model="whole"
-    ).SerializeToString(),
+    "a shape over 2^63": infer_request(("x", "FP32", [2**40, 2**40], b""), model="whole").SerializeToString(),
     "a huge row count": infer_request(("x", "FP32", [2**62, 6], b""), model="whole").SerializeToString(),
     "a zero beside 2^62": infer_request(("x", "FP32", [0, 2**62], b""), model="id").SerializeToString(),
     "negative dims": infer_request(("x", "FP32", [-1, -6], b""), model="whole").SerializeToString(),

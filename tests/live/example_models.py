@@ -1,17 +1,22 @@
-"""The models that the examples of Triton's client libraries run against, and what those examples do again and again."""
+"""The models that the examples of Triton's client libraries run against, and what those examples do again and again.
+
+Every model exists twice: in ONNX for the gateway, in Python for a real Triton, which has no ONNX backend here.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.json_format import MessageToJson
 from onnx import helper
 
+from tests.differential.zoo import MODEL_PY
 from tests.live import models
 
 WIDTH = 16
@@ -69,6 +74,64 @@ input [ { name: "x" data_type: TYPE_FP32 dims: [ 4 ] } ]
 output [ { name: "y" data_type: TYPE_FP32 dims: [ 4 ] label_filename: "labels.txt" } ]
 """,
 }
+SIMPLE: Final = ("simple", "simple_int8", "simple_uint8", "simple_string")
+LABELS: Final = "ant\nbee\ncow\ndog\n"
+
+ARITHMETIC: Final = """\
+def compute(inputs, version):
+    a, b = inputs["INPUT0"], inputs["INPUT1"]
+    if a.dtype != object:
+        return {"OUTPUT0": a + b, "OUTPUT1": a - b}
+    a, b = a.astype(int), b.astype(int)
+    text = lambda numbers: np.array([[str(number).encode() for number in row] for row in numbers], object)
+    return {"OUTPUT0": text(a + b), "OUTPUT1": text(a - b)}
+"""
+IDENTITY: Final = """\
+def compute(inputs, version):
+    return {"y": inputs["x"]}
+"""
+SUM: Final = """\
+past = {}
+
+
+def compute(inputs, version):
+    identity = inputs["CORRID"].item()
+    past[identity] = inputs["INPUT"] + (0 if inputs["START"].item() else past[identity])
+    return {"OUTPUT": past[identity]}
+"""
+CONTROLS: Final = """control_input [
+  { name: "START" control [ { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } ] },
+  { name: "CORRID" control [ { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 } ] }
+]"""
+"""In place of the state, which Triton's Python backend does not have."""
+WORDS: Final = """
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_STRING dims: [ -1 ] } ]
+output [ { name: "y" data_type: TYPE_STRING dims: [ -1 ] } ]
+"""
+
+
+def for_gateway(root: Path) -> Path:
+    models.repository(root, MODELS, CONFIGS)
+    (root / "classes" / "labels.txt").write_text(LABELS)
+    return root
+
+
+def for_triton(root: Path) -> Path:
+    """The same models; one instance each, so that the sums of a sequence are in one place."""
+    for name in MODELS:
+        compute = SUM if name.endswith("sequence") else ARITHMETIC if name in SIMPLE else IDENTITY
+        text = CONFIGS.get(name, WORDS).replace('platform: "onnxruntime_onnx"', "")
+        lines = [CONTROLS if line.strip().startswith("state [") else line for line in text.splitlines()]
+        version = root / name / "1"
+        version.mkdir(parents=True)
+        (version / "model.py").write_text(MODEL_PY.format(compute=compute))
+        instances = "instance_group [ { count: 1 kind: KIND_CPU } ]"
+        (root / name / "config.pbtxt").write_text("\n".join(['backend: "python"', *lines, instances]))
+    (root / "classes" / "labels.txt").write_text(LABELS)
+    return root
+
+
 FIRST = np.arange(WIDTH, dtype=np.int32).reshape(1, WIDTH)
 SECOND = np.ones((1, WIDTH), np.int32)
 VALUES = (11, 7, 5, 3, 2, 0, 1)

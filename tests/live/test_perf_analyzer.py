@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.ingress.certificates import Certificates
 from tests.live import models, venvs
 from tests.live.gateway_process import GatewayProcess, gateway, until
 
@@ -91,9 +92,9 @@ class Bench:
     def __init__(self, analyzer: venvs.Program, served: GatewayProcess, folder: Path) -> None:
         self.analyzer, self.served, self.folder = analyzer, served, folder
 
-    def start(self, protocol: str, model: str, *arguments: str) -> tuple[int, str]:
+    def start(self, protocol: str, model: str, *arguments: str, scheme: str = "") -> tuple[int, str]:
         port = self.served.port if protocol == "http" else self.served.grpc_port
-        done = self.analyzer.run("-m", model, "-i", protocol, "-u", f"127.0.0.1:{port}", *arguments)
+        done = self.analyzer.run("-m", model, "-i", protocol, "-u", f"{scheme}127.0.0.1:{port}", *arguments)
         return done.returncode, done.stdout
 
     def measure(self, protocol: str, model: str, *arguments: str, count: int = COUNT) -> Measured:
@@ -286,3 +287,22 @@ def test_what_cannot_be_is_told(bench: Bench, protocol: str) -> None:
     code, text = bench.start(protocol, "small", "-b", "9", "--request-count", "10")
     assert code != 0
     assert "<= 8" in text
+
+
+def test_encrypted(analyzer: venvs.Program, tmp_path: Path) -> None:
+    authority = str(Certificates(tmp_path)["ca"])
+    root = models.repository(tmp_path / "models", {"echo": models.identity("FP32", 5)})
+    config = tmp_path / "gateway.yaml"
+    config.write_text("server:\n  tls: {cert: server.pem, key: server-key.pem}\n")
+    counted = ("--request-count", str(COUNT))
+    with gateway("serve", str(root), "-c", str(config), "--workers", "1") as served:
+        bench = Bench(analyzer, served, tmp_path)
+        trust = ("--ssl-https-ca-certificates-file", authority)
+        code, text = bench.start("http", "echo", *counted, *trust, scheme="https://")
+        assert code == 0, text
+        secured = ("--ssl-grpc-use-ssl", "true", "--ssl-grpc-root-certifications-file", authority)
+        code, text = bench.start("grpc", "echo", *counted, *secured)
+        assert code == 0, text
+        assert served.metric("nv_inference_count", model="echo") == 2 * COUNT
+        code, text = bench.start("http", "echo", *counted, scheme="https://")
+        assert code != 0, "the authority is not known to it"

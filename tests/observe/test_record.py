@@ -39,7 +39,7 @@ def batch(statistics: ModelStatistics, **given_values: Any) -> None:
 def test_folding_in_any_portions_gives_what_comparing_each_value_gives(portions: list[list[float]]) -> None:
     histogram = Histogram(DURATION_BOUNDS_S)
     for portion in portions:
-        histogram.add_many(portion)
+        histogram.pending.extend(portion)
         histogram.fold()
     values = [v for portion in portions for v in portion]
     expected = [sum(v <= bound for v in values) for bound in DURATION_BOUNDS_S]
@@ -51,13 +51,13 @@ def test_folding_in_any_portions_gives_what_comparing_each_value_gives(portions:
 def test_folding_agrees_with_numpys_histogram() -> None:
     values = np.random.default_rng(7).exponential(0.02, 10_000)
     histogram = Histogram(DURATION_BOUNDS_S)
-    histogram.add_many(values.tolist())
+    histogram.pending.extend(values.tolist())
     counts, _ = np.histogram(values, bins=[0.0, *DURATION_BOUNDS_S, np.inf])
     histogram.fold()
     assert histogram.counts == counts.tolist()
 
 
-@pytest.mark.parametrize("way", ["add", "add_many", "append"])
+@pytest.mark.parametrize("way", ["add", "append"])
 def test_parked_values_are_bounded(way: str) -> None:
     histogram = Histogram(DURATION_BOUNDS_S)
     pending = histogram.pending

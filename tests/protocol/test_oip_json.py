@@ -268,16 +268,16 @@ def test_repeated_bodies_give_independent_requests() -> None:
 def test_request_wide_binary_flag_covers_only_unlisted_outputs() -> None:
     decoder = RequestDecoder(of_x())
     flagged = VALID[:-1] + b',"parameters":{"binary_data_output":true}'
-    assert decoder.decode(flagged + b"}").form.any_binary
-    assert not decoder.decode(flagged + b',"outputs":[{"name":"Y"}]}').form.any_binary
-    assert decoder.decode(VALID[:-1] + b',"outputs":[{"name":"Y","parameters":{"binary_data":true}}]}').form.any_binary
+    assert any(decoder.decode(flagged + b"}").form.binary)
+    assert not any(decoder.decode(flagged + b',"outputs":[{"name":"Y"}]}').form.binary)
+    assert any(decoder.decode(VALID[:-1] + b',"outputs":[{"name":"Y","parameters":{"binary_data":true}}]}').form.binary)
 
 
 def test_half_precision_output_needs_binary_on_every_road() -> None:
     spec = model([tensor_spec("X")], [tensor_spec("Y", "FP16")])
     for road in ROADS:
         refused(spec, by_road(road, VALID), "sending FP16 data via JSON is not supported", "'Y'")
-    assert decode(spec, VALID[:-1] + b',"parameters":{"binary_data_output":true}}').form.any_binary
+    assert any(decode(spec, VALID[:-1] + b',"parameters":{"binary_data_output":true}}').form.binary)
 
 
 def test_half_precision_input_as_json() -> None:

@@ -184,7 +184,7 @@ def test_no_outputs_named_means_all() -> None:
     form = Planner(OUTPUTS).response_form(None, all_binary=True)
     assert form.outputs == form.needed == (0, 1, 2, 3)
     assert form.binary == (True, True, True, True)
-    assert form.any_binary
+    assert any(form.binary)
     assert Planner(OUTPUTS).response_form([], all_binary=True) == form
 
 
@@ -193,7 +193,7 @@ def test_named_outputs_keep_their_order_and_ignore_the_request_wide_flag() -> No
     assert form.outputs == (1, 0)
     assert form.needed == (0, 1)
     assert form.binary == (False, False)
-    assert not form.any_binary
+    assert not any(form.binary)
 
 
 def test_unknown_output() -> None:
@@ -219,4 +219,4 @@ def test_half_precision_output_as_json(name: str, datatype: str) -> None:
         InvalidRequest, match=f"sending {datatype} data via JSON is not supported.*'{name}'.*binary_data"
     ):
         planner.response_form([WantedOutput(name)], all_binary=False)
-    assert planner.response_form([WantedOutput(name, binary=True)], all_binary=False).any_binary
+    assert any(planner.response_form([WantedOutput(name, binary=True)], all_binary=False).binary)
