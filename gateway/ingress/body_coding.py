@@ -98,6 +98,10 @@ class BodyCoding:
                 then(plain)
             except Exception as error:
                 refuse(error)
+            finally:
+                # What was raised knows this frame; with the future in it, all that came out so far would stay in memory
+                # until the collector finds the circle.
+                del future
 
         exchange.on_abort = left
         self._run(lambda: b"" if gone else _rest(inflation), ready)

@@ -65,8 +65,6 @@ def test_parked_values_are_bounded(way: str) -> None:
     for _ in range(3 * FOLD_AT):
         if way == "add":
             histogram.add(0.1)
-        elif way == "add_many":
-            histogram.add_many([0.1])
         else:
             pending.append(0.1)
             histogram.fold_if_full()
