@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.differential.triton_process import TritonProcess, triton
 from tests.ingress.certificates import Certificates
 from tests.live import models, venvs
+from tests.live.example_models import MODELS as EXAMPLES
+from tests.live.example_models import for_gateway, for_triton
 from tests.live.gateway_process import GatewayProcess, gateway, until
 
 pytestmark = pytest.mark.slow
@@ -147,7 +150,6 @@ def check_echoes(requests: list[dict[str, Any]], rows: int = 1, given: str = "x"
         ("grpc", 1, "--async --concurrency-range 8"),
         ("grpc", 3, "-b 3 --streaming --async --concurrency-range 8"),
         ("grpc", 1, "--grpc-compression-algorithm gzip"),
-        ("grpc", 1, "--grpc-compression-algorithm deflate"),
         ("grpc", 1, "-x 1 --request-parameter tenant:7:int --request-parameter note:hello:string"),
     ],
 )
@@ -306,3 +308,35 @@ def test_encrypted(analyzer: venvs.Program, tmp_path: Path) -> None:
         assert served.metric("nv_inference_count", model="echo") == 2 * COUNT
         code, text = bench.start("http", "echo", *counted, scheme="https://")
         assert code != 0, "the authority is not known to it"
+
+
+SAME = (
+    ("http", "-m simple"),
+    ("grpc", "-m simple -b 3"),
+    ("http", "-m simple_string --string-data 7 --shared-memory system"),
+    ("grpc", "-m simple_sequence --streaming --concurrency-range 3 --sequence-length 4"),
+    ("http", "-m nobody"),
+    ("grpc", "-m simple -x 7"),
+    ("http", "-m simple_identity --shape x:2 --shared-memory system --output-shared-memory-size 3"),
+    ("grpc", "-m simple --shared-memory cuda"),
+)
+
+
+def test_what_it_says_is_what_it_says_of_triton(analyzer: venvs.Program, tmp_path: Path) -> None:
+    """Line by line, but for the numbers."""
+
+    def reports(server: GatewayProcess | TritonProcess) -> list[tuple[int, list[str]]]:
+        found = []
+        for protocol, arguments in SAME:
+            address = f"127.0.0.1:{server.port if protocol == 'http' else server.grpc_port}"
+            done = analyzer.run("-u", address, "-i", protocol, *arguments.split(), "--request-count", "20")
+            found.append((done.returncode, re.sub(r"\d+(\.\d+)?", "N", done.stdout).splitlines()))
+        return found
+
+    with triton(for_triton(tmp_path / "triton"), sorted(EXAMPLES)) as real:
+        expected = reports(real)
+    with gateway("serve", str(for_gateway(tmp_path / "gateway")), "--allow-client-shm", "--workers", "2") as ours:
+        got = reports(ours)
+    assert [code for code, _ in expected] == [0] * 4 + [99] * 4
+    for (protocol, arguments), of_triton, of_ours in zip(SAME, expected, got, strict=True):
+        assert of_ours == of_triton, f"{protocol} {arguments}"
