@@ -223,5 +223,3 @@ async def test_a_failed_model_is_replaced_and_its_workers_freed() -> None:
         await bench.catalog.drain()
         assert loads.freed == [loads.models[0]]
         check(await bench.ask(infer([5])), [5])
-
-

@@ -74,7 +74,7 @@ CORPUS: list[tuple[str, list[str]]] = [
     ("server: {processes: true}", ["1: server.processes: several front-end processes are not"]),
     ("server: {tls: {cert: gateway.yaml}}", ["1: server.tls.key: is missing"]),
     ("server:\n  tls: {cert: a, key: gateway.yaml}", ["2: server.tls.cert: there is no file", "write the path of"]),
-    ("server: {compression: {grpc: best}}", ["1: server.compression.grpc: the text \"best\" is not possible"]),
+    ("server: {compression: {grpc: best}}", ['1: server.compression.grpc: the text "best" is not possible']),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
     ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
     (
