@@ -32,7 +32,7 @@ from gateway.core import assembly
 from gateway.core.batch import FinishedBatch, executions
 from gateway.core.remembered import Store
 from gateway.core.request import SETTLED, InferRequest
-from gateway.errors import BackendError, Cancelled, Draining, NotReady
+from gateway.errors import BackendError, Cancelled, Draining, GatewayError, NotReady
 from gateway.response_cache import ResponseCache
 
 log = logging.getLogger("gateway.cache")
@@ -103,7 +103,11 @@ class SplitRequest:
             raise Draining(f"model '{self._version.spec.name}' is unloading")
         for part in self._parts:
             part.settle = self._part_settled
-        scheduler.submit_parts(self._original, self._parts)
+        try:
+            scheduler.submit_parts(self._original, self._parts)
+        except GatewayError:
+            self._parts = []  # they refer to this object, and a cycle would wait for the garbage collector
+            raise
         self._original.owner = self
 
     def abort(self, request: InferRequest) -> None:
@@ -128,15 +132,20 @@ class SplitRequest:
             self._give_up(part.error)
         elif self._open == 0:
             try:
-                joined = self._join()
+                batches = {part.batch for part in self._parts}
+                joined = self._join(batches)
             except Exception as error:  # whatever it was, the caller gets an answer
                 self._settle(error=BackendError(f"model '{self._version.spec.name}': {error}"))
                 return
             if self._version.scheduler is not None:
-                self._version.scheduler.statistics.record_whole(joined.infer_ns)
+                self._version.scheduler.statistics.record_whole(
+                    (joined.input_ns, joined.infer_ns, joined.output_ns),
+                    sum(batch.finished - batch.dispatched for batch in batches),
+                )
             self._settle(batch=joined)
 
-    def _join(self) -> FinishedBatch:
+    def _join(self, batches: set[FinishedBatch]) -> FinishedBatch:
+        """The answer to the whole. `batches`: those that the parts were in; one that two shared is charged once."""
         pieces = [(part.batch, part.row) for part in self._parts]
         first: FinishedBatch = pieces[0][0]
         joined = FinishedBatch(
@@ -148,7 +157,11 @@ class SplitRequest:
             min(batch.dispatched for batch, _ in pieces),
             max(batch.finished for batch, _ in pieces),
             first.reason,
-            (0, sum(batch.infer_ns for batch in {batch for batch, _ in pieces}), 0),
+            (
+                sum(batch.input_ns for batch in batches),
+                sum(batch.infer_ns for batch in batches),
+                sum(batch.output_ns for batch in batches),
+            ),
         )
         joined.parts = [execution for batch, row in pieces for execution in executions(batch, row)]
         return joined

@@ -85,13 +85,21 @@ async def test_the_joined_answer_is_the_unsplit_one(as_values: bool) -> None:
     assert caller.settled == 0
     batches[0].reply()
     last = await road.backend.expect_batch(rows=2)
+    await asyncio.sleep(0.5)
     last.reply()
     await road.finish()
     assert caller.answered
     batch = caller.request.batch
     assert (batch.rows, caller.request.row) == (10, 0)
     assert [(finished.rows, row) for finished, row in batch.parts] == [(4, 0), (4, 0), (2, 0)]
-    assert batch.infer_ns == 30
+    assert (batch.input_ns, batch.infer_ns, batch.output_ns) == (3, 30, 3)
+    counted = road.bench.scheduler.statistics
+    assert counted.success == 1
+    assert (counted.compute_input_ns, counted.compute_infer_ns, counted.compute_output_ns) == (3, 30, 3)
+    counted.execute.fold()
+    assert counted.execute.sum >= 0.5
+    executed_ns = round(counted.execute.sum * 1e9)
+    assert abs(counted.success_ns - counted.queue_ns - executed_ns) <= 3, "as long as its three batches ran"
 
 
 @simulated
@@ -114,7 +122,7 @@ async def test_a_batch_that_two_parts_shared_is_charged_once() -> None:
     (await road.backend.expect_batch(rows=2)).reply()
     await road.finish()
     assert caller.request.batch.attempt == 2
-    assert caller.request.batch.infer_ns == 20
+    assert (caller.request.batch.input_ns, caller.request.batch.infer_ns) == (2, 20)
 
 
 @simulated

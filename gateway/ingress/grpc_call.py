@@ -55,6 +55,7 @@ class GrpcCall(Stream):
         "_delivering",
         "_ended",
         "_held_bytes",
+        "_pausing",
         "begun",
         "context",
         "deadline",
@@ -107,6 +108,7 @@ class GrpcCall(Stream):
         self._held_bytes = 0
         self._ended = False
         self._delivering = False
+        self._pausing = False
         self.taken_bytes = 0
         """Body bytes that came in pieces; for the slow-body rule, as the two below, which the sweep writes."""
         self.seen_bytes = 0
@@ -125,8 +127,9 @@ class GrpcCall(Stream):
             self._buffer = MessageBuffer()
         self._buffer.add(piece)
         self.taken_bytes += len(piece)
-        self._hold(len(piece))
         self._ended = end
+        if not self._hold(len(piece)):
+            return
         if self.handler is None:
             self._take_unary(self._buffer)
         else:
@@ -136,9 +139,17 @@ class GrpcCall(Stream):
         """A whole message, counted in `held` by the connection, stays there until the call is over."""
         self._held_bytes = count
 
-    def _hold(self, count: int) -> None:
+    def _hold(self, count: int) -> bool:
+        """Count bytes of this call; False: they are more than there is room for, and the call has ended.
+
+        What a message's prefix announces is not reserved: several announced at one time may not all find room."""
+        held = self._connection.shared.held
         self._held_bytes += count
-        self._connection.shared.held.used_bytes += count
+        held.used_bytes += count
+        if count <= 0 or held.used_bytes <= held.limit_bytes:
+            return True
+        self._connection.refuse(self, grpc_wire.too_much_held())
+        return False
 
     def _take_unary(self, buffer: MessageBuffer) -> None:
         if buffer.length >= 0:
@@ -165,9 +176,10 @@ class GrpcCall(Stream):
         length = buffer.length
         most = min(shared.limits.max_message_bytes, shared.held.limit_bytes)
         if buffer.flag > 1 or (buffer.flag and self.head.encoding == b"identity"):
-            self.fail(grpc_wire.INTERNAL, "a message is flagged as compressed, and no grpc-encoding was given")
+            self.give_up(grpc_wire.INTERNAL, "a message is flagged as compressed, and no grpc-encoding was given")
         elif length > most:
-            self.fail(grpc_wire.RESOURCE_EXHAUSTED, f"a message of {length} bytes is over the limit of {most} bytes")
+            text = f"a message of {length} bytes is over the limit of {most} bytes"
+            self.give_up(grpc_wire.RESOURCE_EXHAUSTED, text)
         elif shared.held.used_bytes + buffer.missing > shared.held.limit_bytes:
             self._connection.refuse(self, grpc_wire.too_much_held())
         else:
@@ -190,12 +202,13 @@ class GrpcCall(Stream):
         try:
             done = inflation.step(_INFLATED_BYTES)
         except TooLarge:
-            self.fail(grpc_wire.RESOURCE_EXHAUSTED, "a message inflates to more bytes than there is room for")
+            self.give_up(grpc_wire.RESOURCE_EXHAUSTED, "a message inflates to more bytes than there is room for")
             return
         except InvalidRequest as error:
-            self.fail(grpc_wire.INTERNAL, f"a message could not be inflated: {error}")
+            self.give_up(grpc_wire.INTERNAL, f"a message could not be inflated: {error}")
             return
-        self._hold(inflation.made - before)
+        if not self._hold(inflation.made - before):
+            return
         if done:
             then(inflation.result)
         else:
@@ -210,20 +223,26 @@ class GrpcCall(Stream):
 
     def pause(self) -> None:
         """Hand over no further message until `resume`: the handler has as much in work as it wants."""
-        self.paused = True
+        self._pausing = self.paused = True
 
     def resume(self) -> None:
-        if self.paused:
-            self.paused = False
-            self.deliver()
-            self._connection.http2.credit(self)
-            self._connection.wake()
+        if self._pausing:
+            self._pausing = False
+            self._deliver_more()
+
+    def _deliver_more(self) -> None:
+        self.deliver()
+        self._connection.http2.credit(self)
+        self._connection.wake()
 
     def deliver(self) -> None:
-        """Give the handler what is complete, unless it is being given something."""
+        """Give the handler what is complete. While it can be given nothing, the client gets no window to send more."""
         handler, buffer = self.handler, self._buffer
-        if handler is None or buffer is None or self._delivering:
-            return
+        if not self._delivering and handler is not None and buffer is not None:
+            self._deliver(handler, buffer)
+        self.paused = self._delivering or not self._may_deliver()
+
+    def _deliver(self, handler: StreamHandler, buffer: MessageBuffer) -> None:
         while self._may_deliver() and buffer.length >= 0:
             if not self._admit(buffer):
                 return
@@ -240,7 +259,7 @@ class GrpcCall(Stream):
         if self._ended and self._may_deliver():
             self._ended = False
             if len(buffer):
-                self.fail(grpc_wire.INTERNAL, "the stream ended within a message")
+                self.give_up(grpc_wire.INTERNAL, "the stream ended within a message")
             else:
                 self._connection.guard(self, handler.half_closed)
 
@@ -251,10 +270,10 @@ class GrpcCall(Stream):
         self._connection.guard(self, handler.message, message)
         self._delivering = False
         if flag:
-            self._connection.loop.call_soon(self.deliver)
+            self._connection.loop.call_soon(self._deliver_more)
 
     def _may_deliver(self) -> bool:
-        return not self.over and not self.paused and self.queued_bytes <= MAX_QUEUED_BYTES
+        return not self.over and not self._pausing and self.queued_bytes <= MAX_QUEUED_BYTES
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -390,9 +409,15 @@ class GrpcCall(Stream):
     def expire(self) -> None:
         """The deadline has passed: the client is told at once, then the application."""
         if not self.over:
-            tell = self._told()
             self._connection.shared.expired += 1
-            self.fail(grpc_wire.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            self.give_up(grpc_wire.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+    def give_up(self, code: int, text: str) -> None:
+        """End the call for a reason that the application does not know: the client is told, then the application. Does
+        nothing if the call is over."""
+        if not self.over:
+            tell = self._told()
+            self.fail(code, text)
             tell()
 
     def _told(self) -> Callable[[], None]:

@@ -217,7 +217,7 @@ class GrpcConnection(asyncio.Protocol):
         if end and call.handler is None and not call.taken_bytes and not call.over and len(piece) >= 5:
             # The usual case: one whole message in one frame.
             flag, length = _PREFIX(piece)
-            if not flag and length == len(piece) - 5:
+            if not flag and length == len(piece) - 5 and length <= self.shared.limits.max_message_bytes:
                 held = self.shared.held
                 held.used_bytes += length
                 call.hold_message(length)
@@ -255,11 +255,11 @@ class GrpcConnection(asyncio.Protocol):
 
     def _failed(self, call: GrpcCall) -> None:
         _log.exception("a call failed in a way nobody foresaw: %r", call)
-        call.fail(grpc_wire.INTERNAL, "the gateway failed on this request; its log says why")
+        call.give_up(grpc_wire.INTERNAL, "the gateway failed on this request; its log says why")
 
     def refuse(self, call: GrpcCall, error: GatewayError) -> None:
         self.shared.count_reject(error.reason)
-        call.fail(error.grpc_code, str(error))
+        call.give_up(error.grpc_code, str(error))
 
     def left(self, stream: Stream) -> None:
         cast("GrpcCall", stream).abort()

@@ -310,11 +310,16 @@ class ModelStatistics:
         self.rows.add(rows)
         self.execute.add(execute_s)
 
-    def record_whole(self, compute_infer_ns: int) -> None:
-        """A request that was executed in parts is answered: it is one request, charged what its batches ran."""
+    def record_whole(self, compute_ns: tuple[int, int, int], execute_s: float) -> None:
+        """A request that was executed in parts is answered: it is one request, charged what its batches took.
+
+        `compute_ns` (input, infer, output) and `execute_s` are sums over those batches.
+        """
         self.success += 1
-        self.compute_infer_ns += compute_infer_ns
-        self.success_ns += compute_infer_ns  # what its parts waited was added with their batches
+        self.compute_input_ns += compute_ns[0]
+        self.compute_infer_ns += compute_ns[1]
+        self.compute_output_ns += compute_ns[2]
+        self.success_ns += round(execute_s * 1e9)  # what its parts waited was added with their batches
 
     def record_cache_hit(self, lookup_ns: int, n: int = 1, queue_ns: int = 0) -> None:
         """`n` requests were answered from the response cache; `lookup_ns` and `queue_ns` are their sums.

@@ -285,11 +285,11 @@ class Http2(Streams):
             act(self, flags, stream_id, payload)
 
     def fail(self, code: ErrorCode, text: str) -> None:
-        """End the connection: GOAWAY is the last that goes out."""
+        """End the connection: GOAWAY is the last that goes out, and names no later stream than one before (§6.8)."""
         self.closed = True
         self._pieces.clear()
         self._block = None
-        self.out.append(goaway(self.last_stream, code, text))
+        self.out.append(goaway(min(self.last_stream, self.final_stream), code, text))
 
 
 _ACTIONS: Final[dict[int, Callable[[Http2, int, int, bytes], None]]] = {

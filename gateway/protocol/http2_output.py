@@ -240,7 +240,9 @@ class Output:
 
     # -- what the peer says about our sending ------------------------------------------------------------------
 
-    def widened(self, stream: Stream) -> None:
-        """The peer opened this stream's window, or all of them."""
-        if stream.queued_bytes and stream.send_window > 0:
+    def window_changed(self, stream: Stream) -> None:
+        """The peer opened this stream's window, or changed that of all of them, which may take it below zero."""
+        if stream.send_window <= 0:
+            self.waiting.pop(stream.id, None)
+        elif stream.queued_bytes:
             self.waiting[stream.id] = stream

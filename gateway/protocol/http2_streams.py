@@ -257,7 +257,7 @@ class Streams(Output):
                 stream.send_window += change
                 if stream.send_window > MAX_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is over 2^31-1")
-                self.widened(stream)
+                self.window_changed(stream)
         self.out.append(frame(SETTINGS, ACK, 0))
 
     def _window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -276,7 +276,7 @@ class Streams(Output):
             stream.send_window += increment
             if stream.send_window > MAX_WINDOW:
                 raise StreamFault(stream_id, ErrorCode.FLOW_CONTROL_ERROR, "the stream's window is over 2^31-1")
-            self.widened(stream)
+            self.window_changed(stream)
 
     def _rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
         stream = self._known(stream_id)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path())
     chosen = parser.parse_args()
     atheris: Any = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["gateway.protocol", "gateway.management_override"]):
+    with atheris.instrument_imports(include=["gateway.protocol", "gateway.ingress", "hpack", "gateway.management_override"]):
         targets = importlib.import_module("tests.fuzz.targets").TARGETS
     if chosen.target not in targets:
         parser.error(f"no target {chosen.target}; there are {', '.join(targets)}")

@@ -55,6 +55,7 @@ _BODIES: tuple[tuple[int, bytes], ...] = (
     (0, request_body(data="[1e39,-1.5e-400,0.1]", extra='"parameters":{"sequence_id":"q","sequence_start":true},')),
     (0, request_body()[:-1] + b',"outputs":[{"name":"Y","parameters":{"binary_data":true,"classification":2}}]}'),
     (0, request_body(shape="[2,0]", data="[]")),
+    (0, request_body(data="[-0,1,-0 ]")),
     (1, _TWO_INPUTS),
     (2, request_body("BYTES", '["h\\u00e9","b\\u0000c",""]')),
     (2, request_body("BYTES", '["\\ud83d\\ude00","\\\\","a:b"]')),

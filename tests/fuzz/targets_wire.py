@@ -279,6 +279,7 @@ _HPACK_SEEDS = (
     _blocks(REQUEST, [*REQUEST, (b"x-a", b"b")], REQUEST, huffman=False),
     bytes([len(block())]) + block(),
     b"\1\x20\1\x82\4\x3f\xe1\x1f\x82",
+    b"\5\x40\1a\1b\1\xbe\5\x40\1c\1d\1\xbe",
     b"\7\x40\1a\xff\xff\xff\xff\2\x0f\x7f",
 )
 _HPACK_WORDS = (

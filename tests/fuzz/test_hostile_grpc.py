@@ -21,6 +21,7 @@ import pytest
 from gateway.protocol.hpack_blocks import Fields
 from gateway.protocol.http2_frames import (
     CONTINUATION,
+    DATA,
     END_HEADERS,
     END_STREAM,
     FRAME_HEAD_BYTES,
@@ -48,7 +49,10 @@ MODELS = {"whole": models.whole_linear(), "id": models.identity("FP32")}
 METHOD = b"/inference.GRPCInferenceService/ModelInfer"
 CALL: Fields = [(name, METHOD if name == b":path" else value) for name, value in REQUEST]
 HELD_MIB = 64
-GROWTH_BYTES = 48 * 1024 * 1024
+GROWTH_BYTES = 160 * 1024 * 1024
+"""What the allocator may keep of HELD_MIB held twice over (received, and on its way to the model)."""
+REPEATED = 6
+"""Attacks whose remains, were there any, would add up to more than that."""
 PATIENCE_S = 90
 
 
@@ -254,7 +258,6 @@ FLOODS: dict[str, Callable[[int], bytes]] = {
     "empty DATA": lambda n: (headers(1, CALL, end=False) if not n else b"") + data(1) * 200,
     "unknown frames": lambda _: frame(99, 0, 1, b"") * 200,
     "PRIORITY": lambda _: frame(2, 0, 3, b"\0\0\0\1\5") * 200,
-    "window updates by one": lambda _: frame(WINDOW_UPDATE, 0, 0, b"\0\0\0\1") * 200,
     "continuations": lambda n: frame(CONTINUATION if n else HEADERS, 0, 1, b"\0\1a\1b" * 10) * (50 if n else 1),
     "empty continuations": lambda n: frame(CONTINUATION if n else HEADERS, 0, 1, b"") * (50 if n else 1),
 }
@@ -350,13 +353,25 @@ def test_answers_that_are_not_taken_are_given_up(served: GatewayProcess) -> None
                 *(data(stream_id, part, end=place == last) for place, part in enumerate(parts)),
             )
             assert served.process.poll() is None
-        done, _ = await asyncio.wait({reading}, timeout=30)
+        ended: set[int] = set()
+        while len(ended) < 60 and not reading.done():
+            await asyncio.sleep(0.1)
+            ended = {each.stream for each in attacker.seen if each.kind == RST_STREAM or each.flags & END_STREAM}
         reading.cancel()
-        ended = {
-            each.stream for each in attacker.seen if each.kind in {RST_STREAM, HEADERS} and each.flags & END_STREAM
-        }
-        ended |= {each.stream for each in attacker.seen if each.kind == RST_STREAM}
-        assert done or len(ended) == 60, len(ended)
+
+    attack(served, story, count=4)
+
+
+def test_an_answer_taken_byte_by_byte_holds_nobody_up(served: GatewayProcess) -> None:
+    """A window that is opened by one byte at a time (CVE-2019-9511): each frame the gateway sends was paid for."""
+    content = prefixed(message(*[1.0] * 3_000, model="id"))
+
+    async def story(attacker: Attacker) -> None:
+        await attacker.send(settings({INITIAL_WINDOW_SIZE: 0}), headers(1, CALL, end=False), data(1, content, end=True))
+        for _ in range(2_000):
+            await attacker.send(frame(WINDOW_UPDATE, 0, 1, b"\0\0\0\1"), frame(WINDOW_UPDATE, 0, 0, b"\0\0\0\1"))
+            found = await attacker.until(DATA, 1)
+            assert len(found.payload) == 1
 
     attack(served, story, count=4)
 
@@ -449,8 +464,9 @@ def test_a_compressed_bomb(served: GatewayProcess, coding: bytes) -> None:
     content = b"".join([*made, zeros.flush()])
     peak = Peak(served.process.pid)
     with peak:
-        code, text = answer_to(served, *whole(prefixed(content, 1), [*CALL, (b"grpc-encoding", coding)]))
-    assert code == 8 or (code == 14 and "retry" in text), (code, text)
+        for _ in range(REPEATED):
+            code, text = answer_to(served, *whole(prefixed(content, 1), [*CALL, (b"grpc-encoding", coding)]))
+            assert code == 8 or (code == 14 and "retry" in text), (code, text)
     assert peak.bytes - peak.before < 4 * HELD_MIB * 2**20
 
 
@@ -458,8 +474,9 @@ def test_a_compressed_bomb_over_http(served: GatewayProcess) -> None:
     content = gzip.compress(bytes(2**29), 1)
     peak = Peak(served.process.pid)
     with peak:
-        status, _, answer = served.request("POST", "/v2/models/whole/infer", content, {"Content-Encoding": "gzip"})
-    assert status in {413, 503}, answer
+        for _ in range(REPEATED):
+            status, _, answer = served.request("POST", "/v2/models/whole/infer", content, {"Content-Encoding": "gzip"})
+            assert status in {413, 503}, answer
     assert peak.bytes - peak.before < 4 * HELD_MIB * 2**20
 
 

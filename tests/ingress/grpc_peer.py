@@ -28,6 +28,8 @@ class EchoStream:
 
     def message(self, message: bytes | memoryview) -> None:
         self.messages.append(bytes(message))
+        if message == b"raise":
+            raise RuntimeError("on purpose")
         if self.call.head.path == b"/test.Echo/Pausing":
             self.call.pause()
         self.call.send([message], len(message))

@@ -7,7 +7,18 @@ import zlib
 import pytest
 
 from gateway.ingress.grpc_server import Http2Limits
-from gateway.protocol.http2_frames import DATA, END_STREAM, HEADERS, RST_STREAM, rst_stream, window_update
+from gateway.protocol.http2_frames import (
+    DATA,
+    END_STREAM,
+    HEADERS,
+    PING,
+    RST_STREAM,
+    WINDOW_UPDATE,
+    frame,
+    rst_stream,
+    settings,
+    window_update,
+)
 from tests.ingress.grpc_peer import fields_for, grpc_bench, prefixed, raw_client
 from tests.ingress.http_peer import LOOPS, run, until
 from tests.protocol.http2_peer import data, headers
@@ -243,5 +254,106 @@ def test_deadlines_are_counted_and_on_time(loop: str) -> None:
             assert bench.app.aborted == [1]
             statistics = bench.server.statistics()
             assert (statistics.expired, statistics.in_flight) == (1, 0)
+
+    run(loop, test())
+
+
+FAULTS = {
+    "within a message": (STREAM, data(1, HELLO + HELLO[:3], end=True)),
+    "compressed": (STREAM, data(1, HELLO + prefixed(b"x", 1))),
+    "too long": (STREAM, data(1, HELLO + b"\0\xff\xff\xff\xff")),
+    "cannot be inflated": (fields_for(b"/test.Echo/Stream", GZIP), data(1, HELLO + prefixed(BROKEN, 1))),
+    "handler raises": (fields_for(b"/test.Echo/Stream"), data(1, HELLO + prefixed(b"raise"))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_stream_that_ends_for_its_clients_fault_is_told_to_its_handler(loop: str, fault: str) -> None:
+    async def test() -> None:
+        async with grpc_bench() as bench:
+            client = await raw_client(bench)
+            fields, body = FAULTS[fault]
+            client.send(headers(1, fields, end=False), body)
+            assert (await client.answer())["grpc-status"] not in {"", "0"}
+            assert bench.app.streams[0].messages[:1] == [b"hello"]
+            assert bench.app.aborted == [1]
+
+    run(loop, test())
+
+
+def test_a_message_that_does_not_come_is_told_to_the_streams_handler(loop: str) -> None:
+    async def test() -> None:
+        async with grpc_bench() as bench:
+            client = await raw_client(bench)
+            client.send(headers(1, STREAM, end=False), data(1, HELLO + prefixed(bytes(100))[:20]))
+            await client.frame(DATA)
+            bench.later(1.0)
+            bench.later(11.0)
+            assert (await client.answer())["grpc-status"] == "4"
+            assert bench.app.aborted == [1]
+
+    run(loop, test())
+
+
+def test_a_stream_that_reads_nothing_cannot_send_for_ever(loop: str) -> None:
+    async def test() -> None:
+        async with grpc_bench() as bench:
+            client = await raw_client(bench)
+            client.send(settings({4: 0}), headers(1, STREAM, end=False))
+            message = prefixed(bytes(15_995))
+            window = 2**20
+            for _ in range(200):
+                if window < len(message):
+                    break
+                client.send(data(1, message))
+                window -= len(message)
+                client.send(frame(PING, 0, 0, b"12345678"))
+                before = len(client.seen)
+                await client.frame(PING)
+                for each in client.seen[before:]:
+                    if each.kind == WINDOW_UPDATE and each.stream == 1:
+                        window += int.from_bytes(each.payload, "big")
+            held = bench.server.statistics().held_bytes
+            assert held <= 2**20 + 2 * 256 * 1024, held
+            assert not bench.app.streams[0].call.writable
+            client.send(settings({4: 2**30}), window_update(0, 2**30))
+            await until(lambda: bench.app.streams[0].call.writable)
+            await until(lambda: bench.server.statistics().held_bytes == 0)
+            client.send(data(1, end=True))
+            assert (await client.answer())["grpc-status"] == "0"
+            updates = [each for each in client.seen if each.kind == WINDOW_UPDATE and each.stream == 1]
+            assert updates, "who reads again may send again"
+
+    run(loop, test())
+
+
+def test_messages_announced_at_one_time_do_not_outgrow_the_budget(loop: str) -> None:
+    async def test() -> None:
+        async with grpc_bench(Http2Limits(max_held_bytes=100_000)) as bench:
+            client = await raw_client(bench)
+            message = prefixed(bytes(80_000))
+            for call in (1, 3, 5, 7):
+                client.send(headers(call, UNARY, end=False), data(call, message[:10]))
+            for call in (1, 3, 5, 7):
+                client.send(*[data(call, message[at : at + 8000]) for at in range(10, 60_010, 8000)])
+            assert (await client.answer())["grpc-status"] == "14"
+            client.send(frame(PING, 0, 0, b"12345678"))
+            await client.frame(PING)
+            assert bench.server.statistics().held_bytes <= 100_000
+
+    run(loop, test())
+
+
+@pytest.mark.parametrize("path", [b"/test.Echo/Unary", b"/test.Echo/Stream"])
+def test_a_message_over_the_limit_is_refused_however_it_is_cut(loop: str, path: bytes) -> None:
+    async def test() -> None:
+        async with grpc_bench(Http2Limits(max_message_bytes=100)) as bench:
+            client = await raw_client(bench)
+            for call, size, step in ((1, 101, 1000), (3, 101, 7), (5, 100, 1000)):
+                message = prefixed(bytes(size))
+                pieces = [data(call, message[at : at + step]) for at in range(0, len(message), step)]
+                client.send(headers(call, fields_for(path), end=False), *pieces[:-1])
+                client.send(data(call, message[(len(pieces) - 1) * step :], end=True))
+                assert (await client.answer())["grpc-status"] == ("8" if size > 100 else "0")
 
     run(loop, test())

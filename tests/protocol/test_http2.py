@@ -552,3 +552,28 @@ def test_nothing_happens_after_the_end() -> None:
     assert peer.verdict() == ("goaway PROTOCOL_ERROR",)
     peer.send(headers(1), NOTHING["PING"])
     assert (peer.raw(), peer.opened_streams) == (b"", [])
+
+
+def test_a_window_taken_back_holds_up_what_waited_for_the_connections_window() -> None:
+    peer = Peer()
+    peer.send(settings({4: 100_000}), headers(1), headers(3))
+    for stream_id in (1, 3):
+        peer.http2.send_data(peer.http2.streams[stream_id], [bytes(60_000)], 60_000)
+    assert sum(len(each.payload) for each in peer.sent() if each.kind == DATA) == 65_535
+    peer.send(settings({4: 1000}))
+    peer.send(window_update(0, 2**20))
+    assert not [each for each in peer.sent() if each.kind == DATA], "both streams' windows are below zero, or zero"
+    peer.send(settings({4: 100_000}))
+    assert sum(len(each.payload) for each in peer.sent() if each.kind == DATA) == 120_000 - 65_535
+    assert peer.held.used_bytes == 0
+
+
+def test_a_later_goaway_names_no_later_stream() -> None:
+    peer = Peer()
+    peer.send(headers(1))
+    peer.http2.begin_shutdown()
+    peer.http2.end_shutdown()
+    peer.sent()
+    peer.send(headers(3), data(9, b"x"))
+    (last,) = [each for each in peer.sent() if each.kind == GOAWAY]
+    assert last_stream(last) == 1, "stream 3 was refused, and may be sent again elsewhere"
