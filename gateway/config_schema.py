@@ -82,7 +82,7 @@ class Compression(Section):
     level: int = Field(default=1, ge=0, le=9, examples=[1])
     """How hard zlib tries: 1 is fast, 9 is small, 0 never compresses."""
     grpc: GrpcCompression = Field(default="none", examples=["low"])
-    """Compression of gRPC answers of 1 KiB and more: `none`, or how hard zlib tries."""
+    """Compression of gRPC answers of 1 KiB to 1 MiB: `none`, or how hard zlib tries."""
 
 
 class Protocol(Section):

@@ -303,6 +303,7 @@ class SequenceScheduler:
         request: InferRequest = inner.context
         sequence = _sequence(request)
         sequence.running = None
+        request.attempt, request.avoid = inner.attempt, inner.avoid
         error = inner.error
         if error is None:
             try:

@@ -528,6 +528,27 @@ async def test_a_broken_worker_costs_a_sequence_nothing() -> None:
 
 
 @simulated
+async def test_who_executed_a_step_and_how_often_is_known_of_its_caller() -> None:
+    bench = SequenceBench()
+    bench.respond = replies
+    first = bench.send(1, start=True)
+    await turns()
+    assert (first.request.attempt, first.request.batch.attempt) == (1, 1)
+    bench.respond = None
+    again = bench.send(2)
+    (await bench.expect_batch([2])).fail(FailureKind.BROKEN)
+    await asyncio.sleep(1.0)
+    (await bench.expect_batch([2])).reply()
+    await turns()
+    assert (again.request.attempt, again.request.batch.attempt) == (2, 2)
+    refused = bench.send(3, end=True)
+    (await bench.expect_batch([3])).fail(FailureKind.SUSPECT, "no")
+    await bench.finish()
+    assert isinstance(refused.error, ModelError)
+    assert (refused.request.avoid, refused.request.attempt) == ("onnx-1", 1)
+
+
+@simulated
 async def test_a_refused_step_leaves_the_state_as_it_was() -> None:
     bench = SequenceBench()
     bench.respond = replies

@@ -339,7 +339,7 @@ class GrpcCall(Stream):
             return
         self.start()
         flag, coding = 0, self._coding
-        if coding is not None and length >= grpc_wire.MIN_COMPRESSED_BYTES:
+        if coding is not None and grpc_wire.MIN_COMPRESSED_BYTES <= length <= grpc_wire.MAX_COMPRESSED_BYTES:
             compressed = deflate(parts, coding, self._connection.shared.compression)
             if len(compressed) < length:
                 parts, length, flag = [compressed], len(compressed), 1

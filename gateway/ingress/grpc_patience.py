@@ -120,7 +120,9 @@ class Patience:
         if call.taken_bytes - call.seen_bytes < elapsed * limits.min_body_rate_bytes_s:
             self._connection.shared.count_reject("slow_client")
             rate = limits.min_body_rate_bytes_s
-            call.give_up(grpc_wire.DEADLINE_EXCEEDED, f"the request message arrives at less than {rate} bytes per second")
+            call.give_up(
+                grpc_wire.DEADLINE_EXCEEDED, f"the request message arrives at less than {rate} bytes per second"
+            )
         else:
             call.seen_at, call.seen_bytes = now, call.taken_bytes
 

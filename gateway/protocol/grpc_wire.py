@@ -35,6 +35,8 @@ CODINGS: Final = frozenset((GZIP, DEFLATE))
 COMPRESSION_LEVELS: Final = {"none": 0, "low": 1, "medium": 6, "high": 9}
 MIN_COMPRESSED_BYTES: Final = 1024
 """A shorter message is not worth compressing."""
+MAX_COMPRESSED_BYTES: Final = 1024 * 1024
+"""A longer message would hold up all other calls while it is compressed: a MiB of numbers takes 60 ms."""
 MAX_TIMEOUT_S: Final = 30 * 86_400.0
 """Longer ones are cut to this."""
 MAX_MESSAGE_TEXT_BYTES: Final = 6144

@@ -36,6 +36,7 @@ def parse_json(text: str, file: str = "config") -> tuple[ModelConfig, str]:
         stated = json.loads(text)
         if not isinstance(stated, dict):
             raise ConfigError([Fault(file, 0, "", 'must be a JSON object, for example {"max_batch_size": 16}')])
+        json.dumps(stated, ensure_ascii=False).encode()  # protobuf's library breaks on lone surrogates in names
         config = json_format.ParseDict(stated, message("inference.ModelConfig")(), max_recursion_depth=MAX_DEPTH)
     except json_format.ParseError as error:
         raise ConfigError([Fault(file, 0, "", f"is not a model configuration: {_one_line(str(error))}")]) from None

@@ -37,6 +37,10 @@ class Word:
     text: str
 
 
+class Based(int):
+    """An integer in octal or hexadecimal digits; protobuf takes no such one where a float is wanted."""
+
+
 @dataclass(slots=True)
 class Message:
     """Fields in order of appearance; a repeated field has several values."""
@@ -180,8 +184,11 @@ class _Reader:
             return _number(token)
         if token.text == "-" and token.kind == "mark":
             operand = self.take()
+            if (operand.line, operand.column) != (token.line, token.column + 1):
+                raise token.fault("a minus sign stands directly before its number")
             if operand.kind == "number":
-                return -_number(operand)
+                number = _number(operand)
+                return Based(-number) if isinstance(number, Based) else -number
             if operand.text.lower() in ("inf", "infinity", "nan") and operand.kind == "word":
                 return Word("-" + operand.text)
             raise operand.fault(f"expected a number after '-', found {operand}")
@@ -202,9 +209,9 @@ def _number(token: _Token) -> int | float:
     text = token.text
     if _INTEGER.fullmatch(text):
         if text[:2] in ("0x", "0X"):
-            return int(text, 16)
-        return int(text, 8) if text[0] == "0" and len(text) > 1 else int(text)
-    if _FLOAT.fullmatch(text):
+            return Based(text, 16)
+        return Based(text, 8) if text[0] == "0" and len(text) > 1 else int(text)
+    if _FLOAT.fullmatch(text) and not (text[0] == "0" and text[1:2].isdigit()):
         return float(text.rstrip("fF"))
     raise token.fault(f"{token} is not a number")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from gateway.errors import Fault
 from gateway.protocol.spelling import nearest, unknown_key
-from gateway.protocol.text_format import Message, Value, Word
+from gateway.protocol.text_format import Based, Message, Value, Word
 
 _INT32 = 2**31 - 1
 
@@ -70,9 +70,11 @@ class Section:
 
     def _check_number(self, value: Value, name: str, low: float, high: float) -> float | None:
         content = value.content
-        if isinstance(content, int | float) and low <= content <= high:
+        based = isinstance(content, Based)
+        if isinstance(content, int | float) and not based and low <= content <= high:
             return float(content)
-        self.fault(value.line, name, f"expected a number from {low:g} to {high:g}, found {_shown(content)}")
+        wanted = f"a number from {low:g} to {high:g}{' in decimal digits' if based else ''}"
+        self.fault(value.line, name, f"expected {wanted}, found {_shown(content)}")
         return None
 
     def text(self, name: str) -> str | None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+INSTRUMENTED = ["gateway.protocol", "gateway.ingress", "gateway.management_override", "gateway.shared_memory", "hpack"]
 MAX_INPUT_S = 10
 MAX_RSS_MIB = 1024
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path())
     chosen = parser.parse_args()
     atheris: Any = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["gateway.protocol", "gateway.ingress", "hpack", "gateway.management_override"]):
+    with atheris.instrument_imports(include=INSTRUMENTED):
         targets = importlib.import_module("tests.fuzz.targets").TARGETS
     if chosen.target not in targets:
         parser.error(f"no target {chosen.target}; there are {', '.join(targets)}")

@@ -51,7 +51,8 @@ def check_refusal(error: GatewayError) -> None:
     require(error.status < 500 or isinstance(error, Unsupported | Overloaded), "a client's fault is a 5xx", error)
     text = str(error)
     require(text, "a refusal without words", type(error))
-    require(len(text.encode()) < MAX_TEXT_BYTES, "a refusal that is too long", text[:200])
+    # Lone surrogates that a text quotes are replaced where it is written to the wire.
+    require(len(text.encode("utf-8", "replace")) < MAX_TEXT_BYTES, "a refusal that is too long", text[:200])
 
 
 Tensors = dict[str, tuple[tuple[int, ...], bytes]]

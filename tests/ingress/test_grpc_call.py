@@ -357,3 +357,19 @@ def test_a_message_over_the_limit_is_refused_however_it_is_cut(loop: str, path: 
                 assert (await client.answer())["grpc-status"] == ("8" if size > 100 else "0")
 
     run(loop, test())
+
+
+@pytest.mark.parametrize(("size", "flag"), [(1023, 0), (1024, 1), (2**20, 1), (2**20 + 1, 0)])
+def test_answers_that_would_take_long_to_compress_go_out_as_they_are(loop: str, size: int, flag: int) -> None:
+    async def test() -> None:
+        async with grpc_bench(compression="low") as bench:
+            client = await raw_client(bench)
+            fields = fields_for(b"/test.Echo/Unary", GZIP, (b"grpc-accept-encoding", b"gzip"))
+            client.send(settings({4: 2**30}), window_update(0, 2**30))
+            client.send(headers(1, fields, end=False), data(1, prefixed(gzipped(bytes(size)), 1), end=True))
+            assert (await client.answer())["grpc-status"] == "0"
+            answer = b"".join(each.payload for each in client.seen if each.kind == DATA)
+            assert answer[0] == flag
+            assert (len(answer) < size) is bool(flag)
+
+    run(loop, test())

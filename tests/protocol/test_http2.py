@@ -133,6 +133,34 @@ def test_a_changed_table_changes_what_a_block_means() -> None:
     assert peer.verdict() == ("rst 9 PROTOCOL_ERROR",), "its indices mean other fields now"
 
 
+FIELDS = st.tuples(st.sampled_from([b"x-a", b"x-b"]), st.sampled_from([b"1", b"a" * 90]), st.booleans())
+TURNS = st.tuples(
+    st.integers(0, 1), st.lists(FIELDS, max_size=2), st.sampled_from([None, None, 0, 100, 4096]), st.integers(0, 60)
+)
+MOVED = [(0, [(b"x-a", b"1", False)], None, 60)] * 2 + [(0, [(b"x-b", b"1", False)], None, 60)] * 2
+
+
+@given(st.lists(TURNS, max_size=12), st.booleans())
+@example(MOVED, False)
+@effort(max_examples=400)
+def test_whatever_the_table_goes_through_each_stream_has_its_own_fields(turns: list, huffman: bool) -> None:  # type: ignore[type-arg]
+    """Two clients by turns: entries come, move, are evicted or never indexed; tables shrink; blocks are cut."""
+    clients = [(Peer(), Encoder()), (Peer(), Encoder())]
+    for number, (who, fields, size, cut) in enumerate(turns):
+        peer, encoder = clients[who]
+        stream_id = 2 * number + 1
+        if size is not None:
+            encoder.header_table_size = size
+        sent = encoder.encode([*[(*field, True) for field in REQUEST], *fields], huffman=huffman)
+        if cut < len(sent) and cut % 2:
+            peer.send(frame(HEADERS, END_STREAM, stream_id, sent[:cut]))
+            peer.send(frame(CONTINUATION, END_HEADERS, stream_id, sent[cut:]))
+        else:
+            peer.send(frame(HEADERS, END_HEADERS | (cut % 4 < 2), stream_id, sent))
+        head = peer.http2.streams[stream_id].head
+        assert head.request.regular == [*REQUEST[4:], *[(name, value) for name, value, _ in fields]]
+
+
 def test_blocks_of_streams_that_are_refused_or_over_count_for_the_table() -> None:
     peer, encoder = Peer(Http2Limits(max_streams=1)), Encoder()
     peer.send(headers(1, end=False), frame(HEADERS, 5, 3, encoder.encode([*REQUEST, (b"x-a", b"1")])))
@@ -577,3 +605,50 @@ def test_a_later_goaway_names_no_later_stream() -> None:
     peer.send(headers(3), data(9, b"x"))
     (last,) = [each for each in peer.sent() if each.kind == GOAWAY]
     assert last_stream(last) == 1, "stream 3 was refused, and may be sent again elsewhere"
+
+
+MOVES = st.one_of(
+    st.tuples(st.just("answer"), st.sampled_from([1, 3, 5]), st.integers(1, 70_000)),
+    st.tuples(st.just("window"), st.sampled_from([0, 1, 3, 5]), st.integers(1, 50_000)),
+    st.tuples(st.just("initial"), st.just(0), st.sampled_from([0, 1, 1000, 65_535, 200_000])),
+    st.tuples(st.just("reset"), st.sampled_from([1, 3, 5]), st.just(0)),
+)
+
+
+@given(st.lists(MOVES, max_size=25))
+@effort(max_examples=400)
+def test_no_window_is_ever_exceeded_and_everything_arrives(moves: list[tuple[str, int, int]]) -> None:
+    peer = Peer()
+    peer.send(headers(1), headers(3), headers(5))
+    initial, windows, due = 65_535, {0: 65_535, 1: 65_535, 3: 65_535, 5: 65_535}, {1: 0, 3: 0, 5: 0}
+
+    def take() -> None:
+        for each in [each for each in peer.sent() if each.kind == DATA]:
+            assert 0 < len(each.payload) <= min(windows[0], windows[each.stream])
+            windows[0] -= len(each.payload)
+            windows[each.stream] -= len(each.payload)
+            due[each.stream] -= len(each.payload)
+
+    for what, number, count in moves:
+        stream = peer.http2.streams.get(number)
+        if what == "answer" and stream is not None:
+            peer.http2.send_data(stream, [bytes(count)], count)
+            due[number] += count
+        elif what == "window":
+            peer.send(window_update(number, count))
+            windows[number] += count
+        elif what == "initial":
+            peer.send(settings({4: count}))
+            for each in peer.http2.streams:
+                windows[each] += count - initial
+            initial = count
+        elif what == "reset" and stream is not None:
+            peer.send(rst_stream(number, 8))
+            due[number] = 0
+        take()
+        assert peer.held.used_bytes == sum(due.values())
+    for number in [0, *peer.http2.streams]:
+        peer.send(window_update(number, 2**30))
+        windows[number] += 2**30
+    take()
+    assert (peer.held.used_bytes, set(due.values())) == (0, {0})

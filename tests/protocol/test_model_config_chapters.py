@@ -179,6 +179,7 @@ def control(inside: str) -> str:
         ("direct { } oldest { }", "oldest", "only one of direct and oldest may stand"),
         ("oldest { preferred_batch_size: 9 }", "oldest.preferred_batch_size", "must not exceed max_batch_size"),
         ("direct { minimum_slot_utilization: 2 }", "direct.minimum_slot_utilization", "a number from 0 to 1, found 2"),
+        ("direct { minimum_slot_utilization: 01 }", "direct.minimum_slot_utilization", "in decimal digits, found 1"),
         (control("kind: CONTROL_SEQUENCE_START"), "control_input[0].control[0].kind", "must specify one of"),
         (
             control("kind: CONTROL_SEQUENCE_END int32_false_true: [0, 1] fp32_false_true: [0, 1]"),

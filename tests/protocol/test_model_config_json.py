@@ -76,6 +76,7 @@ def test_texts_with_everything_in_them() -> None:
         ('{"model_warmup": [{"name": "w", "count": 4294967295}]}', "model_warmup[0].count: expected a whole number"),
         ('{"a": ' * 40 + "1" + "}" * 40, "config: is not a model configuration: "),
         ("[" * 100_000, "config: is not valid JSON"),
+        ('{"na\\ud800me": 1}', "surrogates not allowed"),
         (" " * 1_048_577, "config: is longer than 1048576 characters"),
     ],
 )

@@ -62,6 +62,8 @@ def test_what_is_read(text: str, expected: dict[str, list[Any]]) -> None:
         ("a: 0x", (1, 4), "'0x' is not a number"),
         ("a: 1x", (1, 4), "'1x' is not a number"),
         ("a: --1", (1, 5), "expected a number after '-'"),
+        ("a: - 1", (1, 4), "a minus sign stands directly before its number"),
+        ("a: 09", (1, 4), "'09' is not a number"),
         ('a: "\\q"', (1, 4), "unknown escape \\q"),
         ('a: "\\777"', (1, 4), "unknown escape"),
         ('a: "\\xff"', (1, 4), "do not form UTF-8 text"),
