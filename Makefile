@@ -38,7 +38,7 @@ bench: $(VENV)/.installed-test
 	$(RUN) -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) .bench .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs .bench .hypothesis .mypy_cache .ruff_cache
 
 # The stamps depend on pyproject.toml, so a second run installs nothing and a changed dependency installs again.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/pip
-	@echo "installing into $(VENV) (about 20 s) …"
+	@echo "installing into $(VENV) (a minute or two) …"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.installed
 

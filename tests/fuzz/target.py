@@ -14,7 +14,7 @@ from pathlib import Path
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest
 from gateway.core.tensor import element_count, unpack_bytes
-from gateway.errors import GatewayError, Overloaded, Unsupported
+from gateway.errors import GatewayError, Overloaded, RegionFailed, Unsupported
 from tests.protocol.oip_samples import model, tensor_bytes, tensor_spec
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -47,8 +47,13 @@ def require(condition: object, what: str, *shown: object) -> None:
 
 
 def check_refusal(error: GatewayError) -> None:
-    """The caller is to blame, and is told so briefly. Full memory is the one refusal that is not its fault."""
-    require(error.status < 500 or isinstance(error, Unsupported | Overloaded), "a client's fault is a 5xx", error)
+    """The caller is to blame, and is told so briefly. Full memory is the one refusal that is not its fault, and a
+    region that cannot be opened has Triton's status, 500."""
+    require(
+        error.status < 500 or isinstance(error, Unsupported | Overloaded | RegionFailed),
+        "a client's fault is a 5xx",
+        error,
+    )
     text = str(error)
     require(text, "a refusal without words", type(error))
     # Lone surrogates that a text quotes are replaced where it is written to the wire.

@@ -201,7 +201,7 @@ def test_several_levels_of_load(bench: Bench, protocol: str) -> None:
     code, text = bench.start(protocol, "echo", "--concurrency-range", "1:3:2", *window)
     assert code == 0 or "Failed to obtain stable measurement" in text, text
     assert "error" not in text.lower(), text
-    if code == 0:
+    if "Failed to obtain stable measurement" not in text:
         lines = report.read_text().splitlines()
         assert [line.split(",")[0] for line in lines] == ["Concurrency", "1", "3"]
         assert "Server Compute Infer" in lines[0]
