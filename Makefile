@@ -1,4 +1,4 @@
-# make demo      serve the bundled models on 127.0.0.1:8000
+# make demo      serve the bundled models on 127.0.0.1:8000; other ports: make demo ARGS='--http-port 9000'
 # make test      the fast test suite          make test-all   the slow tests too
 # make lint      ruff, mypy --strict, layering
 # make bench     measure against nginx and a real Triton (Linux, needs nginx-light and wrk)

@@ -25,7 +25,7 @@ from gateway import plan, terminal
 from gateway.backends.interface import Replica
 from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
 from gateway.catalog import Catalog, ServedVersion
-from gateway.config import Config, ModelSettings
+from gateway.config import Config, ModelSettings, Server
 from gateway.core.model import Artifact, ModelState
 from gateway.core.remembered import Store
 from gateway.errors import BindError, ConfigError, GatewayError, NotReady
@@ -211,7 +211,7 @@ class Gateway:
         if failed is None:
             return EXIT_OK
         if failed:
-            terminal.show_not_loaded(failed)
+            terminal.show_not_loaded(failed, plain=self.config.server.log_format == "json")
             return EXIT_MODEL
         self._loaded = self.repository.open = True
         gc.collect()
@@ -227,6 +227,7 @@ class Gateway:
             grpc_port=grpc_listener.port,
             encrypted=self.config.server.tls is not None,
             plain=self.config.server.log_format == "json",
+            loadable=await asyncio.to_thread(self.repository.loadable),
         )
         if demo:
             self._spawn(self._show_demo(listener.port))
@@ -292,13 +293,18 @@ class Gateway:
         async with self._reloading:
             try:
                 config = await asyncio.to_thread(self._reread)
-                await self.repository.reload(config)
+                failed = await self.repository.reload(config)
             except GatewayError as error:
                 log.error("SIGHUP: nothing was changed: %s", error)
                 return
-        if config.server != self.config.server:
-            log.warning("SIGHUP: `server` has changed too; that takes a restart")
-        log.info("SIGHUP: the models of the configuration are served")
+        if changed := _changed(self.config.server, config.server):
+            log.warning("SIGHUP: changed too, but takes a restart: %s", ", ".join(changed))
+        if self.config.server.model_control == "explicit":
+            log.info("SIGHUP: models are loaded from where the configuration says now; what is loaded stays as it is")
+        elif failed:
+            log.error("SIGHUP: the models of the configuration are served, but for %s: see above", ", ".join(failed))
+        else:
+            log.info("SIGHUP: the models of the configuration are served")
 
     def _signalled(self, delayed: bool) -> None:
         if self._stopping.is_set():
@@ -388,10 +394,22 @@ class Gateway:
         return self.pool.statistics().workers
 
 
+def _changed(before: Server, now: Server) -> list[str]:
+    """The keys of `server` that differ, dotted."""
+    return [f"server.{key}" for key in type(before).model_fields if getattr(before, key) != getattr(now, key)]
+
+
 def _replica_view(version: ServedVersion, replica: Replica) -> ReplicaView:
     state = "ready" if replica.available else "failed" if version.state is ModelState.FAILED else "starting"
     restarts = replica.restarts if isinstance(replica, OnnxReplica) else 0
     return ReplicaView(replica.name, state, replica.in_flight, restarts)
+
+
+def _backends(version: ServedVersion) -> list[BackendStatus]:
+    """Its workers; an ensemble, which has none of its own, is one backend."""
+    if version.dependencies and version.scheduler is not None:
+        return [BackendStatus("ensemble", version.ready, version.scheduler.pending)]
+    return [BackendStatus(replica.name, replica.available, replica.in_flight) for replica in version.replicas]
 
 
 def _status(version: ServedVersion) -> ModelStatus:
@@ -401,7 +419,7 @@ def _status(version: ServedVersion) -> ModelStatus:
         version.version,
         version.state.value,
         version.artifact.digest if version.artifact is not None else "",
-        [BackendStatus(r.name, r.available, r.in_flight) for r in version.replicas],
+        _backends(version),
         version.spec.policy.max_batch_size if known else 0,
         version.spec.batching_note if known else "",
         "" if version.state is ModelState.READY else version.reason,

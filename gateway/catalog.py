@@ -115,9 +115,9 @@ class Catalog:
         on_loaded: Callable[[str], None] = lambda name: None,
         parallel: int = 2,
     ) -> list[ServedVersion]:
-        """Load versions, a few at a time; returns those that FAILED. Never raises for a model's sake.
+        """Load versions, a few at a time; returns those that FAILED, which the caller tells.
 
-        `on_loaded` is called with a model's name when it is done, whichever way.
+        Never raises for a model's sake.         `on_loaded` is called with a model's name when it is done, whichever way.
         """
         gate = asyncio.Semaphore(parallel)
         # All are known before the first is loaded: who asks for one that waits its turn is told so, not "unknown".
@@ -141,7 +141,8 @@ class Catalog:
         return await self._load_registered(self._register(wanted))
 
     async def replace(self, wanted: Sequence[WantedVersion]) -> list[ServedVersion]:
-        """Load all versions of one model, in place of those that are there; returns those that FAILED.
+        """Load all versions of one model, in place of those that are there; returns those that FAILED,
+        which the caller tells.
 
         All or none: while the model serves, a failure changes nothing for its callers. Returns as soon as the name
         means the new versions; the old ones are still answering then. Calls for one model must not overlap.
@@ -255,6 +256,7 @@ class Catalog:
         return version
 
     async def _load_registered(self, version: ServedVersion) -> ServedVersion:
+        """A failure is its state and reason; who asked for the load tells it, once."""
         started = time.monotonic()
         try:
             await self._load(version)
@@ -268,7 +270,8 @@ class Catalog:
         self.on_ready(version)
         self._elect(version.name)
         spec = version.spec
-        log.info("model %s version %s is ready: %s; %s", spec.name, spec.version, spec.batching_note, spec.digest)
+        about = {"digest": spec.digest}
+        log.info("model %s version %s is ready: %s", spec.name, spec.version, spec.batching_note, extra=about)
         return version
 
     async def _load(self, version: ServedVersion) -> None:
@@ -362,8 +365,6 @@ def _in_order(ensembles: Sequence[ServedVersion]) -> list[ServedVersion]:
 def _load_failed(version: ServedVersion, reason: str) -> ServedVersion:
     version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
     version.reason = reason
-    named = reason if reason.startswith("model ") else f"model '{version.name}' version {version.version}: {reason}"
-    log.error("could not be loaded: %s", named)
     return version
 
 

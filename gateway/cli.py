@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 
 import gateway
 from gateway.cli_text import Verb, count
+from gateway.client import Access
 from gateway.config import Config, json_schema, load
 from gateway.errors import ConfigError, Fault, GatewayError
 
@@ -83,6 +85,15 @@ Later = Annotated[str | None, typer.Option(hidden=True)]
 Url = Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of the data port.")]
 OpsUrl = Annotated[str, typer.Option("--ops-url", envvar="GATEWAY_OPS_URL", help="Address of the operations port.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds to wait for an answer.")]
+Headers = Annotated[
+    list[str] | None,
+    typer.Option("--header", metavar="NAME=VALUE", help="Send this header, for restricted APIs; repeatable."),
+]
+Authority = Annotated[
+    str | None,
+    typer.Option("--ca", metavar="FILE", help="Trust the authorities in this PEM file (https; SSL_CERT_FILE)."),
+]
+_HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([\x20-\x7e]*)")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -91,6 +102,17 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _access(timeout_s: float, headers: Sequence[str] | None, ca: str | None) -> Access:
+    read: dict[str, str] = {}
+    for text in headers or ():
+        found = _HEADER.fullmatch(text)
+        if found is None:  # what it says may be a secret, and is not repeated
+            name = text.partition("=")[0] if "=" in text else ""
+            raise ConfigError(f"--header {name[:64]!r}: write NAME=VALUE, in printable ASCII")
+        read[found[1]] = found[2].strip()
+    return Access(timeout_s, read, ca)
 
 
 def _show_version(wanted: bool) -> None:
@@ -220,11 +242,14 @@ def infer(
     url: Url = "http://127.0.0.1:8000",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Add provenance and timings.")] = False,
     timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca: Authority = None,
 ) -> None:
     """Send one request and show the answer."""
     from gateway import cli_infer  # noqa: PLC0415  # see the header
 
-    cli_infer.infer(_console(), _console(stderr=True), model, data, url, verbose=verbose, timeout_s=timeout)
+    access = _access(timeout, header, ca)
+    cli_infer.infer(_console(), _console(stderr=True), model, data, url, access, verbose=verbose)
 
 
 @app.command()
@@ -236,6 +261,8 @@ def models(
     url: Url = "http://127.0.0.1:8000",
     ops_url: OpsUrl = "http://127.0.0.1:8002",
     timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca: Authority = None,
 ) -> None:
     """List the models of a running gateway: version, state, digest, backends; or load and unload one.
 
@@ -243,14 +270,15 @@ def models(
     """
     from gateway import cli_infer  # noqa: PLC0415  # see the header
 
+    access = _access(timeout, header, ca)
     if action in ("load", "unload"):
         if model is None:
             raise ConfigError(f"name the model: gateway models {action} NAME")
-        cli_infer.change_model(_console(), url, action, model, timeout_s=timeout)
+        cli_infer.change_model(_console(), url, action, model, access)
         return
     if action not in ("list", "status"):
         raise ConfigError(f"'models {action}' does not exist; write list, status, load or unload")
-    cli_infer.models(_console(), ops_url, detailed=action == "status", only=model, timeout_s=timeout)
+    cli_infer.models(_console(), ops_url, access, detailed=action == "status", only=model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

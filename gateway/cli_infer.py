@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gateway.cli_text import count
-from gateway.client import Answer, ClientError, ServerError, fetch
+from gateway.client import Access, Answer, ClientError, ServerError, fetch
 from gateway.client_tensors import Output, build_request, read_data, read_outputs
 from gateway.provenance.headers import HeaderError, Provenance, parse
 
@@ -29,18 +29,18 @@ SHORT_DIGEST: Final = 19
 """Characters: `sha256:` and twelve digits."""
 
 
-def infer(out: Console, err: Console, model: str, data: str, url: str, *, verbose: bool, timeout_s: float) -> None:
+def infer(out: Console, err: Console, model: str, data: str, url: str, access: Access, *, verbose: bool) -> None:
     """Send one request and print its outputs.
 
     Raises:
         ClientError: bad data, no server, or the server's refusal.
     """
     path = f"/v2/models/{quote(model, safe='')}"
-    metadata = fetch(url, path, timeout_s=timeout_s).json()
+    metadata = fetch(url, path, access=access).json()
     if not isinstance(metadata, dict):
         raise ClientError(f"{url} does not answer as an Open Inference Protocol server")
     request = build_request(metadata, read_data(_content(data)))
-    answer = fetch(url, f"{path}/infer", request.body, request.headers, timeout_s)
+    answer = fetch(url, f"{path}/infer", request.body, request.headers, access)
     outputs = read_outputs(answer)
     if out.is_terminal:
         _print_table(out, outputs)
@@ -123,24 +123,24 @@ def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
     return lines
 
 
-def change_model(out: Console, url: str, action: str, model: str, *, timeout_s: float) -> None:
+def change_model(out: Console, url: str, action: str, model: str, access: Access) -> None:
     """Load or unload (`action`) a model through the data port.
 
     Raises:
         ClientError: no server, or its refusal.
     """
-    fetch(url, f"/v2/repository/models/{quote(model, safe='')}/{action}", b"", timeout_s=timeout_s)
+    fetch(url, f"/v2/repository/models/{quote(model, safe='')}/{action}", b"", access=access)
     out.print(f"{model} is {action}ed", markup=False, highlight=False, soft_wrap=True)
 
 
-def models(out: Console, url: str, *, detailed: bool, only: str | None, timeout_s: float) -> None:
+def models(out: Console, url: str, access: Access, *, detailed: bool, only: str | None) -> None:
     """One line a model, from the operations port; `detailed` adds how it is batched and what its backends do.
 
     Raises:
         ClientError: no server, an unexpected answer, or no model named `only`.
     """
     try:
-        listed = fetch(url, "/api/models", timeout_s=timeout_s, option="--ops-url").json()
+        listed = fetch(url, "/api/models", access=access, option="--ops-url").json()
     except ServerError as error:
         raise ClientError(f"{error}; is {url} the operations port (8002 by default)? Name it with --ops-url") from None
     if not isinstance(listed, list) or not all(isinstance(model, dict) for model in listed):

@@ -161,11 +161,29 @@ def _stated(stated: ModelConfig | None) -> dict[str, Any]:
     return {name: value for name, value in keys.items() if value is not None}
 
 
+def yielding(entry: ModelEntry, stated: ModelConfig) -> ModelEntry:
+    """`entry` without the keys that `stated` sets too: for a configuration that outranks the file's entry."""
+    return entry.model_copy(update=dict.fromkeys(_stated(stated)))
+
+
 def _anchored(text: str, base: Path) -> str:
     """A command line source, written so that it means the same when read from `base`."""
     if base == Path() or Path(text).is_absolute():
         return text
     return str(Path(text).expanduser().absolute())
+
+
+def _load_models_fault(
+    path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str], control: str
+) -> Fault:
+    """`load_models` where nothing is loaded on request: everything would be served, which was not meant."""
+    place, key, remedy = str(path or ""), "server.load_models", "`model_control: explicit` in the section server"
+    if overrides.get("load_models"):
+        place, key, remedy = "command line", "--load-model", "--model-control explicit"
+    elif environ.get("GATEWAY_LOAD_MODELS"):
+        place, key, remedy = "environment", "GATEWAY_LOAD_MODELS", "GATEWAY_MODEL_CONTROL=explicit"
+    text = f"chooses what is loaded at start, but with model control '{control}' everything is; add {remedy}"
+    return Fault(place, 0, key, text)
 
 
 def load(
@@ -184,6 +202,8 @@ def load(
         ConfigError: with every fault found.
     """
     read = Loader(path, overrides or {}, environ or {}).read()
+    if read.server.load_models and read.server.model_control != "explicit":
+        raise ConfigError([_load_models_fault(path, overrides or {}, environ or {}, read.server.model_control)])
     return Config(
         server=read.server,
         defaults=read.defaults,

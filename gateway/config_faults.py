@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gateway import config_later as later
-from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server
+from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server, Tls
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest, unknown_key
@@ -171,7 +171,7 @@ class Loader:
             return kind.model_validate(usable)
         except ValidationError as error:
             for details in error.errors(include_url=False, include_context=True):
-                if details["type"] != "missing" or "backends" not in keys:
+                if not _is_ghost(details) and (details["type"] != "missing" or "backends" not in keys):
                     self._fault((*path, *details["loc"]), _explain(kind, details))
             return None
 
@@ -233,7 +233,7 @@ class Loader:
     def _check_tls(self, tls: object) -> None:
         base = self._path.parent if self._path is not None else Path()
         for key, text in tls.items() if isinstance(tls, dict) else ():
-            if isinstance(text, str) and text and not (base / text).is_file():
+            if key in Tls.model_fields and isinstance(text, str) and text and not (base / text).is_file():
                 self._fault(("server", "tls", key), f"there is no file {base / text}; write the path of a PEM file")
 
     def _blame_ports(self, values: Mapping[str, Any], pair: tuple[str, str], port: object) -> None:
@@ -367,14 +367,29 @@ _BOUNDS: Final = {
 }
 
 
+def _is_ghost(details: ErrorDetails) -> bool:
+    """A list is called too short only because its faulty elements, each with a fault of its own, are not counted."""
+    value = details["input"]
+    return (
+        details["type"] == "too_short"
+        and isinstance(value, list | tuple)
+        and len(value) >= details.get("ctx", {})["min_length"]
+    )
+
+
 def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[type[Section], str]:
     """The section class that holds the key at `location`, and the key."""
     keys = [part for part in location if isinstance(part, str)]
     for key in keys[:-1]:
-        annotation = kind.model_fields[key].annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            kind = annotation
+        kind = _section_in(kind.model_fields[key].annotation) or kind
     return kind, keys[-1] if keys else ""
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    """The section class of a field: its type, one of its alternatives, or what it is a list of; None: a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _example(kind: type[Section], key: str) -> str:

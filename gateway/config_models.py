@@ -77,7 +77,8 @@ def locate_model(config: Config, name: str) -> tuple[ModelEntry, Path] | None:
 def check_batch_sizes(config: Config, entry: ModelEntry, model: FoundModel) -> None:
     """Raises ConfigError: the entry's batch sizes contradict the model's."""
     if (wrong := _batch_fault(config, entry, model)) is not None:
-        index = next((i for i, known in enumerate(config.models) if known is entry), len(config.models))
+        own = (entry.source, entry.name)
+        index = next((i for i, e in enumerate(config.models) if (e.source, e.name) == own), len(config.models))
         raise ConfigError([_fault(config, index, ".preferred_batch_sizes", wrong)])
 
 

@@ -14,6 +14,7 @@ from gateway.core import assembly
 from gateway.core.admission import MAX_TIMEOUT_S
 from gateway.core.batch import Execution, FinishedBatch, executions
 from gateway.core.batching import Reason
+from gateway.core.duration import in_words
 from gateway.core.ensemble_plan import EnsemblePlan, PlannedStep, Progress, fit_shape
 from gateway.core.inner_request import inner_request
 from gateway.core.model import ModelSpec, TensorSpec
@@ -160,7 +161,7 @@ class EnsembleRun:
         now = ensemble.now()
         left_s = request.deadline - now
         if left_s <= 0.0:
-            raise DeadlineExceeded(f"Request timeout expired after {now - request.received:.3f} s")
+            raise DeadlineExceeded(f"Request timeout expired after {in_words(now - request.received)}")
         inner.received = now
         inner.timeout_s = left_s if left_s <= MAX_TIMEOUT_S else 0.0  # the model's own default may be longer than that
         inner.context = index
@@ -336,6 +337,7 @@ def _rows(spec: ModelSpec, inputs: Sequence[InputTensor | None]) -> int:
     if not 1 <= shapes[0][0] <= limit:
         raise InvalidRequest(
             f"inference request batch-size must be >= 1 and <= {limit} for '{spec.name}', got {shapes[0][0]}"
+            f"{spec.policy.rows_reason}"
         )
     return shapes[0][0]
 

@@ -22,12 +22,12 @@ from gateway.backends.interface import Failure, Replica, Success
 from gateway.backends.one_shot import run_once
 from gateway.core import batchability, ragged
 from gateway.core.batchability import SignatureTensor, Verdict
-from gateway.core.model import Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
+from gateway.core.model import ONE_ROW, Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
 from gateway.core.request import InputTensor
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.sequence_tensors import added_inputs, as_executed, check_sequences, with_added
 from gateway.errors import ConfigError, ModelError
-from gateway.loading_ragged import by_rows, prove
+from gateway.loading_ragged import MADE_UP, by_rows, prove
 from gateway.loading_signature import (
     Signature,
     check_filled,
@@ -198,9 +198,10 @@ async def _settle_ragged(
     else:
         note = f"not batched: {kept_apart or verdict.why}"
         if kept_apart is None:
+            note += MADE_UP
             _warn_not_merged(wanted, verdict)
     if one_row:
-        note += "; a request has one row, for the model answers requests"
+        note += f"; {ONE_ROW}"
     policy = replace(spec.policy, merge=merge, oversize="reject", one_row=one_row)
     spec = replace(spec, policy=policy, batching_note=note)
     await _warm_up(wanted, loaded, spec, proof.trial)

@@ -41,6 +41,12 @@ FACTORS: Final = (1, 2, 1, 3, 2)
 CEILINGS: Final = (8, 2, 1)
 NOT_RUN: Final = Verdict(False, "it could not be run on made-up input, so its rows are not proven independent")
 
+MADE_UP: Final = (
+    "; that was judged by made-up requests: if an output is to count over the whole batch, as accumulated counts do, "
+    "set batching: on for the model"
+)
+"""Behind the verdict against a model."""
+
 Run = Callable[[Sequence[InputTensor | None], tuple[int, ...]], Awaitable[Success | Failure]]
 """Runs made-up input on the model: one tensor per input of its file (None: left out), and places of its outputs."""
 

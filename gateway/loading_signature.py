@@ -18,6 +18,7 @@ from gateway.core.reshape import fits
 from gateway.core.scheduling import Scheduling
 from gateway.core.tensor import Datatype
 from gateway.errors import ConfigError
+from gateway.protocol.model_config_tensors import segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +131,14 @@ def served(
     if not stated:
         return tuple(TensorSpec(t.name, t.datatype, dims) for t, dims in zip(actual, of_file, strict=True))
     return tuple(
-        _served(role, tensor, want, dims, short) for tensor, want, dims in zip(actual, stated, of_file, strict=True)
+        _served(role, tensor, want, dims, batched=batched, short=short)
+        for tensor, want, dims in zip(actual, stated, of_file, strict=True)
     )
 
 
-def _served(role: str, tensor: SignatureTensor, want: TensorSpec, of_file: tuple[int, ...], short: bool) -> TensorSpec:
+def _served(
+    role: str, tensor: SignatureTensor, want: TensorSpec, of_file: tuple[int, ...], *, batched: bool, short: bool
+) -> TensorSpec:
     if tensor.datatype is not want.datatype:
         raise ConfigError(
             f"config.pbtxt says {role} '{want.name}' is {want.datatype}, the model file says {tensor.datatype}"
@@ -149,6 +153,7 @@ def _served(role: str, tensor: SignatureTensor, want: TensorSpec, of_file: tuple
         what = "dims" if want.reshape is None else "the reshape"
         raise ConfigError(
             f"config.pbtxt says {role} '{want.name}' has {what} {list(of_model)}, the model file says {list(of_file)}"
+            f"{_reshape_hint(want, own, may_be_empty=batched or bool(lead))}"
         )
     if want.reshape is None:
         dims = tuple(have if stated == -1 else stated for stated, have in zip(want.dims, own, strict=True))
@@ -159,3 +164,16 @@ def _served(role: str, tensor: SignatureTensor, want: TensorSpec, of_file: tuple
             f"{list(of_file)}; state its dims where they are fixed"
         )
     return replace(want, dims=(*lead, *want.dims), reshape=(*lead, *want.reshape))
+
+
+def _reshape_hint(want: TensorSpec, of_file: tuple[int, ...], *, may_be_empty: bool) -> str:
+    """How both shapes can stand, if they hold the same elements; else nothing. `of_file`: without a batch dimension."""
+    if segments(want.dims) != segments(of_file) or not (of_file or may_be_empty):
+        return ""
+    reshape = f"reshape {{ shape: {_spaced(of_file)} }}"
+    return f"; to serve it with dims of its own, write {reshape} beside dims: {_spaced(want.dims)}"
+
+
+def _spaced(dims: tuple[int, ...]) -> str:
+    """As config.pbtxt files have it."""
+    return f"[ {', '.join(map(str, dims))} ]" if dims else "[ ]"

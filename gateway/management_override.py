@@ -3,6 +3,8 @@
 Rules: parameters are `config` (JSON text of a model configuration) and `file:<version>/<name>` (base64 text, or bytes);
 any other is refused. Files need a configuration with them and then are all the model has: nothing of the repository is
 mixed in. They are written into a new directory that only this process can read, and are gone when the load has ended.
+The configuration outranks what config.pbtxt and the model's entry in the gateway's own file say of the same keys, for
+whoever loads with one wants what it says; entry keys that it does not state hold on, and `--instances` holds for all.
 A path is made of plain names: it cannot leave the directory, hide, or name a version that is none. The number of files
 is bounded here, their size by the bound on a request.
 """

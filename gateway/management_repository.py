@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from gateway import plan
 from gateway.catalog import Catalog, ServedVersion
-from gateway.config import Config, ModelEntry
+from gateway.config import Config, ModelEntry, yielding
 from gateway.config_models import check_batch_sizes, find_model, locate_model, model_names
 from gateway.core.model import ModelState
 from gateway.errors import (
@@ -47,6 +47,8 @@ ModelControl = Literal["none", "poll", "explicit"]
 ALL: Final = "*"
 MAX_GONE: Final = 1000
 """Models that do not serve any more, or could not be loaded, and are still known: clients can invent names."""
+MAX_SHOWN: Final = 10
+"""Names of models in one message."""
 PARALLEL: Final = 2
 """Models loaded at one time."""
 
@@ -102,7 +104,7 @@ class Repository:
                 faults += error.faults
                 continue
             if not versions:
-                text = f"no source has a model '{name}'; there are: {', '.join(model_names(self._config))[:500]}"
+                text = f"no source has a model '{name}'; {self._choice()}"
                 faults.append(Fault(self._config.file or "command line", 0, "server.load_models", text))
             found += versions
             steps = {step.model for version in versions for step in version.scheduling.ensemble}
@@ -111,6 +113,16 @@ class Repository:
         if faults:
             raise ConfigError(faults)
         return found
+
+    def _choice(self) -> str:
+        """What could be loaded, for people; bounded. Blocks on the disk."""
+        names = model_names(self._config)
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        return f"there are: {', '.join(names[:MAX_SHOWN])}{more}" if names else "the sources are empty"
+
+    def loadable(self) -> list[str]:
+        """Names of the models that clients can load now; blocks on the disk."""
+        return model_names(self._config) if self._mode == "explicit" else []
 
     # -- what clients ask ----------------------------------------------------------------------------------------
 
@@ -164,8 +176,11 @@ class Repository:
             )
         try:
             await self._load_with_steps(name, await asyncio.to_thread(read_override, parameters), ())
-        except ConfigError as error:
-            raise LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}") from None
+        except (ConfigError, LoadFailed) as error:
+            if isinstance(error, ConfigError):
+                error = LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}")
+            log.error("%s", error)
+            raise error from None
         finally:
             self._forget_gone()
 
@@ -251,7 +266,10 @@ class Repository:
         with contextlib.ExitStack() as until_loaded:
             wanted = await asyncio.to_thread(self._wanted, name, override, until_loaded)
             if not wanted:
-                raise LoadFailed(f"failed to load '{name}', failed to poll from model repository")
+                choice = await asyncio.to_thread(self._choice)
+                raise LoadFailed(
+                    f"failed to load '{name}', failed to poll from model repository: no source has this model; {choice}"
+                )
             async with self._gate:
                 failed = await self._catalog.replace(wanted)
         if failed:
@@ -264,6 +282,7 @@ class Repository:
         if override is None:
             return plan.versions_of(self._config, self._load, name)
         entry, place = locate_model(self._config, name) or (ModelEntry(source=name), None)
+        entry = yielding(entry, override.config)
         found = until_loaded.enter_context(overridden(name, place, override))
         check_batch_sizes(self._config, entry, found)
         return plan.settled(self._config, entry, found, self._load)
@@ -281,13 +300,13 @@ class Repository:
             except Exception:
                 log.exception("looking at the model repository failed; it is tried again")
 
-    async def poll(self) -> None:
+    async def poll(self) -> list[str]:
         """Bring the catalog in line with the sources, once. A model that cannot be loaded is logged, and tried again
-        when its files change."""
+        when its files change. Returns the names of those."""
         async with self._polling:
-            await self._poll()
+            return await self._poll()
 
-    async def _poll(self) -> None:
+    async def _poll(self) -> list[str]:
         now = await asyncio.to_thread(self._fingerprints, self._config)
         for name in sorted(self._seen.keys() - now.keys()):
             log.info("model %s has left the repository and is unloaded", name)
@@ -295,16 +314,20 @@ class Repository:
                 await self._catalog.unload(name)
         changed = [name for name in sorted(now) if self._seen.get(name) != now[name]]
         self._seen = now
+        failed = []
         for name in changed:
             try:
                 await self._load_with_steps(name, None, ())
             except GatewayError as error:
                 log.error("model %s has changed but stays as it was: %s", name, error)
+                failed.append(name)
+        return failed
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, config: Config) -> list[str]:
         """Serve what another configuration names: what is new or changed is loaded, what it does not name unloaded.
 
         In mode `explicit` it only changes where models are looked for. Its `server` is not looked at.
+        Returns the names of models that could not be loaded and stay as they were.
 
         Raises:
             ConfigError: it names something that cannot be served; nothing was changed.
@@ -314,8 +337,7 @@ class Repository:
             raise NotReady("the gateway is starting or stopping")
         await asyncio.to_thread(plan.versions, config, self._load)
         self._config = replace(config, server=self._config.server)
-        if self._mode != "explicit":
-            await self.poll()
+        return await self.poll() if self._mode != "explicit" else []
 
     @staticmethod
     def _fingerprints(config: Config) -> dict[str, object]:

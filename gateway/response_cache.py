@@ -26,6 +26,7 @@ from typing import Final, Protocol
 
 from gateway.core.admission import deadline_of
 from gateway.core.batch import Execution, FinishedBatch
+from gateway.core.duration import in_words
 from gateway.core.inner_request import inner_request
 from gateway.core.model import ModelSpec
 from gateway.core.remembered import Remembered, Store, key_of, remember
@@ -193,7 +194,7 @@ class ResponseCache:
         self.statistics.reject("deadline", spent_s=waited_s)
         self.settle(
             request,
-            error=DeadlineExceeded(f"Request timeout expired while an equal request ran, after {waited_s:.3f} s"),
+            error=DeadlineExceeded(f"Request timeout expired while an equal request ran, after {in_words(waited_s)}"),
         )
 
     def now(self) -> float:

@@ -24,6 +24,7 @@ from gateway.core.arrival_order import ArrivalOrder, Told
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
 from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time, patience_s
+from gateway.core.duration import in_words
 from gateway.core.model import ModelSpec
 from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import RUNNING, SETTLED, InferRequest
@@ -281,10 +282,10 @@ class Scheduler:
             else:
                 where = "in the queue"
                 self.statistics.reject("deadline", spent_s=waited_s)
-            self._settle(request, DeadlineExceeded(f"Request timeout expired {where} after {waited_s:.3f} s"))
+            self._settle(request, DeadlineExceeded(f"Request timeout expired {where} after {in_words(waited_s)}"))
         while levels is not None and (request := levels.overdue(now)) is not None:
             waited_s = now - request.received
-            error = QueueTimeout(f"Request timeout expired after {waited_s:.3f} s in the queue; retry later")
+            error = QueueTimeout(f"Request timeout expired after {in_words(waited_s)} in the queue; retry later")
             self.statistics.reject(error.reason, spent_s=waited_s)
             self._settle(request, error)
 

@@ -31,6 +31,7 @@ from gateway.backends.interface import Replica
 from gateway.backends.slotted import Slots, SlottedReplica
 from gateway.core.admission import deadline_of
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
+from gateway.core.duration import in_words
 from gateway.core.model import ModelSpec
 from gateway.core.request import QUEUED, SETTLED, InferRequest, SequenceStep
 from gateway.core.sequence_tensors import SequenceTensors
@@ -402,7 +403,7 @@ class SequenceScheduler:
                 continue  # its lane has the same deadline, and says so
             waited_s = now - request.received
             self.statistics.reject("deadline", spent_s=waited_s)
-            self._give_up(request, DeadlineExceeded(f"Request timeout expired in the queue after {waited_s:.3f} s"))
+            self._give_up(request, DeadlineExceeded(f"Request timeout expired in the queue after {in_words(waited_s)}"))
         while (sequence := self._room.overslept(now)) is not None:
             self._over(sequence)
         self._arm()

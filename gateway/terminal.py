@@ -15,12 +15,13 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gateway.catalog import ServedVersion
 from gateway.errors import ConfigError
@@ -31,8 +32,11 @@ SAMPLES: Final = Path(__file__).parent / "demo" / "samples"
 SHORT_DIGEST: Final = 19
 """Characters: `sha256:` and twelve digits."""
 MAX_VALUES: Final = 6
+MAX_NAMES: Final = 20
 NEAR_BY_DEFAULT: Final = ("127.0.0.1:8000", "localhost:8000", "0.0.0.0:8000")
 """Addresses that `gateway infer` finds without --url."""
+DEFAULT_OPERATIONS_PORT: Final = 8002
+"""And `gateway models` without --ops-url."""
 
 log = logging.getLogger("gateway")
 out = Console(highlight=False)
@@ -51,9 +55,13 @@ def show_faults(error: ConfigError) -> None:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar over models being loaded; yields the function that reports one as done."""
+    """A progress bar over models being loaded; yields the function that reports one as done.
+
+    It stands on standard error, where the log goes too: while it is shown, lines of the log are printed above it.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
+    bar = Progress(*columns, console=err, transient=True, redirect_stdout=False, disable=not total)
+    with bar, _log_above(err):
         task = bar.add_task("loading models", total=total)
 
         def advance(name: str) -> None:
@@ -62,12 +70,49 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def show_not_loaded(versions: Sequence[ServedVersion]) -> None:
-    """One line a version that could not be loaded. Reasons that name the version themselves are not doubled."""
+class _Above:
+    """A stream whose lines rich prints above what is live on its console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> None:
+        self._console.print(Text(text), end="", soft_wrap=True)
+
+    def flush(self) -> None:
+        """Every write is complete."""
+
+
+@contextlib.contextmanager
+def _log_above(console: Console) -> Iterator[None]:
+    """Meanwhile what the log writes to the console's terminal goes through the console."""
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if console.is_terminal and isinstance(handler, logging.StreamHandler) and handler.stream is console.file
+    ]
+    stream = cast("TextIO", _Above(console))
+    former = [(handler, handler.setStream(stream)) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, before in former:
+            handler.setStream(before)
+
+
+def show_not_loaded(versions: Sequence[ServedVersion], *, plain: bool = False) -> None:
+    """One line a version that could not be loaded. Reasons that name the version themselves are not doubled.
+
+    `plain`: in the log, where programs read the output.
+    """
     for version in versions:
         place = f"model '{version.name}' version {version.version}"
         reason = version.reason
-        show_error(reason if reason.startswith(place) else f"{place}: {reason}")
+        text = reason if reason.startswith(place) else f"{place}: {reason}"
+        if plain:
+            log.error("could not be loaded: %s", text)
+        else:
+            show_error(text)
 
 
 def show_started(
@@ -79,15 +124,39 @@ def show_started(
     grpc_port: int,
     encrypted: bool = False,
     plain: bool = False,
+    loadable: Sequence[str] = (),
 ) -> None:
-    """The table of models and the URLs; `plain`: one record of the log instead, where programs read the output."""
+    """The table of models and the URLs; `plain`: one record of the log instead, where programs read the output.
+
+    `loadable`: names of models that clients can load, for when none is loaded yet.
+    """
     scheme = "https" if encrypted else "http"
     if plain:
-        names = ", ".join(f"{version.name} version {version.version}" for version in versions)
+        names = ", ".join(f"{version.name} version {version.version}" for version in versions) or "no model yet"
         inference, operations = _address(host, http_port), _address(host, operations_port)
         addresses = f"inference {scheme}://{inference}/v2, grpc {_address(host, grpc_port)}"
         log.info("serving %s; %s, operations http://%s/", names, addresses, operations)
         return
+    if versions:
+        out.print(_table(versions))
+    else:
+        _show_loadable(loadable, f"{scheme}://{_address(host, http_port)}")
+    out.print(f"inference   {scheme}://{_address(host, http_port)}/v2")
+    out.print(f"grpc        {_address(host, grpc_port)}{'  (TLS)' if encrypted else ''}")
+    out.print(f"operations  http://{_address(host, operations_port)}/  (metrics, models, workers)")
+
+
+def _show_loadable(names: Sequence[str], url: str) -> None:
+    elsewhere = "" if url.startswith("http://") and url.removeprefix("http://") in NEAR_BY_DEFAULT else f" --url {url}"
+    shown = ", ".join(names[:MAX_NAMES]) + (f", … ({len(names)} models)" if len(names) > MAX_NAMES else "")
+    out.print(
+        f"no model is loaded; load one with: gateway models load NAME{elsewhere} (there are: {shown or 'none'})",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _table(versions: Sequence[ServedVersion]) -> Table:
     table = Table(title="models", title_justify="left", expand=False)
     for column in ("name", "version", "digest", "workers", "state", "batching"):
         table.add_column(column, overflow="fold", no_wrap=column in {"version", "digest", "state"})
@@ -96,14 +165,18 @@ def show_started(
             escape(version.name),
             escape(version.version),
             _short(version.spec.digest),
-            escape(", ".join(sorted((replica.name for replica in version.replicas), key=_natural))),
+            escape(_workers(version)),
             f"[green]{version.state.value}[/green]",
             _batching(version),
         )
-    out.print(table)
-    out.print(f"inference   {scheme}://{_address(host, http_port)}/v2")
-    out.print(f"grpc        {_address(host, grpc_port)}{'  (TLS)' if encrypted else ''}")
-    out.print(f"operations  http://{_address(host, operations_port)}/  (metrics, models, workers)")
+    return table
+
+
+def _workers(version: ServedVersion) -> str:
+    """Who executes it: workers, or for an ensemble its steps' models."""
+    if version.dependencies:
+        return f"ensemble of {', '.join(version.dependencies)}"
+    return ", ".join(sorted((replica.name for replica in version.replicas), key=_natural))
 
 
 def _short(digest: str) -> str:
@@ -135,11 +208,14 @@ def show_demo(host: str, http_port: int, operations_port: int) -> None:
     name = shlex.quote(str(_near(SAMPLES / "digits.json")))
     address = _address(host, http_port)
     elsewhere = "" if address in NEAR_BY_DEFAULT else f" --url http://{address}"
+    operations = _address(host, operations_port)
+    default = operations_port == DEFAULT_OPERATIONS_PORT and f"{host}:8000" in NEAR_BY_DEFAULT
     out.print("\ntry next:")
     for line in (
         f"curl -i http://{address}/v2/models/digits",
         f"{_program()} infer digits @{name} -v{elsewhere}",
-        f"curl http://{_address(host, operations_port)}/metrics",
+        f"{_program()} models status{'' if default else f' --ops-url http://{operations}'}",
+        f"curl http://{operations}/metrics",
     ):
         out.print(f"  {line}", markup=False, soft_wrap=True)
     out.print("Ctrl-C stops.")

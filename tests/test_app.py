@@ -13,7 +13,7 @@ import pytest
 from gateway import terminal
 from gateway.app import EXIT_CONFIG, Gateway
 from gateway.backends.onnx import PoolEvent
-from gateway.config import Config
+from gateway.config import Config, Server
 from gateway.core.model import ModelState
 from gateway.errors import ModelError
 from tests.ingress.oip_bench import check, infer, oip_bench, replica_of
@@ -128,3 +128,36 @@ async def test_a_demo_that_cannot_ask_is_one_line(monkeypatch: pytest.MonkeyPatc
     (line,) = said
     assert line.startswith("the demo could not ask its models: ")
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("control", "failed", "told"),
+    [
+        ("none", [], "the models of the configuration are served"),
+        ("poll", ["m"], "the models of the configuration are served, but for m: see above"),
+        ("explicit", [], "what is loaded stays as it is"),
+    ],
+)
+async def test_sighup_claims_no_more_than_was_done(
+    control: str, failed: list[str], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Reloaded:
+        async def reload(self, config: Config) -> list[str]:
+            return failed
+
+    before = Config(Server.model_validate({"model_control": control}))
+    now = Config(Server.model_validate({"model_control": control, "http_port": 1, "log_level": "debug"}))
+    subject = Gateway(before, lambda: now)
+    subject.repository = Reloaded()  # type: ignore[assignment]
+    with caplog.at_level(logging.INFO, "gateway"):
+        await subject._reload()
+    restart, said = caplog.messages
+    assert restart == "SIGHUP: changed too, but takes a restart: server.http_port, server.log_level"
+    assert said.endswith(told)
+
+
+async def test_an_ensemble_is_shown_as_its_own_backend() -> None:
+    async with gateway() as subject:
+        subject.catalog.find("numbers", "2").dependencies = ("a",)
+        *_, shown = subject._model_statuses()
+        assert [(b.name, b.available, b.in_flight) for b in shown.backends] == [("ensemble", True, 0)]

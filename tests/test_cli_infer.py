@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gateway import cli_infer
 from gateway.cli import main
+from gateway.client import Access
 from gateway.client_tensors import HEADER_LENGTH
 from tests.test_client import Reply, serving
 
@@ -149,7 +150,7 @@ def test_status_is_a_block_a_model_where_a_person_watches() -> None:
     text = io.StringIO()
     out = Console(file=text, force_terminal=True, width=80, color_system=None)
     with serving(double) as url:
-        cli_infer.models(out, url, detailed=True, only="double", timeout_s=10)
+        cli_infer.models(out, url, Access(10), detailed=True, only="double")
     assert text.getvalue().splitlines() == [
         "double version 3 READY",
         f"  digest          {DIGEST}",
@@ -169,7 +170,7 @@ def test_models_is_a_table_where_a_person_watches() -> None:
         }
     ]  # fmt: skip
     with serving(lambda *_: (200, {}, json.dumps(listed).encode())) as url:
-        cli_infer.models(out, url, detailed=False, only=None, timeout_s=10)
+        cli_infer.models(out, url, Access(10), detailed=False, only=None)
     header, _, row = (line.rstrip() for line in text.getvalue().splitlines())
     assert [cell.strip() for cell in header.split("┃")] == ["name", "version", "state", "digest", "backends"]
     assert [cell.strip() for cell in row.split("│")] == [
@@ -225,3 +226,28 @@ def test_wide_rows_and_scalars_are_shortened() -> None:
     assert "[y]" in said
     assert "7" in said
     assert "not stated by the server" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["infer", "double", "[1, 2]"], ["models", "load", "double"], ["models", "unload", "double"], ["models"]],
+)
+def test_headers_go_with_every_request(arguments: list[str], capsys: Said) -> None:
+    def restricted(method: str, path: str, headers: dict[str, str], body: bytes) -> Reply:
+        if (headers.get("admin-key"), headers.get("x-b")) != ("a=b c", ""):
+            return 403, {}, b'{"error": "restricted"}'
+        return (200, {}, b"") if "repository" in path else double(method, path, headers, body)
+
+    with serving(restricted) as url:
+        address = ["--ops-url" if arguments == ["models"] else "--url", url]
+        assert main([*arguments, *address]) == 1
+        assert "restricted" in capsys.readouterr().err
+        assert main([*arguments, *address, "--header", "admin-key=a=b c", "--header", "X-B="]) == 0
+
+
+@pytest.mark.parametrize("header", ["secret", "a b=secret", "=secret", "a=secret\r\nb: c", "a=secret\u00e9"])
+def test_a_header_that_is_none_is_refused_without_repeating_its_value(header: str, capsys: Said) -> None:
+    assert main(["models", "load", "m", "--header", header]) == 2
+    said = capsys.readouterr().err
+    assert "write NAME=VALUE" in said
+    assert "secret" not in said

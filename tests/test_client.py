@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
-from gateway.client import ClientError, ServerError, Unreachable, fetch
+from gateway.client import Access, ClientError, ServerError, Unreachable, fetch
+from tests.ingress.certificates import Certificates
 
 Reply = tuple[int, dict[str, str], bytes]
 
 
 @contextmanager
-def serving(reply: Callable[[str, str, dict[str, str], bytes], Reply]) -> Iterator[str]:
+def serving(
+    reply: Callable[[str, str, dict[str, str], bytes], Reply], tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """A server whose answers come from `reply(method, path, headers in lower case, body)`; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,11 +41,17 @@ def serving(reply: Callable[[str, str, dict[str, str], bytes], Reply]) -> Iterat
         def log_message(self, *_: object) -> None:
             """Tests keep quiet."""
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    class Server(HTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that ends the handshake is no news."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"{'https' if tls is not None else 'http'}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
@@ -102,7 +114,7 @@ def test_a_server_that_hangs_up_or_keeps_silent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(Unreachable, match=r"gave no answer within 0\.05 s"):
-            fetch(url, "/", timeout_s=0.05)
+            fetch(url, "/", access=Access(0.05))
         hang_up = threading.Thread(target=accept_and_close, args=(listener,))
         hang_up.start()
         with pytest.raises(Unreachable, match="cannot reach"):
@@ -116,3 +128,54 @@ def test_texts_that_are_no_address(url: str) -> None:
         ClientError, match=r"is not the address of a server; write for example http://127\.0\.0\.1:8000"
     ):
         fetch(url, "/")
+
+
+def test_headers_of_the_caller_do_not_displace_those_of_the_request() -> None:
+    seen: list[tuple[str | None, str | None]] = []
+
+    def reply(method: str, path: str, headers: dict[str, str], body: bytes) -> Reply:
+        seen.append((headers.get("x-key"), headers.get("content-type")))
+        return 200, {}, b"{}"
+
+    with serving(reply) as url:
+        fetch(url, "/", b"", {"Content-Type": "a/b"}, Access(headers={"X-Key": "secret", "Content-Type": "c/d"}))
+    assert seen == [("secret", "a/b")]
+
+
+def test_certificates_are_checked_and_faults_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Certificates(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(made["server"], made["server-key"])
+    trusted = Access(ca=str(made["ca"]))
+    with serving(lambda *_: (200, {}, b"{}"), tls) as url:
+        assert fetch(url, "/", access=trusted).json() == {}
+        for access in (Access(), Access(ca=str(made["stranger"]))):
+            with pytest.raises(Unreachable, match="certificate is not trusted .*: name its authority with --ca FILE$"):
+                fetch(url, "/", access=access)
+        monkeypatch.setenv("SSL_CERT_FILE", str(made["ca"]))
+        assert fetch(url, "/").json() == {}
+        for ca, why in (
+            (tmp_path / "nowhere.pem", "No such file"),
+            (made.directory / "names", "no certificate in PEM"),
+        ):
+            with pytest.raises(ClientError, match=f"cannot use --ca .*{ca.name}: .*{why}"):
+                fetch(url, "/", access=Access(ca=str(ca)))
+        elsewhere = url.replace("127.0.0.1", "127.0.0.2")
+        monkeypatch.setattr(http.client.HTTPSConnection, "connect", _connect_to("127.0.0.1"))
+        with pytest.raises(Unreachable, match="certificate is not for this address .*127.0.0.2"):
+            fetch(elsewhere, "/", access=trusted)
+    with (
+        serving(lambda *_: (200, {}, b"{}")) as url,
+        pytest.raises(Unreachable, match="there is no TLS there; write htt"),
+    ):
+        fetch(url.replace("http:", "https:"), "/")
+
+
+def _connect_to(host: str) -> Callable[[http.client.HTTPSConnection], None]:
+    """As if the connection's name meant `host`."""
+
+    def connect(self: http.client.HTTPSConnection) -> None:
+        plain = socket.create_connection((host, self.port), 10)
+        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+
+    return connect

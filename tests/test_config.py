@@ -278,3 +278,22 @@ def test_ways_of_speaking_the_protocol(tmp_path: Path) -> None:
     defaults = Config().server
     assert defaults.protocol.options() == ProtocolOptions()
     assert (defaults.compression.min_bytes, defaults.compression.level) == (body_coding.MIN_BYTES, body_coding.LEVEL)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "environ", "told"),
+    [
+        ("", {"load_models": ["a"]}, {}, "command line: --load-model: chooses"),
+        ("", {"load_models": ["a"], "model_control": "poll"}, {}, "but with model control 'poll' everything is"),
+        ("", {}, {"GATEWAY_LOAD_MODELS": "a"}, "environment: GATEWAY_LOAD_MODELS: .* GATEWAY_MODEL_CONTROL=explicit"),
+        ("load_models: [a]", {}, {}, "server.load_models: .*add `model_control: explicit` in the section server"),
+    ],
+)
+def test_models_to_load_need_explicit_control(
+    tmp_path: Path, keys: str, options: dict[str, object], environ: dict[str, str], told: str
+) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"server: {{{keys}}}\n")
+    with pytest.raises(ConfigError, match=told):
+        load(file, options, environ)
+    assert load(file, {**options, "model_control": "explicit"}, environ).server.model_control == "explicit"

@@ -72,7 +72,28 @@ CORPUS: list[tuple[str, list[str]]] = [
         ["1: server.processes: several front-end processes are not supported in this version"],
     ),
     ("server: {processes: true}", ["1: server.processes: several front-end processes are not"]),
-    ("server: {tls: {cert: gateway.yaml}}", ["1: server.tls.key: is missing"]),
+    ("server: {tls: {cert: gateway.yaml}}", ["1: server.tls.key: is missing; write for example key: server-key.pem"]),
+    (
+        "server:\n  tls: {cert: gateway.yaml, key: gateway.yaml, certificate: x}",
+        ["2: server.tls.certificate: unknown key 'certificate'; the keys here are: cert, client_ca, key"],
+    ),
+    (
+        "server: {restricted_apis: [{apis: [health], header: a, value: b, key: c}]}",
+        ["1: server.restricted_apis[0].key: unknown key 'key'; the keys here are: apis, header, value"],
+    ),
+    (
+        "server: {restricted_apis: [{apis: [health], value: b}]}",
+        ["1: server.restricted_apis[0].header: is missing; write for example header: x-admin"],
+    ),
+    (
+        "server: {restricted_apis: [{apis: [], header: a, value: b}]}",
+        ["1: server.restricted_apis[0].apis: must be of length at least 1, found length 0"],
+    ),
+    (
+        "server: {restricted_apis: [{apis: [healthy], header: a, value: b}]}",
+        ["1: server.restricted_apis[0].apis[0]: the text \"healthy\" is not possible; did you mean 'health'?"],
+    ),
+    ("server: {cache: {}}", ["1: server.cache: unknown key 'cache'; did you mean 'response_cache'?"]),
     ("server:\n  tls: {cert: a, key: gateway.yaml}", ["2: server.tls.cert: there is no file", "write the path of"]),
     ("server: {compression: {grpc: best}}", ['1: server.compression.grpc: the text "best" is not possible']),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),

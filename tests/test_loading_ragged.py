@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from gateway.core.model import TensorSpec
+from gateway.core.model import ONE_ROW, TensorSpec
 from gateway.core.tensor import DATATYPE
 from gateway.errors import InvalidRequest
 from gateway.protocol.oip_plan import Planner
@@ -90,10 +90,10 @@ def test_clients_see_rows_of_any_length(rig: Rig) -> None:
 def test_requests_have_one_row_where_the_model_answers_requests(rig: Rig) -> None:
     version = rig.one(models.segments(), SEGMENTS_CONFIG)
     assert version.spec.policy.one_row
-    assert version.spec.batching_note.endswith("; a request has one row, for the model answers requests")
+    assert version.spec.batching_note.endswith(f"; {ONE_ROW}")
     planner = Planner(version.spec)
     assert planner.plan((("x", "FP32", (1, 7)),)).rows == 1
-    with pytest.raises(InvalidRequest, match="inference request batch-size must be <= 1 for 'm'"):
+    with pytest.raises(InvalidRequest, match=f"batch-size must be <= 1 for 'm': {ONE_ROW}"):
         planner.plan((("x", "FP32", (2, 3)),))
 
 
@@ -204,6 +204,8 @@ def test_a_model_that_mixes_requests_is_not_merged_unless_somebody_says_so(rig: 
     assert version.spec.batching_note.startswith(
         "not batched: output 'y' of request 0 differs when run with other requ"
     )
+    assert "if an output is to count over the whole batch" in version.spec.batching_note
+    assert "set batching: on for the model" in version.spec.batching_note
     assert ask(rig, version, np.array([[1.0, 3.0]]))["y"].tolist() == [[-1, 1]]
 
 

@@ -88,6 +88,27 @@ def test_a_reshape_is_compared_with_the_file_and_its_dims_are_served() -> None:
         served("input", (X,), (stated("x", 15, reshape=(5, 3)),), batched=True, short=False)
 
 
+@pytest.mark.parametrize(
+    ("dims", "of_file", "hint"),
+    [
+        ((1,), (None,), "; to serve it with dims of its own, write reshape { shape: [ ] } beside dims: [ 1 ]"),
+        ((6, -1), (None, 2, 3, None), "write reshape { shape: [ 2, 3, -1 ] } beside dims: [ 6, -1 ]"),
+        ((5, -1), (None, 2, 3, None), "the model file says [2, 3, -1]"),
+        ((2,), (None,), "the model file says []"),
+    ],
+)
+def test_dims_that_hold_the_same_elements_can_stand_with_a_reshape(
+    dims: tuple[int, ...], of_file: tuple[int | None, ...], hint: str
+) -> None:
+    tensor = SignatureTensor("x", FP32, of_file)
+    with pytest.raises(ConfigError) as caught:
+        served("output", (tensor,), (stated("x", *dims),), batched=True, short=False)
+    assert str(caught.value).endswith(hint)
+    if "reshape" in hint:  # what it says to write is accepted
+        own = tuple([-1 if dim is None else dim for dim in of_file[1:]])
+        assert served("output", (tensor,), (stated("x", *dims, reshape=own),), batched=True, short=False)
+
+
 def test_dims_without_the_first_where_nobody_stated_a_size() -> None:
     (spec,) = served("input", (X,), (stated("x", 3, 4),), batched=False, short=True)
     assert spec.dims == (-1, 3, 4)

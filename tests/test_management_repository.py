@@ -32,7 +32,7 @@ from gateway.errors import (
     NotReady,
     Unsupported,
 )
-from gateway.management_repository import Repository
+from gateway.management_repository import MAX_SHOWN, Repository
 from tests.ingress.oip_bench import NumberModel
 
 PATIENCE_S = 30.0
@@ -48,7 +48,7 @@ ensemble_scheduling { step {
 
 
 class Rig:
-    def __init__(self, root: Path, keys: str) -> None:
+    def __init__(self, root: Path, keys: str, entry: str) -> None:
         self.root = root
         self.loaded: list[tuple[str, bytes]] = []
         self.most_at_once = 0
@@ -56,7 +56,7 @@ class Rig:
         self.go: asyncio.Event | None = None
         """Loads wait for it."""
         file = root.parent / "gateway.yaml"
-        file.write_text(f"server: {{{keys}}}\nmodels: [{{source: {root}}}]\n")
+        file.write_text(f"server: {{{keys}}}\nmodels: [{{source: {root}, {entry}}}]\n")
         self.config: Config = load_config(file, {}, {})
         self.catalog = Catalog()
         self.repository = Repository(self.config, self.catalog, self._load)
@@ -97,10 +97,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(tmp_path: Path, keys: str = "model_control: explicit", models: str = "a b") -> AsyncIterator[Rig]:
+async def rig(
+    tmp_path: Path, keys: str = "model_control: explicit", models: str = "a b", entry: str = "instances: 2"
+) -> AsyncIterator[Rig]:
     root = tmp_path / "repository"
     root.mkdir()
-    rig = Rig(root, keys)
+    rig = Rig(root, keys, entry)
     for name in models.split():
         rig.write(name)
     async with asyncio.timeout(PATIENCE_S):
@@ -183,6 +185,22 @@ async def test_an_override_holds_until_the_next_load_which_reads_the_source_anew
         assert r.loaded[-1] == ("a/1", b"newer")
 
 
+async def test_an_override_outranks_the_models_entry_too_but_only_in_what_it_states(tmp_path: Path) -> None:
+    async with rig(tmp_path, entry="max_batch_size: 8, max_queue_delay_ms: 3, preferred_batch_sizes: [6]") as r:
+        r.write("a", config="max_batch_size: 4")
+        await r.start()
+        await r.repository.load("a", {})
+        assert r.limit("a") == 8
+        await r.repository.load("a", {"config": '{"max_batch_size": 16}'})
+        policy = r.catalog.resolve("a", None).spec.policy
+        assert (policy.max_batch_size, policy.max_queue_delay_s, policy.preferred_batch_sizes) == (16, 0.003, (6,))
+        error = await refusal(r.repository.load("a", {"config": '{"max_batch_size": 2}'}))
+        assert "models[0].preferred_batch_sizes: 6 is more than max_batch_size of model 'a', which is 2" in str(error)
+        assert r.limit("a") == 16
+        await r.repository.load("a", {})
+        assert r.limit("a") == 8
+
+
 async def test_files_of_the_request_instead_of_the_repositorys(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         await r.start()
@@ -227,7 +245,13 @@ async def test_unknown_and_broken_models(tmp_path: Path) -> None:
         (r.root / "empty").mkdir()
         await r.start()
         error = await refusal(r.repository.load("nobody", {}))
-        assert str(error) == "failed to load 'nobody', failed to poll from model repository"
+        assert str(error) == (
+            "failed to load 'nobody', failed to poll from model repository: no source has this model; there are: a, b, "
+            "broken, empty"
+        )
+        for number in range(MAX_SHOWN):
+            r.write(f"more{number}")
+        assert str(await refusal(r.repository.load("nobody", {}))).endswith(", more5 and 4 more")
         assert error.status == 500
         assert "onnxruntime refuses it" in str(await refusal(r.repository.load("broken", {})))
         assert "has no version directory" in str(await refusal(r.repository.load("empty", {})))
@@ -381,7 +405,7 @@ async def test_a_missing_step_fails_the_ensemble(tmp_path: Path) -> None:
         assert "failed to load 'nobody'" in str(await refusal(r.repository.load("e", {})))
 
 
-async def test_polling_follows_the_source(tmp_path: Path) -> None:
+async def test_polling_follows_the_source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with rig(tmp_path, "model_control: poll") as r:
         await r.start()
         old = r.catalog.resolve("a", None)
@@ -394,7 +418,12 @@ async def test_polling_follows_the_source(tmp_path: Path) -> None:
         assert r.states() == {"a/1": "READY", "b/1": "UNAVAILABLE", "c/1": "READY"}
         assert r.catalog.resolve("a", None) is not old
         r.write("a", b"broken")
-        await r.repository.poll()
+        caplog.clear()
+        assert await r.repository.poll() == ["a"]
+        assert [text for text in caplog.messages if "refuses it" in text] == [
+            "model a has changed but stays as it was: failed to load 'a': version 1 is at UNAVAILABLE state: "
+            "onnxruntime refuses it"
+        ], "told once"
         assert r.states()["a/1"] == "READY"
         tried = len(r.loaded)
         await r.repository.poll()

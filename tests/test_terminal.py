@@ -6,6 +6,7 @@ import asyncio
 import http.server
 import io
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -212,10 +213,13 @@ def test_the_demo_shows_answers_with_their_provenance(screen: Console, port: int
 
 
 def test_what_the_demo_suggests_can_be_run_as_shown(screen: Console, port: int) -> None:
-    terminal.show_demo("127.0.0.1", port, 8002)
-    (line,) = [line for line in screen.export_text().splitlines() if " infer digits " in line]
+    terminal.show_demo("127.0.0.1", port, port)
+    said = screen.export_text()
+    (line,) = [line for line in said.splitlines() if " infer digits " in line]
     done = subprocess.run([*shlex.split(line), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    (listing,) = [line for line in said.splitlines() if " models status" in line]
+    assert listing.endswith(f" models status --ops-url http://127.0.0.1:{port}")
     arguments = shlex.split(line)
     assert arguments[-2:] == ["--url", f"http://127.0.0.1:{port}"]
     (sample,) = [part[1:] for part in arguments if part.startswith("@")]
@@ -235,6 +239,46 @@ def test_the_program_is_named_the_way_it_can_be_called(tmp_path: Path, monkeypat
     assert terminal._program() == "gateway"
     (binaries / "gateway").unlink()
     assert terminal._program() == "'a venv/bin/python' -m gateway"
+
+
+def test_where_nothing_is_loaded_yet_it_says_how(screen: Console) -> None:
+    def shown(names: list[str], port: int = 8000) -> str:
+        terminal.show_started([], "127.0.0.1", port, 8002, grpc_port=8001, loadable=names)
+        text = screen.export_text(clear=True)
+        assert "│" not in text, "no empty table"
+        return text.splitlines()[0]
+
+    assert shown(["a", "[b]"]) == ("no model is loaded; load one with: gateway models load NAME (there are: a, [b])")
+    assert "load NAME --url http://127.0.0.1:9000 (there are: none)" in shown([], 9000)
+    assert shown([f"m{n}" for n in range(30)]).endswith("m19, … (30 models))")
+
+
+def test_an_ensemble_names_its_steps(screen: Console) -> None:
+    async def show() -> None:
+        version = served("e", "1", BatchPolicy(0))
+        version.loaded, version.dependencies = None, ("a", "b")
+        terminal.show_started([version], "127.0.0.1", 8000, 8002, grpc_port=8001)
+
+    asyncio.run(show())
+    assert "ensemble of a, b" in screen.export_text()
+
+
+def test_the_log_is_printed_above_the_bar_and_goes_its_own_way_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=40, highlight=False)
+    monkeypatch.setattr(terminal, "err", console)
+    handler = logging.StreamHandler(stream)
+    elsewhere = logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler, elsewhere])
+    line = "[x] " + "long " * 20 + "end"
+    with terminal.progress(2) as advance:
+        advance("one")
+        logging.getLogger("gateway").error(line)
+        assert elsewhere.stream.getvalue() == line + "\n"
+    assert handler.stream is stream
+    before, after = stream.getvalue().split(line + "\n")
+    assert before.endswith("\x1b[2K"), "the bar was cleared, and the line begins at the edge"
+    assert "loading models" in before + after or "loaded one" in before + after
 
 
 def test_plain_is_one_record_of_the_log(screen: Console, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,3 +307,14 @@ def test_a_version_is_named_once_in_its_fault(screen: Console) -> None:
         "error: model 'a' version 1: not an ONNX file",
         "error: model 'b' version 2: the files have another digest",
     ]
+
+
+def test_where_programs_read_a_fault_is_a_record_of_the_log(screen: Console, caplog: pytest.LogCaptureFixture) -> None:
+    async def show() -> None:
+        version = served("b", "2", BatchPolicy(0))
+        version.reason = "not an ONNX file"
+        terminal.show_not_loaded([version], plain=True)
+
+    asyncio.run(show())
+    assert screen.export_text() == ""
+    assert caplog.messages == ["could not be loaded: model 'b' version 2: not an ONNX file"]

@@ -30,6 +30,10 @@ class TensorSpec:
     """Rows of different shapes share a batch: they are laid one behind the other, flat."""
 
 
+ONE_ROW: Final = "a request may have only one row: the model gives one answer per request, not one per row"
+"""Why `BatchPolicy.one_row`, for people."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
     """How requests of one model become batches. Rows are counted, never requests."""
@@ -49,6 +53,11 @@ class BatchPolicy:
     """Given to requests that bring none."""
     one_row: bool = False
     """Requests have one row: the model answers requests, not rows (core/ragged.py)."""
+
+    @property
+    def rows_reason(self) -> str:
+        """What follows a refusal of more than `request_rows`: why it is one where nobody stated that; else nothing."""
+        return f": {ONE_ROW}" if self.one_row and self.max_batch_size > 1 else ""
 
     @property
     def request_rows(self) -> int:

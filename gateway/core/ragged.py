@@ -136,7 +136,9 @@ class Ragged:
             assembly.check_outputs(self._spec, wanted, rows, outputs, self.scattered)
         except AssemblyError as error:
             if self._per_request and rows > len(members):
-                raise AssemblyError(f"{error}; its batch_input counts requests: send one row in each") from None
+                raise AssemblyError(
+                    f"{error}; its batch_input counts requests, not rows: send one row in each"
+                ) from None
             raise
         for place, output in zip(wanted, outputs, strict=True):
             if place not in self._scattered:

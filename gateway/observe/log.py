@@ -22,6 +22,9 @@ FIELD_LIMIT: Final = 500
 TRACEBACK_LIMIT: Final = 8000
 """Characters kept of each; a traceback keeps its end, where the error is."""
 
+SHORT_DIGEST: Final = 19
+"""Characters: `sha256:` and twelve digits."""
+
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -67,11 +70,18 @@ def _traceback(record: logging.LogRecord) -> list[str]:
     return [clean(line, TRACEBACK_LIMIT) for line in text.split("\n")]
 
 
+def _for_people(value: object) -> object:
+    """A digest cut to what tells two apart; the JSON form has all of it."""
+    if isinstance(value, str) and value.startswith("sha256:") and len(value) > SHORT_DIGEST:
+        return value[:SHORT_DIGEST] + "…"
+    return value
+
+
 class ConsoleFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO gateway.app: message key=value`; traceback lines follow, marked."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join([f" {key}={value}" for key, value in _fields(record).items()])
+        fields = "".join([f" {key}={_for_people(value)}" for key, value in _fields(record).items()])
         message = clean(record.getMessage(), MESSAGE_LIMIT)
         line = f"{_time(record)} {record.levelname} {clean(record.name)}: {message}{fields}"
         return "\n    | ".join([line, *_traceback(record)])

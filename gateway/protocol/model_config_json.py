@@ -19,6 +19,7 @@ from google.protobuf.text_encoding import CEscape
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.model_config import ModelConfig, parse
 from gateway.protocol.schema import message
+from gateway.protocol.spelling import unknown_key
 from gateway.protocol.text_format import MAX_CHARACTERS
 
 MAX_DEPTH: Final = 32
@@ -37,9 +38,12 @@ def parse_json(text: str, file: str = "config") -> tuple[ModelConfig, str]:
         if not isinstance(stated, dict):
             raise ConfigError([Fault(file, 0, "", 'must be a JSON object, for example {"max_batch_size": 16}')])
         json.dumps(stated, ensure_ascii=False).encode()  # protobuf's library breaks on lone surrogates in names
-        config = json_format.ParseDict(stated, message("inference.ModelConfig")(), max_recursion_depth=MAX_DEPTH)
+        config = message("inference.ModelConfig")()
+        json_format.ParseDict(stated, config, max_recursion_depth=MAX_DEPTH)
     except json_format.ParseError as error:
-        raise ConfigError([Fault(file, 0, "", f"is not a model configuration: {_one_line(str(error))}")]) from None
+        fault = _unknown_key(stated, config.DESCRIPTOR, file)
+        fault = fault or Fault(file, 0, "", f"is not a model configuration: {_one_line(str(error))}")
+        raise ConfigError([fault]) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError([Fault(file, 0, "", f"is not valid JSON: {_one_line(str(error))}")]) from None
     lines: list[str] = []
@@ -48,6 +52,36 @@ def parse_json(text: str, file: str = "config") -> tuple[ModelConfig, str]:
     _write(config, "", lines)
     canonical = "".join(f"{line}\n" for line in lines)
     return parse(canonical, file), canonical
+
+
+def _unknown_key(stated: Any, kind: Any, file: str, path: str = "", depth: int = 0) -> Fault | None:
+    """The first key, in the order of the text, that a message of this kind does not have."""
+    if not isinstance(stated, dict) or depth > MAX_DEPTH:
+        return None
+    known = {name: field for field in kind.fields for name in (field.name, field.json_name)}
+    for key, value in stated.items():
+        where = f"{path}{_one_line(key)[:64]}"
+        field = known.get(key)
+        if field is None:
+            why = unknown_key(_one_line(key), [field.name for field in kind.fields])
+            return Fault(file, 0, where, why)
+        for place, inner, below in _messages(field, value):
+            if (fault := _unknown_key(inner, below, file, f"{where}{place}.", depth + 1)) is not None:
+                return fault
+    return None
+
+
+def _messages(field: Any, value: Any) -> list[tuple[str, Any, Any]]:
+    """(place below the field, JSON, kind) of each message in a field's JSON."""
+    if field.message_type is None:
+        return []
+    if _is_map(field):
+        kind = field.message_type.fields_by_name["value"].message_type
+        entries = value.items() if isinstance(value, dict) and kind is not None else ()
+        return [(f"[{_one_line(key)[:64]}]", inner, kind) for key, inner in entries]
+    if isinstance(value, list):
+        return [(f"[{at}]", inner, field.message_type) for at, inner in enumerate(value)]
+    return [("", value, field.message_type)]
 
 
 def _one_line(text: str) -> str:

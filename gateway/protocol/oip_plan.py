@@ -215,7 +215,8 @@ class Planner:
             raise InvalidRequest(f"inference request batch-size must be >= 1 for '{spec.name}'")
         limit = spec.policy.request_rows
         if rows > limit:
-            raise InvalidRequest(f"inference request batch-size must be <= {limit} for '{spec.name}'")
+            why = spec.policy.rows_reason
+            raise InvalidRequest(f"inference request batch-size must be <= {limit} for '{spec.name}'{why}")
         return rows
 
     def response_form(self, wanted: Sequence[WantedOutput] | None, all_binary: bool) -> ResponseForm:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.config_schema import Server
 from gateway.observe.metrics import Scrape
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -83,6 +84,16 @@ def test_image_and_compose_ask_the_same_health_question() -> None:
     in_compose = read("compose.yaml")["services"]["gateway"]["healthcheck"]["test"]
     assert in_compose == ["CMD", *in_image]
     assert "/v2/health/ready" in in_image[-1]
+
+
+def test_every_port_the_gateway_listens_on_is_published() -> None:
+    server = Server()
+    ports = {str(port) for port in (server.http_port, server.grpc_port, server.metrics_port)}
+    assert set(instruction("EXPOSE").split()) == ports
+    assert {port.rpartition(":")[2] for port in read("compose.yaml")["services"]["gateway"]["ports"]} == ports
+    run = next(line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if "docker run" in line)
+    (first, last) = re.findall(r"127\.0\.0\.1:(\d+)-(\d+):\1-\2", run)[0]
+    assert {str(port) for port in range(int(first), int(last) + 1)} == ports
 
 
 def test_gateway_has_longer_to_stop_than_it_gives_its_requests() -> None:

@@ -47,8 +47,7 @@ def run_http1(given: bytes) -> None:
         return
     body = given[1:]
     whole = _http1_events([body])
-    require(whole == _http1_events(cut_up(body, 1)), "byte by byte it means something else", body)
-    require(whole == _http1_events(cut_up(body, 2 + given[0])), "cut, it means something else", body)
+    require(whole == _http1_events(cut_up(body, 1 + given[0] % 16)), "cut, it means something else", body)
 
 
 def _http1_events(pieces: list[bytes]) -> list[tuple[object, ...]]:
@@ -288,7 +287,9 @@ _HPACK_WORDS = (
 )  # fmt: skip
 
 TARGETS = (
-    Target("http1", run_http1, tuple(b"\5" + seed for seed in _HTTP1_SEEDS), _HTTP1_WORDS),
+    Target(
+        "http1", run_http1, tuple(bytes([step]) + seed for seed in _HTTP1_SEEDS for step in (0, 5)), _HTTP1_WORDS, 700
+    ),
     Target("http2", run_http2, tuple(b"\6" + seed for seed in _HTTP2_SEEDS), _HTTP2_WORDS),
     Target("hpack", run_hpack, _HPACK_SEEDS, _HPACK_WORDS),
 )

@@ -127,3 +127,10 @@ def test_the_level_holds() -> None:
     assert "loud" in stream.getvalue()
     with pytest.raises(ValueError):
         set_up("shout", "console", stream)
+
+
+def test_a_digest_is_short_for_people_and_whole_for_programs() -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    record = logging.makeLogRecord({"msg": "ready", "levelname": "INFO", "name": "gateway", "digest": digest})
+    assert ConsoleFormatter().format(record).endswith(" gateway: ready digest=sha256:0123456789ab…")
+    assert json.loads(JsonFormatter().format(record))["digest"] == digest
