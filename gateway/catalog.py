@@ -117,7 +117,7 @@ class Catalog:
     ) -> list[ServedVersion]:
         """Load versions, a few at a time; returns those that FAILED, which the caller tells.
 
-        Never raises for a model's sake.         `on_loaded` is called with a model's name when it is done, whichever way.
+        Never raises for a model's sake. `on_loaded` is called with a model's name when it is done, whichever way.
         """
         gate = asyncio.Semaphore(parallel)
         # All are known before the first is loaded: who asks for one that waits its turn is told so, not "unknown".

@@ -60,7 +60,9 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     It stands on standard error, where the log goes too: while it is shown, lines of the log are printed above it.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=err, transient=True, redirect_stdout=False, disable=not total)
+    bar = Progress(
+        *columns, console=err, transient=True, redirect_stdout=False, disable=not (total and err.is_terminal)
+    )
     with bar, _log_above(err):
         task = bar.add_task("loading models", total=total)
 

@@ -198,8 +198,8 @@ def test_a_person_sees_tables() -> None:
     out, text = on_terminal()
     with serving(double) as url:
         rows = json.dumps([[n, n] for n in range(60)])
-        cli_infer.infer(out, out, "double", rows, url, verbose=False, timeout_s=10)
-        cli_infer.models(out, url, detailed=True, only=None, timeout_s=10)
+        cli_infer.infer(out, out, "double", rows, url, Access(10), verbose=False)
+        cli_infer.models(out, url, Access(10), detailed=True, only=None)
     said = text.getvalue()
     assert "FP32 [60, 2]" in said
     assert "98, 98" in said
@@ -219,7 +219,7 @@ def test_wide_rows_and_scalars_are_shortened() -> None:
         return 200, {}, json.dumps(METADATA if method == "GET" else {"outputs": outputs}).encode()
 
     with serving(reply) as url:
-        cli_infer.infer(out, out, "double", "[1, 2]", url, verbose=True, timeout_s=10)
+        cli_infer.infer(out, out, "double", "[1, 2]", url, Access(10), verbose=True)
     said = text.getvalue()
     assert "(20 values)" in said
     assert "0.123457" in said

@@ -420,10 +420,10 @@ async def test_polling_follows_the_source(tmp_path: Path, caplog: pytest.LogCapt
         r.write("a", b"broken")
         caplog.clear()
         assert await r.repository.poll() == ["a"]
-        assert [text for text in caplog.messages if "refuses it" in text] == [
-            "model a has changed but stays as it was: failed to load 'a': version 1 is at UNAVAILABLE state: "
-            "onnxruntime refuses it"
-        ], "told once"
+        (told,) = [text for text in caplog.messages if "refuses it" in text]
+        assert told.startswith(
+            "model a has changed but stays as it was: failed to load 'a': version 1 is at UNAVAILABLE"
+        )
         assert r.states()["a/1"] == "READY"
         tried = len(r.loaded)
         await r.repository.poll()
