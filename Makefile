@@ -1,7 +1,7 @@
 # make demo      serve the bundled models on 127.0.0.1:8000; other ports: make demo ARGS='--http-port 9000'
 # make test      the fast test suite          make test-all   the slow tests too
 # make lint      ruff, mypy --strict, layering
-# make bench     measure against nginx and a real Triton (Linux, needs nginx-light and wrk)
+# make bench     measure against nginx and a real Triton (Linux, needs nginx-light, wrk, nghttp2-client)
 #
 # Needs Linux and Python 3.11 or newer, nothing else: everything is installed into .venv.
 # Another interpreter: make test PYTHON=python3.13
