@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from gateway.ingress.http_connection import Connection, Shared
 from gateway.ingress.http_exchange import Application, Exchange
@@ -136,10 +136,11 @@ class HttpServer:
         if self._emptied is not None and not self._shared.connections and not self._shared.refused:
             self._emptied.set()
 
-    async def drain(self, timeout_s: float) -> int:
-        """Stop: accept no more, answer what was accepted, close. Returns how many requests went unanswered.
+    def drain(self, timeout_s: float) -> Coroutine[Any, Any, int]:
+        """Stop: accept no more, answer what was accepted, close. Awaited, how many requests went unanswered.
 
-        Every connection's last answer says `Connection: close`. Whatever is left after `timeout_s` is cut off.
+        From the call on, awaited or not, every connection's last answer says `Connection: close`. Whatever is left
+        after `timeout_s` is cut off.
         """
         shared = self._shared
         for listener in self._listeners:
@@ -149,6 +150,10 @@ class HttpServer:
         shared.handle = self._handle_last
         for connection in shared.connections:
             connection.room = 1
+        return self._drained(timeout_s)
+
+    async def _drained(self, timeout_s: float) -> int:
+        shared = self._shared
         # What clients sent before they could know is in the sockets: let it in before idle connections close.
         for _ in range(_ROUNDS_BEFORE_CLOSING):
             await asyncio.sleep(0)
