@@ -253,7 +253,9 @@ def test_other_outputs_must_have_the_batchs_rows() -> None:
     ragged = Ragged(spec(X, (made("BATCH_ELEMENT_COUNT"),), (FLAT,)))
     members = [request((2, 2, 2))]
     short = OutputTensor("y", FP32, (1, 2), bytes(8))
-    text = r"output 'y' has shape \[1, 2\] for a batch of 2 rows; its batch_input counts requests, not rows: send one row"
+    text = (
+        r"output 'y' has shape \[1, 2\] for a batch of 2 rows; its batch_input counts requests, not rows: send one row"
+    )
     with pytest.raises(AssemblyError, match=text):
         ragged.check_outputs(members, (0,), 2, [short])
     with pytest.raises(AssemblyError, match=r"for a batch of 2 rows$"):
