@@ -94,10 +94,16 @@ def test_sigterm_under_load_answers_everything_accepted(served: GatewayProcess) 
         async with connect(served.port) as observer:
             # A request of which a part has arrived may still be finished; others find the connection closed.
             await observer.send(READY[:-2])
-            clients = [asyncio.create_task(client(number)) for number in range(16)]
-            await wait_until(all_accepted)
-            served.process.send_signal(signal.SIGTERM)
-            await wait_until(lambda: "stopping: answering" in served.output())
+            for pid in pids:  # so that requests are still unanswered when the signal comes, on a slow machine too
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                clients = [asyncio.create_task(client(number)) for number in range(16)]
+                await wait_until(all_accepted)
+                served.process.send_signal(signal.SIGTERM)
+                await wait_until(lambda: "stopping: answering" in served.output())
+            finally:
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
             await observer.send(READY[-2:])
             not_ready = await observer.receive()
             assert await observer.closed()
