@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from gateway.backends.interface import Replica
@@ -22,7 +22,7 @@ from gateway.core.batching import Reason
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.ragged import Ragged
-from gateway.core.request import SETTLED, BatchInput, InferRequest
+from gateway.core.request import SETTLED, BatchInput, InferRequest, SequenceStep
 from gateway.core.retry import FailedBatch, Verdict, after_failure, counts
 from gateway.core.routing import route
 from gateway.errors import BackendError, GatewayError, ModelError
@@ -39,6 +39,8 @@ PEAK_DECAY: Final = 0.99
 LOG_INTERVAL_S: Final = 1.0
 RUN_WEIGHT: Final = 0.1
 """Share of the newest batch in the mean run time."""
+
+NO_PARAMETERS: Final[Mapping[str, object]] = {}
 
 _PROCESS_TAG: Final = os.urandom(2).hex()
 _BATCH_NUMBERS: Final = itertools.count(1)
@@ -59,8 +61,8 @@ class RunningBatch:
     """A batch on its way; fits `backends.interface.Batch`."""
 
     __slots__ = (
-        "attempt", "backend", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs", "reason",
-        "rows",
+        "attempt", "backend", "deadline", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs",
+        "parameters", "reason", "rows", "sequence",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +77,9 @@ class RunningBatch:
         self.outputs = members[0].outputs
         self.inputs: Sequence[BatchInput] = ()
         self.dispatched = 0.0
+        self.deadline = math.inf
+        self.sequence: SequenceStep | None = None
+        self.parameters: Mapping[str, object] = NO_PARAMETERS
         self.attempt = 0
         self.isolated = False
         """Its members run by themselves: not even a rerun mixes them with others."""

@@ -26,6 +26,7 @@ from gateway.dispatcher import RunningBatch
 from gateway.errors import GatewayError
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
+from tests.fakes import PlainReplica
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
 
@@ -139,7 +140,7 @@ def _numbers(batch: Batch) -> list[int]:
     return numbers
 
 
-class ScriptedReplica:
+class ScriptedReplica(PlainReplica):
     """Fits `backends.interface.Replica`; its batches end when the test says so."""
 
     def __init__(self, name: str, backend: Backend, slots: int) -> None:

@@ -22,6 +22,7 @@ from gateway.core.tensor import DATATYPE
 from gateway.errors import GatewayError
 from gateway.observe.record import ModelStatistics
 from gateway.sequence_scheduler import SequenceScheduler
+from tests.fakes import PlainReplica
 from tests.scripted import turns
 
 INT32, INT64 = DATATYPE["INT32"], DATATYPE["INT64"]
@@ -86,7 +87,7 @@ class SequenceBatch:
         self._batch.done(outcome)
 
 
-class SequenceReplica:
+class SequenceReplica(PlainReplica):
     """Fits `backends.interface.Replica`."""
 
     def __init__(self, name: str, spec: ModelSpec, arrived: Callable[[SequenceBatch], None], slots: int) -> None:

@@ -41,13 +41,14 @@ from gateway.intake import Intake
 from gateway.observe.record import ModelStatistics
 from gateway.pipeline import Pipeline
 from gateway.scheduler import Scheduler
+from tests.fakes import PlainReplica
 from tests.scripted import simulated, turns
 
 INT64 = DATATYPE["INT64"]
 Function = Callable[[list[np.ndarray[Any, Any]]], list[np.ndarray[Any, Any]]]
 
 
-class FunctionReplica:
+class FunctionReplica(PlainReplica):
     """Fits `backends.interface.Replica`: answers with a function of the batch's rows after `takes_s` seconds."""
 
     available = True

@@ -29,6 +29,7 @@ from gateway.core.tensor import DATATYPE
 from gateway.errors import ModelError
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
+from tests.fakes import PlainReplica
 from tests.live import models
 from tests.scripted import simulated, turns
 
@@ -46,7 +47,7 @@ def session() -> Any:
     return onnxruntime.InferenceSession(models.segments(), providers=["CPUExecutionProvider"])
 
 
-class Replica:
+class Replica(PlainReplica):
     """The model, in this process; fits `backends.interface.Replica`."""
 
     name, available = "here", True

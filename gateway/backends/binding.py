@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
-from gateway.backends.wrapped import WrappedReplica
+from gateway.backends.wrapped import WrappedBatch, WrappedReplica
 from gateway.core.assembly import part_nbytes
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import ModelSpec, TensorSpec
@@ -111,24 +111,18 @@ def _narrower(dims: tuple[int, ...], file: tuple[int | None, ...]) -> bool:
     return any(have is None and want != -1 for want, have in zip(dims, file, strict=False))
 
 
-class _BoundBatch:
-    """Fits `backends.interface.Batch`; stands between a replica and the batch it was given."""
+class _BoundBatch(WrappedBatch):
+    """A batch with the places and shapes of the model file."""
 
-    __slots__ = ("_batch", "_binding", "inputs", "outputs", "rows")
+    __slots__ = ("_binding",)
 
     def __init__(self, batch: Batch, binding: Binding) -> None:
-        self._batch = batch
+        super().__init__(batch)
         self._binding = binding
         self.inputs = binding.batch_inputs(batch.inputs)
         self.outputs = binding.model_outputs(batch.outputs)
-        self.rows = batch.rows
 
-    def done(self, outcome: Success | Failure, /) -> None:
-        if isinstance(outcome, Success):
-            outcome = self._served(outcome)
-        self._batch.done(outcome)
-
-    def _served(self, answer: Success) -> Success | Failure:
+    def translated(self, answer: Success) -> Success | Failure:
         served = []
         for place, output in zip(self._batch.outputs, answer.outputs, strict=False):
             try:
@@ -148,4 +142,4 @@ class BoundReplica(WrappedReplica):
         self._binding = binding
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
-        self._replica.execute(_BoundBatch(batch, self._binding), timeout_s)
+        self.hand_over(batch, _BoundBatch(batch, self._binding), timeout_s)

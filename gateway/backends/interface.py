@@ -8,13 +8,14 @@ inside `execute` itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from gateway.core.outcome import Failure, FailureKind, Success
-from gateway.core.request import BatchInput
+from gateway.core.outcome import Failure, FailureKind, Sign, Success
+from gateway.core.request import BatchInput, SequenceStep
+from gateway.core.traits import Traits
 
-__all__ = ["Batch", "Failure", "FailureKind", "Replica", "Success"]
+__all__ = ["Batch", "Failure", "FailureKind", "Replica", "Sign", "Success", "Traits"]
 
 
 class Batch(Protocol):
@@ -26,6 +27,17 @@ class Batch(Protocol):
     def outputs(self) -> tuple[int, ...]: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def deadline(self) -> float:
+        """Monotonic instant after which nobody waits for it any more; infinite where nobody said."""
+
+    @property
+    def sequence(self) -> SequenceStep | None:
+        """The step of a sequence that it is, all of it, for replicas that keep state between requests; mostly None."""
+
+    @property
+    def parameters(self) -> Mapping[str, object]:
+        """Request parameters that go to the backend as the caller wrote them; mostly empty."""
 
     def done(self, outcome: Success | Failure, /) -> None: ...
 
@@ -36,6 +48,9 @@ class Replica(Protocol):
     @property
     def name(self) -> str:
         """Backend name as shown in headers and metrics, for instance `onnx-1`."""
+
+    @property
+    def traits(self) -> Traits: ...
 
     @property
     def available(self) -> bool:
@@ -50,6 +65,10 @@ class Replica(Protocol):
         """Batches handed over and not done."""
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None: ...
+
+    def cancel(self, batch: Batch, /) -> None:
+        """Nobody waits for `batch` any more: end it early if that can be done. It is still done exactly once, soon,
+        with CANCELLED or with whatever it came to. Harmless for a batch that it does not have (any more)."""
 
     def set_listener(self, changed: Callable[[], None], /) -> None:
         """`changed` is called whenever `available` flips, so that a waiting queue can be looked at again."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from gateway.backends.interface import Replica
 from gateway.core.assembly import part_nbytes
 from gateway.core.outcome import Failure, Success
-from gateway.core.request import BatchInput, InputTensor
+from gateway.core.request import BatchInput, InputTensor, SequenceStep
 
 TIMEOUT_S: Final = 120.0
 """First runs of big graphs are slow; nobody waits for an answer yet."""
@@ -26,6 +27,9 @@ class _Once:
         ]
         self.outputs = outputs
         self.rows = rows
+        self.deadline = math.inf
+        self.sequence: SequenceStep | None = None
+        self.parameters: Mapping[str, object] = {}
         self.outcome: asyncio.Future[Success | Failure] = asyncio.get_running_loop().create_future()
 
     def done(self, outcome: Success | Failure, /) -> None:

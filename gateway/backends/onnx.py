@@ -15,9 +15,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from gateway.backends.interface import Batch, Failure, FailureKind, Success
+from gateway.backends.interface import Batch, Failure, FailureKind, Success, Traits
 from gateway.core.request import OutputTensor
 from gateway.core.tensor import element_count, unpack_bytes
+from gateway.core.traits import WORKER
 from gateway.protocol.ipc import Result, ResultOutput
 from gateway.workers.attempt import Attempt, NotSent
 from gateway.workers.hosting import Instance, LoadedModel, LoadOptions, PoolEvent
@@ -92,6 +93,10 @@ class OnnxReplica:
         return self._instance.home.name if channel is None else channel.name
 
     @property
+    def traits(self) -> Traits:
+        return WORKER
+
+    @property
     def available(self) -> bool:
         return self._instance.channel is not None
 
@@ -129,6 +134,9 @@ class OnnxReplica:
             _log.exception("a batch for worker %s could not be read", self.name)
             text = f"the batch could not be read: {type(error).__name__}"
             self._loop.call_soon(attempt.settle, Failure(FailureKind.SUSPECT, text))
+
+    def cancel(self, batch: Batch, /) -> None:
+        """A run inside onnxruntime goes on to its end; its slot is free then."""
 
     def finished(self) -> None:
         """An attempt ended; its slot is free."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gateway.backends.interface import Batch, Failure, FailureKind, Replica, Success
-from gateway.backends.wrapped import WrappedReplica
+from gateway.backends.wrapped import WrappedBatch, WrappedReplica
 from gateway.core.assembly import AssemblyError, join_outputs, part_nbytes
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.sequence_tensors import SlotFlag, zeros
@@ -30,20 +30,19 @@ class Slots:
         self.highest = highest
 
 
-class _SlottedBatch:
-    """Fits `backends.interface.Batch`; stands between a replica and the batch it was given."""
+class _SlottedBatch(WrappedBatch):
+    """A batch whose rows stand in their slots."""
 
-    __slots__ = ("_batch", "_rows", "inputs", "outputs", "rows")
+    __slots__ = ("_rows",)
 
     def __init__(self, batch: Batch, slots: Slots) -> None:
         """Raises KeyError, AttributeError, ValueError: the batch is not one of rows with slots of their own."""
-        self._batch = batch
+        super().__init__(batch)
         flags = next(given for given in batch.inputs if given.index == slots.ready_place)
         self._rows = [part.slot for part in flags.parts if isinstance(part, SlotFlag)]
         if len(self._rows) != batch.rows or len(set(self._rows)) != batch.rows:
             raise ValueError(f"{batch.rows} rows in the slots {self._rows}")
         self.rows = max(slots.highest(), *self._rows) + 1
-        self.outputs = batch.outputs
         self.inputs = [self._spread(given, slots.idle_row.get(given.index)) for given in batch.inputs]
 
     def _spread(self, given: BatchInput, idle: InputTensor | None) -> BatchInput:
@@ -55,12 +54,7 @@ class _SlottedBatch:
         nbytes = given.nbytes + (self.rows - len(self._rows)) * part_nbytes(empty)
         return BatchInput(given.index, given.datatype, (self.rows, *given.shape[1:]), nbytes, parts)
 
-    def done(self, outcome: Success | Failure, /) -> None:
-        if isinstance(outcome, Success):
-            outcome = self._gathered(outcome)
-        self._batch.done(outcome)
-
-    def _gathered(self, answer: Success) -> Success | Failure:
+    def translated(self, answer: Success) -> Success | Failure:
         whole = dict(enumerate(answer.outputs))
         for output in whole.values():
             if output.shape[:1] != (self.rows,):
@@ -83,4 +77,4 @@ class SlottedReplica(WrappedReplica):
         self._slots = slots
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
-        self._replica.execute(_SlottedBatch(batch, self._slots), timeout_s)
+        self.hand_over(batch, _SlottedBatch(batch, self._slots), timeout_s)

@@ -1,4 +1,8 @@
-"""How an attempt to execute a batch ended. Everything that reacts to failure reads these values, never exceptions."""
+"""How an attempt to execute a batch ended. Everything that reacts to failure reads these values, never exceptions.
+
+`FailureKind` is the class (resilience notes §1.1): what may be done about it. `Sign` is what was seen: whose fault it
+may be, and how hard it counts against the replica.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,32 @@ class FailureKind(enum.Enum):
     NOT_SENT = "not_sent"
     """The batch never reached the backend; always safe to send elsewhere."""
     OVERLOAD = "overload"
+    """The backend says it has too much to do, and did not execute it."""
     BROKEN = "broken"
-    """Died, hung up, or answered with something that fails the checks."""
+    """Died, hung up, failed, or answered with something that fails the checks."""
     TIMEOUT = "timeout"
     SUSPECT = "suspect"
     """The backend or model refused input that we had validated."""
     CANCELLED = "cancelled"
+    """We gave it up: nobody waits for it any more. Nobody's fault."""
+
+
+class Sign(enum.Enum):
+    """What was seen of a failure."""
+
+    NONE = "none"
+    CONNECT = "connect"
+    """No connection could be made (with NOT_SENT)."""
+    EXIT = "exit"
+    """The process that executed this very batch ended (with BROKEN)."""
+    BYSTANDER = "bystander"
+    """The process ended while it executed somebody else's batch; this one cannot be why (with BROKEN)."""
+    ANSWERED = "answered"
+    """The backend lives and said no: an error answer of its own (with BROKEN or SUSPECT)."""
+    MISMATCH = "mismatch"
+    """An answer with wrong names, datatypes, shapes or rows (with BROKEN)."""
+    MISSING = "missing"
+    """The backend says that it does not have this model (with NOT_SENT: nothing was executed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +53,14 @@ class Failure:
 
     kind: FailureKind
     message: str
+    sign: Sign = Sign.NONE
+    retry_after_s: float = 0.0
+    """What the backend asked for with OVERLOAD, seconds; 0.0: it did not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """A successful attempt. Durations are nanoseconds as the backend measured them."""
+    """A successful attempt. Durations are nanoseconds as the backend measured them; 0 where it says nothing."""
 
     outputs: Sequence[OutputTensor]
     """In the order of `Batch.outputs`; shapes with the batch dimension. The data stays valid for ever."""

@@ -13,6 +13,7 @@ from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import BatchInput, InputTensor, OutputTensor
 from gateway.core.scheduling import PLAIN, BatchInputTensor, BatchOutputTensor, Scheduling
 from gateway.core.tensor import DATATYPE
+from tests.fakes import PlainBatch, PlainReplica
 
 FP32, INT32, INT64 = DATATYPE["FP32"], DATATYPE["INT32"], DATATYPE["INT64"]
 FILE_INPUTS = (SignatureTensor("a", FP32, (None, 3)), SignatureTensor("b", INT64, (None,)))
@@ -75,7 +76,7 @@ def test_an_output_that_is_cut_later_has_no_dims_yet() -> None:
         ragged(PLAIN, outputs).served_output(1, z)
 
 
-class Recorded:
+class Recorded(PlainReplica):
     """A replica that keeps what it is given; fits `Replica`."""
 
     name, available, free_slots, in_flight = "onnx-1", True, 1, 0
@@ -92,7 +93,7 @@ class Recorded:
         self.listener = changed
 
 
-class Asked:
+class Asked(PlainBatch):
     """Fits `Batch`."""
 
     rows = 2

@@ -12,12 +12,13 @@ from gateway.backends.one_shot import TIMEOUT_S, run_once
 from gateway.core.assembly import write_parts
 from gateway.core.request import InputTensor
 from gateway.core.tensor import DATATYPE
+from tests.fakes import PlainReplica
 
 INT32, BYTES = DATATYPE["INT32"], DATATYPE["BYTES"]
 DONE = Success([], 1, 2, 3)
 
 
-class OneReplica:
+class OneReplica(PlainReplica):
     """Keeps what it is given, and does with it what it is told."""
 
     name = "onnx-1"

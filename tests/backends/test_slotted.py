@@ -13,12 +13,13 @@ from gateway.core.assembly import write_parts
 from gateway.core.request import BatchInput, InputTensor, OutputTensor
 from gateway.core.sequence_tensors import SlotFlag
 from gateway.core.tensor import DATATYPE, pack_bytes, unpack_bytes
+from tests.fakes import PlainBatch, PlainReplica
 
 INT64, BYTES, BOOL = DATATYPE["INT64"], DATATYPE["BYTES"], DATATYPE["BOOL"]
 READY_PLACE = 2
 
 
-class _Inner:
+class _Inner(PlainReplica):
     """The replica behind: keeps what it was given."""
 
     name = "onnx-1"
@@ -36,7 +37,7 @@ class _Inner:
         self.changed = changed
 
 
-class _Given:
+class _Given(PlainBatch):
     def __init__(self, slots: list[int], *, flags: bool = True) -> None:
         rows = len(slots)
         numbers = [InputTensor(INT64, (1, 2), [slot, slot], None) for slot in slots]

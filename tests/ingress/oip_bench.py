@@ -35,6 +35,7 @@ from gateway.management_access import Restrictions
 from gateway.management_repository import Repository
 from gateway.pipeline import Pipeline
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
+from tests.fakes import PlainReplica
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
 ILLEGIBLE, POISON = -13, -66
@@ -42,7 +43,7 @@ MAX_QUEUE_ROWS = 15_000
 PATIENCE_S = 30.0
 
 
-class NumberReplica:
+class NumberReplica(PlainReplica):
     """Fits `backends.interface.Replica`. Answers in the loop's next turn, or when the test says so."""
 
     def __init__(self, name: str) -> None:

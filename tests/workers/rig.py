@@ -21,6 +21,7 @@ from gateway.core.model import Artifact
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.tensor import DATATYPE, Datatype
 from gateway.workers.hosting import Instance
+from tests.fakes import PlainBatch
 from tests.live.models import ONNX_TYPE
 
 PATIENCE_S = 60.0
@@ -78,7 +79,7 @@ def artifact(content: bytes, name: str = "model", version: str = "1") -> Artifac
     return Artifact(name=name, version=version, source="test", files=(), digest=digest, model=content)
 
 
-class TestBatch:
+class TestBatch(PlainBatch):
     """A batch as the dispatcher would make it; `await batch` gives its outcome."""
 
     __test__ = False
