@@ -18,7 +18,7 @@ from typing import Final
 from benchmarks import bare, grpc_load
 from benchmarks.report import Claim, Outcome
 from benchmarks.server import BenchmarkError, Server
-from benchmarks.systems import batch_rows, gateway, grpc_echo, nginx
+from benchmarks.systems import batch_rows, gateway, gateway_before, grpc_echo, nginx
 from benchmarks.triton import Flags, best_flags, triton, tune
 from benchmarks.workload import Workload, prepare
 from benchmarks.wrk import Round, load
@@ -137,6 +137,42 @@ def heavy(plan: Plan) -> Outcome:
     return outcome
 
 
+def front_triton(plan: Plan) -> Outcome:
+    """The gateway in front of one Triton against that Triton alone; each time everything shares the same two cores."""
+    work = prepare("tiny")
+    what = "MLP 16-64-64-4, JSON, 64 connections; server, gateway and client share both cores, nothing pinned"
+    outcome = Outcome("front-triton", what)
+
+    def post(server: Server, seconds: float = plan.seconds) -> Round:
+        if server.name == "triton":
+            return load(server, work.body_file, 64, seconds)
+        rows, batches = batch_rows(server, work.model)
+        result = load(server, work.body_file, 64, seconds)
+        rows_after, batches_after = batch_rows(server, work.model)
+        return replace(result, batch=(rows_after - rows) / max(1, batches_after - batches))
+
+    with ExitStack() as stack:
+        flags = _triton_flags(plan, "front-triton", work, "", post)
+        if flags is None:
+            raise BenchmarkError("front-triton measures the gateway in front of a Triton; leave out --without triton")
+        alone = triton(work, flags)
+        # Behind the gateway batches arrive formed: waiting for more there only costs time.
+        behind = replace(flags, delay_us=0, instances=1)
+        backends = [triton(work, behind), triton(work, behind, over_grpc=True)]
+        for server in backends:
+            stack.enter_context(server)
+            server.check(work)
+        fronts = [
+            gateway_before("gateway, HTTP", f"http://127.0.0.1:{backends[0].port}", work),
+            gateway_before("gateway, gRPC", f"grpc://127.0.0.1:{backends[1].grpc_port}", work),
+        ]
+        _measure(outcome, plan, work, stack, [*fronts, alone], post)
+    outcome.notes["triton behind the gateway"] = str(behind)
+    for front in fronts:
+        outcome.claims.append(Claim(f"{front.name} ÷ Triton alone", outcome.ratio(front.name, "triton"), 2.0))
+    return outcome
+
+
 def latency_1(plan: Plan) -> Outcome:
     """One connection: what the gateway adds to one bare run."""
     work = prepare("tiny")
@@ -178,6 +214,7 @@ SCENARIOS: Final[dict[str, Callable[[Plan], Outcome]]] = {
     "tiny-json": tiny_json,
     "tiny-grpc": tiny_grpc,
     "heavy": heavy,
+    "front-triton": front_triton,
     "latency-1": latency_1,
     "idle-connections": idle_connections,
 }

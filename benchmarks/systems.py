@@ -86,6 +86,19 @@ def gateway(work: Workload, cores: str = "", workers: int = 2) -> Server:
     )
 
 
+def gateway_before(name: str, backend: str, work: Workload, cores: str = "") -> Server:
+    """The gateway with a running server as its only backend, every default on; `backend` is the server's URL."""
+    port, grpc_port, metrics_port = free_port(), free_port(), free_port()
+    ports = ["--http-port", str(port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
+    command = [sys.executable, "-m", "gateway", "serve", backend, *ports]
+    model = f"/v2/models/{work.model}"
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return Server(
+        name, command, port, f"{model}/infer", f"{model}/ready", cores, environment, metrics_port=metrics_port,
+        notes=f"defaults, serve {backend.partition(':')[0]}://…",
+    )  # fmt: skip
+
+
 def grpc_echo(cores: str = "") -> Server:
     """What the stock Python server does with the same message when it neither parses nor computes anything."""
     port, grpc_port = free_port(), free_port()

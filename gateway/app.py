@@ -12,23 +12,25 @@ import contextlib
 import gc
 import logging
 import os
+import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import uvloop
 
 from gateway import plan, terminal
-from gateway.backends.interface import Replica
-from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplica, PoolEvent
+from gateway.agreement_sampling import AgreementSamplers
+from gateway.app_views import Views
+from gateway.backends.onnx import LoadOptions, OnnxPool, PoolEvent
 from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config, ModelSettings, Server
-from gateway.core.model import Artifact, ModelState
+from gateway.core.model import Artifact
 from gateway.core.remembered import Store
-from gateway.errors import BindError, ConfigError, GatewayError, NotReady
+from gateway.errors import BindError, ConfigError, GatewayError, ModelError
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.grpc_server import GrpcServer, Http2Limits
@@ -37,7 +39,7 @@ from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
 from gateway.ingress.oip_http import request_id_header
 from gateway.ingress.tls import GRPC, HTTP, TlsFiles, context
-from gateway.loading import WantedVersion
+from gateway.loading import LoadedModel, WantedVersion
 from gateway.management import Management
 from gateway.management_access import Restrictions
 from gateway.management_repository import Repository
@@ -45,12 +47,16 @@ from gateway.management_settings import TraceSettings
 from gateway.management_tracing import Tracing
 from gateway.observe import log as log_setup
 from gateway.observe.loop_lag import LoopLag
-from gateway.observe.metrics import GrpcView, HttpView, Metrics, ModelView, ReplicaView, Sources, build_labels
+from gateway.observe.metrics import Metrics, Sources, build_labels
+from gateway.observe.metrics_views import GrpcView, HttpView
 from gateway.observe.record import Recent
 from gateway.observe.request_trace import TraceFile
-from gateway.operations import BackendStatus, ModelStatus, Operations
+from gateway.operations import Operations
+from gateway.operations_backends import Backends
 from gateway.pipeline import Pipeline
+from gateway.prober import Probers
 from gateway.protocol.options import ProtocolOptions
+from gateway.remote_models import RemoteModels
 from gateway.shared_memory import SharedMemory
 
 log = logging.getLogger("gateway")
@@ -62,6 +68,9 @@ EXIT_BIND: Final = 3
 EXIT_MODEL: Final = 4
 GC_THRESHOLDS: Final = (50_000, 20, 50)
 """Requests make few cycles; collecting young objects every 700 allocations would cost more than it finds."""
+
+
+T = TypeVar("T")
 
 
 def run(config: Config, *, demo: bool = False, reread: Callable[[], Config] | None = None) -> int:
@@ -85,12 +94,17 @@ class Gateway:
         cache = config.server.response_cache
         self.pipeline = Pipeline(None if cache is None else Store(cache.max_bytes, cache.ttl_s))
         self.catalog = Catalog(self.pipeline.infer)
-        self.repository = Repository(config, self.catalog, self._load)
+        self.remotes = RemoteModels(config, self.catalog)
+        self.remotes.on_discovered = lambda name: self._spawn(self.repository.discovered(name))
+        self.repository = Repository(config, self.catalog, self._load, self.remotes)
         self._stopping = asyncio.Event()
         self._delayed = False
         """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
         self._draining = False
         self._loaded = False
+        self._starting = asyncio.Lock()
+        self._started = False
+        """Whether there are workers."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -116,6 +130,7 @@ class Gateway:
             return await self._serve(wanted, listener, grpc_listener, demo=demo)
         finally:
             await self.operations.close()
+            await self.remotes.close()
             await self.pool.close()
 
     def _build(self) -> None:
@@ -130,6 +145,10 @@ class Gateway:
         self.tracing = Tracing(self.catalog, settings, file)
         memory = SharedMemory(server.limits.max_body_bytes) if server.client_shared_memory else None
         self.catalog.on_ready = self._model_ready
+        self.catalog.on_retired = self._model_retired
+        self.probers = Probers(server.probe_interval_s, random.Random())  # noqa: S311  # jitter
+        self.agreement = AgreementSamplers(random.Random())  # noqa: S311  # a sample
+        self.views = Views(self.catalog.versions, self.agreement)
         self.repository.forgotten = settings.forget
         self.management = Management(
             self.catalog,
@@ -163,9 +182,16 @@ class Gateway:
         self._build_grpc(options)
         self.loop_lag = LoopLag(self._requests)
         sources = Sources(
-            self._model_views, self._http_view, {"0": self.loop_lag.histogram}, build_labels(), self._grpc_view
+            self.views.for_metrics, self._http_view, {"0": self.loop_lag.histogram}, build_labels(), self._grpc_view
         )
-        self.operations = Operations(Metrics(sources, time.monotonic), self._model_statuses, self._worker_statuses)
+        token_file = self.config.base / server.admin_token_file if server.admin_token_file is not None else None
+        self.operations = Operations(
+            Metrics(sources, time.monotonic),
+            self.views.for_people,
+            self._worker_statuses,
+            Backends(self.catalog.versions),
+            token_file,
+        )
 
     def _build_grpc(self, options: ProtocolOptions) -> None:
         server, limits = self.config.server, self.config.server.limits
@@ -201,24 +227,18 @@ class Gateway:
     async def _serve(
         self, wanted: Sequence[WantedVersion], listener: Listener, grpc_listener: Listener, *, demo: bool
     ) -> int:
-        try:
-            await self.pool.start()
-        except NotReady as error:
-            terminal.show_error(str(error))
-            return EXIT_MODEL
-        with terminal.progress(len(wanted)) as advance:
-            failed = await self._until_stopped(self.catalog.load_all(wanted, on_loaded=advance))
-        if failed is None:
-            return EXIT_OK
-        if failed:
-            terminal.show_not_loaded(failed, plain=self.config.server.log_format == "json")
-            return EXIT_MODEL
+        code = await self._load_models(wanted)
+        if code is not None:
+            return code
         self._loaded = self.repository.open = True
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self.loop_lag.start()
         self._spawn(self.repository.poll_for_ever())
+        if self.remotes.configured or self._reread is not None:
+            self._spawn(self.remotes.follow())
+        await self.remotes.reconcile()
         terminal.show_started(
             self.catalog.versions(),
             self.config.server.host,
@@ -241,15 +261,59 @@ class Gateway:
         except (OSError, ValueError) as error:  # it is stopping, or a proxy stands between; serving goes on
             terminal.show_error(f"the demo could not ask its models: {error}")
 
-    async def _until_stopped(self, loading: Any) -> list[ServedVersion] | None:
-        """The versions that failed to load; None if a signal came first."""
+    async def _load_models(self, wanted: Sequence[WantedVersion]) -> int | None:
+        """Everything that is served from the start; the exit code if that ended the start, for good or ill."""
+        try:
+            if wanted or not self.remotes.configured:
+                await self._start_pool()
+            everything = await self._until_stopped(self._with_remote(wanted))
+        except ConfigError as error:
+            terminal.show_faults(error)
+            return EXIT_CONFIG
+        except GatewayError as error:
+            terminal.show_error(str(error))
+            return EXIT_MODEL
+        if everything is None:
+            return EXIT_OK
+        with terminal.progress(len(everything)) as advance:
+            failed = await self._until_stopped(self.catalog.load_all(everything, on_loaded=advance))
+        if failed is None:
+            return EXIT_OK
+        if failed:
+            terminal.show_not_loaded(failed, plain=self.config.server.log_format == "json")
+            return EXIT_MODEL
+        return None
+
+    async def _start_pool(self) -> None:
+        """Start the workers, once: nothing needs them while all models are on remote servers. Raises NotReady."""
+        async with self._starting:
+            if not self._started:
+                await self.pool.start()
+                self._started = True
+
+    async def _with_remote(self, wanted: Sequence[WantedVersion]) -> list[WantedVersion]:
+        """`wanted`, and what is served from remote servers.
+
+        Raises:
+            ConfigError: a model is served from two places, or from nowhere.
+            ModelError: there is nothing at all.
+        """
+        if not self.remotes.configured:
+            return list(wanted)
+        await self.remotes.open()
+        found = [*wanted, *await self.repository.initial_remote()]
+        if not found and self.config.server.model_control != "explicit":
+            raise ModelError(f"there is nothing to serve: {self.remotes.obstacle()}")
+        return found
+
+    async def _until_stopped(self, loading: Coroutine[Any, Any, T]) -> T | None:
+        """What `loading` comes to; None if a signal came first."""
         task = asyncio.ensure_future(loading)
         stopped = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if task.done():
-            failed: list[ServedVersion] = task.result()
-            return failed
+            return task.result()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -274,6 +338,7 @@ class Gateway:
                 await self.catalog.drain()
         if unanswered:
             log.warning("%d requests were still unanswered after %g s", unanswered, server.drain_timeout_s)
+        await self.probers.close()
         self.catalog.stop()
         await self.tracing.close()
         self.loop_lag.close()
@@ -332,8 +397,16 @@ class Gateway:
     def _model_ready(self, version: ServedVersion) -> None:
         """A version is loaded and about to serve."""
         self.tracing.attach(version)
+        self.remotes.attach(version)
+        self.probers.attach(version)
+        self.agreement.attach(version)
         if self.config.server.metrics.nv_summaries and version.statistics.recent is None:
             version.statistics.recent = Recent()
+
+    def _model_retired(self, version: ServedVersion) -> None:
+        """A version takes no new callers."""
+        self.probers.detach(version)
+        self.agreement.detach(version)
 
     def _pool_event(self, event: PoolEvent) -> None:
         if event.kind == "model_failed":
@@ -347,25 +420,10 @@ class Gateway:
         elif event.kind == "worker_ready" and event.generation > 1:
             log.info("worker %s is back (pid %d)", event.worker, event.pid)
 
-    async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel[OnnxReplica]:
+    async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel:
+        await self._start_pool()
         options = LoadOptions(settings.instances, settings.dedicated, settings.intra_op_threads)
-        return await self.pool.load(artifact, options)
-
-    def _model_views(self) -> list[ModelView]:
-        return [
-            ModelView(
-                version.name,
-                version.version,
-                version.statistics,
-                version.scheduler.queue_statistics(),
-                [_replica_view(version, replica) for replica in version.replicas],
-                version.load_s,
-                version.spec.scheduling.response_cache,
-                version.config_document.get("metric_tags", {}),
-            )
-            for version in self.catalog.versions()
-            if version.scheduler is not None
-        ]
+        return self.remotes.mixed(artifact.name, await self.pool.load(artifact, options))
 
     def _http_view(self) -> HttpView:
         statistics = self.http.statistics()
@@ -387,9 +445,6 @@ class Gateway:
             statistics.expired,
         )
 
-    def _model_statuses(self) -> list[ModelStatus]:
-        return [_status(version) for version in self.catalog.versions()]
-
     def _worker_statuses(self) -> Sequence[object]:
         return self.pool.statistics().workers
 
@@ -397,30 +452,3 @@ class Gateway:
 def _changed(before: Server, now: Server) -> list[str]:
     """The keys of `server` that differ, dotted."""
     return [f"server.{key}" for key in type(before).model_fields if getattr(before, key) != getattr(now, key)]
-
-
-def _replica_view(version: ServedVersion, replica: Replica) -> ReplicaView:
-    state = "ready" if replica.available else "failed" if version.state is ModelState.FAILED else "starting"
-    restarts = replica.restarts if isinstance(replica, OnnxReplica) else 0
-    return ReplicaView(replica.name, state, replica.in_flight, restarts)
-
-
-def _backends(version: ServedVersion) -> list[BackendStatus]:
-    """Its workers; an ensemble, which has none of its own, is one backend."""
-    if version.dependencies and version.scheduler is not None:
-        return [BackendStatus("ensemble", version.ready, version.scheduler.pending)]
-    return [BackendStatus(replica.name, replica.available, replica.in_flight) for replica in version.replicas]
-
-
-def _status(version: ServedVersion) -> ModelStatus:
-    known = version.scheduler is not None
-    return ModelStatus(
-        version.name,
-        version.version,
-        version.state.value,
-        version.artifact.digest if version.artifact is not None else "",
-        _backends(version),
-        version.spec.policy.max_batch_size if known else 0,
-        version.spec.batching_note if known else "",
-        "" if version.state is ModelState.READY else version.reason,
-    )

@@ -44,6 +44,8 @@ class Catalog:
         """The version a name without a version means: the highest that is READY."""
         self.on_ready: Callable[[ServedVersion], None] = lambda version: None
         """Called with each version that was loaded, before the first request reaches it."""
+        self.on_retired: Callable[[ServedVersion], None] = lambda version: None
+        """Called with each version that takes no new callers any more, before it is freed."""
         self._retiring: dict[str, set[asyncio.Task[None]]] = {}
         """By model: versions out of service that still answer, and are freed then."""
 
@@ -205,6 +207,7 @@ class Catalog:
             return
         version.state = next_state(version.state, ModelEvent.UNLOAD)
         version.reason = "unloaded"
+        self.on_retired(version)
         task = asyncio.get_running_loop().create_task(self._free(version))
         self._retiring.setdefault(version.name, set()).add(task)
         task.add_done_callback(partial(self._freed, version.name))
@@ -270,7 +273,7 @@ class Catalog:
         self.on_ready(version)
         self._elect(version.name)
         spec = version.spec
-        about = {"digest": spec.digest}
+        about = {"digest": spec.digest} if spec.digest else {}
         log.info("model %s version %s is ready: %s", spec.name, spec.version, spec.batching_note, extra=about)
         return version
 
@@ -294,12 +297,13 @@ class Catalog:
             return
         loaded = await wanted.load(artifact)
         try:
-            spec, row_s = await settle_spec(version.wanted, artifact, loaded)
-            version.config_document = await asyncio.to_thread(document, wanted, artifact, spec, len(loaded.replicas))
+            settled = await settle_spec(version.wanted, artifact, loaded)
+            instances = len(loaded.replicas)
+            version.config_document = await asyncio.to_thread(document, wanted, artifact, settled.spec, instances)
         except BaseException:
             await loaded.unload()
             raise
-        version.settle(spec, loaded, row_s)
+        version.settle(settled, loaded)
 
     def failed(self, name: str, version: str, reason: str, loaded: object = None) -> None:
         """A READY version's workers crash too often: it takes no more requests until `recovered`.

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from gateway.backends.interface import Replica
+from gateway.core.fleet import Fleet
 from gateway.core.model import Artifact, ModelSpec, ModelState
+from gateway.core.request import InputTensor
 from gateway.ensemble import Ensemble
 from gateway.errors import NotReady
 from gateway.intake import Intake
-from gateway.loading import LoadedModel, WantedVersion, bound
+from gateway.loading import LoadedModel, Settled, WantedVersion, bound
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
 from gateway.sequence_scheduler import SequenceScheduler
@@ -62,6 +64,12 @@ class ServedVersion:
         """Whether the gateway is not ready without it: not while somebody tries to load it at run time."""
         self.load_s = 0.0
         """Seconds that loading took; 0.0 before it is loaded."""
+        self.probe: tuple[InputTensor | None, ...] | None = None
+        """Made-up input that the scheduler's replicas can run at any time; None: there is none (`loading.Settled`)."""
+        self.origin: Callable[[], list[dict[str, Any]]] | None = None
+        """What is known of the remote servers that serve it; None: none do."""
+        self._bound: list[tuple[Replica, Replica]] = []
+        """Loaded replicas, and those that the scheduler knows them by, where that is not the same."""
         self._spec: ModelSpec | None = None
         self._fingerprint = b""
         self._pins = 0
@@ -81,6 +89,17 @@ class ServedVersion:
         return self.loaded.replicas if self.loaded is not None else ()
 
     @property
+    def fleets(self) -> tuple[Fleet, ...]:
+        """What is known of its backends; none for an ensemble, whose steps are other models' affair."""
+        scheduler = self.scheduler
+        return scheduler.fleets if isinstance(scheduler, Scheduler | SequenceScheduler) else ()
+
+    def kick(self) -> None:
+        """Something about its backends was changed from outside: look again who may run what."""
+        if isinstance(self.scheduler, Scheduler | SequenceScheduler):
+            self.scheduler.kick()
+
+    @property
     def ready(self) -> bool:
         """Whether it can answer now: READY, and a replica is there for it, or the models of all its steps are."""
         if isinstance(self.scheduler, Ensemble):
@@ -94,7 +113,7 @@ class ServedVersion:
             return self.reason or self.state.value.lower()
         if isinstance(self.scheduler, Ensemble):
             return self.scheduler.obstacle
-        return "" if self.ready else "no worker is available"
+        return "" if self.ready else "no backend is available" if self.origin is not None else "no worker is available"
 
     def fingerprint(self) -> bytes:
         """Names what would answer now: it changes whenever the same input might be answered differently."""
@@ -102,12 +121,28 @@ class ServedVersion:
             return self._fingerprint + self.scheduler.fingerprint()
         return self._fingerprint
 
-    def settle(self, spec: ModelSpec, loaded: LoadedModel, row_s: float = 0.0) -> None:
-        """It is loaded. `row_s`: seconds a row took on trial; 0.0: unknown."""
+    def settle(self, settled: Settled, loaded: LoadedModel) -> None:
+        """It is loaded."""
+        spec = settled.spec
         self._know(spec)
+        self.probe = settled.probe
         self.loaded = loaded
+        replicas = bound(spec, loaded)
+        self._bound = [(own, seen) for own, seen in zip(loaded.replicas, replicas, strict=True) if own is not seen]
         made = Scheduler if spec.scheduling.sequence is None else SequenceScheduler
-        self.scheduler = made(spec, bound(spec, loaded), self.statistics, row_s=row_s)
+        self.scheduler = made(spec, replicas, self.statistics, row_s=settled.row_s)
+
+    def add_replica(self, replica: Replica) -> None:
+        """`replica`, whose tensors are those of `spec`, takes part from now on. Harmless where nothing is served."""
+        if isinstance(self.scheduler, Scheduler):
+            self.scheduler.add_replica(replica)
+
+    async def remove_replica(self, replica: Replica) -> None:
+        """No batch goes to `replica` any more; returns when those under way are over."""
+        seen = next((seen for own, seen in self._bound if own is replica), replica)
+        self._bound = [pair for pair in self._bound if pair[0] is not replica]
+        if isinstance(self.scheduler, Scheduler):
+            await self.scheduler.remove_replica(seen)
 
     def settle_ensemble(self, ensemble: Ensemble) -> None:
         """It is an ensemble, and every model of its steps is there."""

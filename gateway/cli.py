@@ -41,7 +41,9 @@ app = typer.Typer(
 
 SourceArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SOURCE", help="A model repository, one model's directory, or an .onnx file."),
+    typer.Argument(
+        metavar="SOURCE", help="A model repository, one model's directory, an .onnx file, or a running server's URL."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -163,7 +165,7 @@ def serve(
 
 def _require_models(settings: Config) -> None:
     if not settings.models:
-        hint = "nothing to serve; name a SOURCE (a model repository or an .onnx file), or `models` in a -c file"
+        hint = "nothing to serve; name a SOURCE (a model repository, an .onnx file, a URL), or `models` in a -c file"
         raise ConfigError([Fault(settings.file or "command line", 0, "", hint)])
 
 
@@ -212,6 +214,7 @@ def check(
     config: Annotated[Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")],
 ) -> None:
     from gateway.config_models import find_models, verify  # noqa: PLC0415  # see the header
+    from gateway.registry.reference import OipServerSource  # noqa: PLC0415
 
     settings = load(config, {}, os.environ)
     _require_models(settings)
@@ -222,7 +225,12 @@ def check(
         for key in model.config.ignored if model.config is not None else ():
             _say(_console(stderr=True), f"note: {model.source}/config.pbtxt: {key} has no effect here")
     versions = sum(len(model.versions) for _, model in found)
-    what = f"{count(len(found), 'model')}, {count(versions, 'version')} to serve"
+    names = {model.name for _, model in found} | {entry.name for entry in settings.models if entry.backends}
+    what = f"{count(len(names), 'model')}, {count(versions, 'version')} to serve"
+    backends = [backend for entry in settings.models for backend in entry.backends]
+    servers = len(backends) + sum(isinstance(settings.source(entry), OipServerSource) for entry in settings.models)
+    if servers:
+        what += f"; {count(servers, 'remote backend')}, not contacted"
     _say(_console(), f"{config}: no faults; {what}; no model was loaded")
 
 
@@ -279,6 +287,41 @@ def models(
     if action not in ("list", "status"):
         raise ConfigError(f"'models {action}' does not exist; write list, status, load or unload")
     cli_infer.models(_console(), ops_url, access, detailed=action == "status", only=model)
+
+
+@app.command()
+def backends(
+    action: Annotated[
+        str, typer.Argument(metavar="list|drain|undrain", help="`drain`: no new batches; `undrain` lifts that.")
+    ] = "list",
+    name: Annotated[str | None, typer.Argument(help="The backend, or the server with all it serves.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Only for this model.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Drain the last one that can serve a model, too.")] = False,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0.0, max=600.0, help="With drain: seconds to wait until it is idle.")
+    ] = 0.0,
+    ops_url: OpsUrl = "http://127.0.0.1:8002",
+    token_file: Annotated[
+        str | None,
+        typer.Option("--token-file", envvar="GATEWAY_ADMIN_TOKEN_FILE", help="Its content allows drain and undrain."),
+    ] = None,
+    timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca: Authority = None,
+) -> None:
+    """List the backends of a running gateway: state, why, until when; or drain one and put it back."""
+    from gateway import cli_backends  # noqa: PLC0415  # see the header
+
+    access = _access(timeout, header, ca)
+    if action in ("drain", "undrain"):
+        if name is None:
+            raise ConfigError(f"name the backend: gateway backends {action} NAME")
+        wanted = cli_backends.Wanted(action, name, model, force, wait)
+        cli_backends.change(_console(), ops_url, wanted, access, token_file)
+        return
+    if action != "list":
+        raise ConfigError(f"'backends {action}' does not exist; write list, drain or undrain")
+    cli_backends.show(_console(), ops_url, access, name=name, model=model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -107,7 +107,8 @@ def _provenance_lines(provenance: Provenance, elapsed_s: float) -> list[str]:
     lines = [f"request   {provenance.request_id or 'not stated by the server'}"]
     if provenance.model is not None:
         model = provenance.model
-        lines.append(f"model     {model.name} version {model.version}, digest {model.digest}")
+        digest = f"digest {model.digest}" if model.digest else "on a remote server, so no digest is known"
+        lines.append(f"model     {model.name} version {model.version}, {digest}")
     for member in provenance.members:
         lines.append(f"backend   {member.backend} executed it, attempt {member.attempt}")
         rows = f"{count(member.size, 'row')} together" if member.size > 1 else "1 row alone"
@@ -152,7 +153,11 @@ def models(out: Console, url: str, access: Access, *, detailed: bool, only: str 
         raise ClientError(f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}")
     headings = ["name", "version", "state", "digest", "backends"]
     headings += ["max_batch_size", "batching", "reason"] if detailed else []
-    rows = [_model_row(model, detailed=detailed, short=out.is_terminal and not detailed) for model in chosen]
+    watched = out.is_terminal
+    rows = [
+        _model_row(model, detailed=detailed, short=watched and not detailed, lines=watched and detailed)
+        for model in chosen
+    ]
     if not out.is_terminal:
         for row in rows:
             out.file.write("\t".join(row) + "\n")
@@ -173,14 +178,14 @@ def _print_blocks(out: Console, headings: Sequence[str], rows: Sequence[Sequence
         name, version, state, *rest = row
         out.print(f"{name} version {version} {state}", markup=False, soft_wrap=True)
         for heading, cell in zip(headings[3:], rest, strict=True):
-            if cell != "-":
-                out.print(f"  {heading:<15} {cell}", markup=False, soft_wrap=True)
+            for at, line in enumerate(cell.split("\n") if cell != "-" else ()):
+                out.print(f"  {'' if at else heading:<15} {line}", markup=False, soft_wrap=True)
 
 
-def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool) -> list[str]:
-    """The cells of one model; `short`: the digest is cut, a program gets all of it."""
-    backends = sorted(model.get("backends") or [], key=lambda backend: _natural(str(backend.get("name"))))
-    names = ", ".join(_backend(backend, detailed=detailed) for backend in backends)
+def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool, lines: bool) -> list[str]:
+    """The cells of one model; `short`: the digest is cut, a program gets all of it; `lines`: a backend a line."""
+    backends = sorted(model.get("backends") or [], key=lambda backend: natural(str(backend.get("name"))))
+    names = ("\n" if lines else ", ").join(_backend(backend, detailed=detailed) for backend in backends)
     row = [str(model.get(key) or "-") for key in ("name", "version", "state", "digest")] + [names or "-"]
     if short and len(row[3]) > SHORT_DIGEST:
         row[3] = row[3][:SHORT_DIGEST] + "…"
@@ -189,12 +194,28 @@ def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool) -> list
     return row
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def state_in_words(state: str, seconds_left: object = None) -> str:
+    """`open` → `ejected for 3 s more`: people need not know what circuit breakers call it."""
+    words = {"closed": "in use", "open": "ejected", "half_open": "on trial", "ramp": "ramping up"}.get(state, state)
+    return f"{words} for {seconds_left:.0f} s more" if isinstance(seconds_left, int | float) else words
+
+
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts onnx-2 before onnx-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _backend(backend: Mapping[str, Any], *, detailed: bool) -> str:
-    mark = "" if backend.get("available") else " (unavailable)"
-    load = f" ({backend.get('in_flight', 0)} in flight)" if detailed and not mark else ""
-    return f"{backend.get('name')}{mark}{load}"
+    """One backend in words. The list says only what is out of the ordinary; the status says why and until when."""
+    state = str(backend.get("state") or "")
+    available = bool(backend.get("available"))
+    notes = []
+    if state not in ("", "closed"):
+        notes.append(state_in_words(state, backend.get("seconds_left") if detailed else None))
+    elif not available:
+        notes.append("unavailable")
+    if detailed:
+        notes += [f"{backend.get('in_flight', 0)} in flight"] if available else []
+        cause = str(backend.get("cause") or "")
+        notes += [cause] if notes and cause and not cause.startswith(notes[0]) else []
+    return f"{backend.get('name')} ({', '.join(notes)})" if notes else str(backend.get("name"))

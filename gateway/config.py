@@ -17,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from gateway.config_backends import read_headers
 from gateway.config_faults import Loader, source_fault
 from gateway.config_schema import (
     MIB,
+    Backend,
     Batching,
     Isolation,
     Limits,
@@ -31,11 +33,13 @@ from gateway.config_schema import (
     json_schema,
 )
 from gateway.core.model import Oversize
+from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.model_config import ModelConfig
-from gateway.registry.reference import Source, parse
+from gateway.registry.reference import OipServerSource, Source, parse
 
 __all__ = [
+    "Backend",
     "Batching",
     "Config",
     "Isolation",
@@ -68,6 +72,7 @@ class ModelSettings:
     max_queue_rows: int
     max_queue_bytes: int
     deadline_s: float
+    resilience: Resilience = RESILIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +92,20 @@ class Config:
     notes: tuple[str, ...] = ()
     """What the user must be told although it is no fault, each in one line with its place."""
 
-    def source(self, entry: ModelEntry) -> Source:
-        """The parsed source of an entry of `models`."""
-        return parse(entry.source, self.base)
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The variables that headers of backends name; secrets."""
+
+    def source(self, entry: ModelEntry) -> Source | None:
+        """The parsed source of an entry of `models`; None for one that has only backends."""
+        return parse(entry.source, self.base) if entry.source else None
+
+    def headers(self, backend: Backend) -> dict[str, str]:
+        """What is sent with every request to `backend`; blocks on the disk. Secrets.
+
+        Raises:
+            ConfigError: a value's variable or file cannot be read.
+        """
+        return read_headers(backend, self.base, self.environ)
 
     def with_sources(self, sources: Sequence[str]) -> Config:
         """Add sources given on the command line (relative to the working directory) behind the file's models.
@@ -128,6 +144,7 @@ class Config:
             max_queue_rows=max(keys["max_queue_rows"], keys.get("max_batch_size") or 0),
             max_queue_bytes=keys["max_queue_bytes"],
             deadline_s=keys["deadline_ms"] / 1e3,
+            resilience=_resilience(keys),
         )
 
 
@@ -140,7 +157,29 @@ _BUILT_IN: Final[dict[str, Any]] = {
     "max_queue_rows": 16_384,
     "max_queue_bytes": 256 * MIB,
     "deadline_ms": 30_000.0,
+    "idempotent": True,
+    "balancing": "pull",
+    "attempt_timeout_ms": None,
+    "max_attempts": 3,
+    "retry_budget_percent": 10.0,
+    "hedging_percent": 0.0,
+    "agreement_percent": 0.0,
+    "poison_denylist": True,
 }
+
+
+def _resilience(keys: Mapping[str, Any]) -> Resilience:
+    timeout_ms = keys["attempt_timeout_ms"]
+    return Resilience(
+        idempotent=keys["idempotent"],
+        balancing=keys["balancing"],
+        attempt_timeout_s=None if timeout_ms is None else timeout_ms / 1e3,
+        max_attempts=keys["max_attempts"],
+        retry_budget=keys["retry_budget_percent"] / 100,
+        hedging=keys["hedging_percent"] / 100,
+        agreement=keys["agreement_percent"] / 100,
+        poison_denylist=keys["poison_denylist"],
+    )
 
 
 def _given(keys: ModelKeys) -> dict[str, Any]:
@@ -168,7 +207,7 @@ def yielding(entry: ModelEntry, stated: ModelConfig) -> ModelEntry:
 
 def _anchored(text: str, base: Path) -> str:
     """A command line source, written so that it means the same when read from `base`."""
-    if base == Path() or Path(text).is_absolute():
+    if base == Path() or Path(text).is_absolute() or isinstance(parse(text), OipServerSource):
         return text
     return str(Path(text).expanduser().absolute())
 
@@ -213,4 +252,12 @@ def load(
         model_lines=read.model_lines,
         instances=read.instances,
         notes=read.notes,
+        environ=_named(read.models, environ or {}),
     )
+
+
+def _named(models: Sequence[ModelEntry], environ: Mapping[str, str]) -> dict[str, str]:
+    """Those variables that a header's value is taken from."""
+    texts = [text for entry in models for backend in entry.backends for text in backend.headers.values()]
+    names = {text.removeprefix("env:") for text in texts if text.startswith("env:")}
+    return {name: environ[name] for name in sorted(names & environ.keys())}

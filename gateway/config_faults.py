@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gateway import config_later as later
+from gateway.config_backends import entry_faults
 from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server, Tls
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.errors import ConfigError, Fault
@@ -45,7 +47,7 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 
 _TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control")
 _PORTS: Final = ("http_port", "grpc_port", "metrics_port")
-_ONE_MODEL: Final = ("name", "source", "digest")
+_ONE_MODEL: Final = ("name", "source", "digest", "backends")
 
 
 @dataclass(slots=True)
@@ -171,7 +173,7 @@ class Loader:
             return kind.model_validate(usable)
         except ValidationError as error:
             for details in error.errors(include_url=False, include_context=True):
-                if not _is_ghost(details) and (details["type"] != "missing" or "backends" not in keys):
+                if not _is_ghost(details):
                     self._fault((*path, *details["loc"]), _explain(kind, details))
             return None
 
@@ -184,10 +186,12 @@ class Loader:
             return ()
         entries = []
         names: dict[str, int] = {}
+        servers: dict[str, str] = {}
         for index, item in enumerate(value):
             path = ("models", index)
             self._check_name(item, path, names)
             self._check_source(item, path)
+            self._check_backends(item, path, servers)
             entry = self._section(ModelEntry, item, path) if item is not None else None
             if item is None:
                 self._fault(path, "is empty; write for example - source: ./models")
@@ -213,6 +217,11 @@ class Loader:
         if isinstance(source, str) and source and (fault := source_fault(source, base)) is not None:
             self._fault((*path, "source"), fault)
 
+    def _check_backends(self, item: object, path: tuple[str | int, ...], servers: dict[str, str]) -> None:
+        base = self._path.parent if self._path is not None else Path()
+        for fault in entry_faults(item, base, self._environ, servers):
+            self._fault((*path, *fault.place), fault.message)
+
     def _check_server(self, section: object) -> None:
         """Looks at the raw values, so that it also speaks when another key of the section is wrong."""
         values = section if isinstance(section, dict) else {}
@@ -221,6 +230,7 @@ class Loader:
             if ports[pair[0]] == ports[pair[1]] != 0:
                 self._blame_ports(values, pair, ports[pair[0]])
         self._check_tls(values.get("tls"))
+        self._check_token(values.get("admin_token_file"))
         host = values.get("host", DEFAULT_SERVER.host)
         if isinstance(host, str) and host and values.get("insecure") is not True and not _is_loopback(host):
             message = (
@@ -235,6 +245,12 @@ class Loader:
         for key, text in tls.items() if isinstance(tls, dict) else ():
             if key in Tls.model_fields and isinstance(text, str) and text and not (base / text).is_file():
                 self._fault(("server", "tls", key), f"there is no file {base / text}; write the path of a PEM file")
+
+    def _check_token(self, text: object) -> None:
+        base = self._path.parent if self._path is not None else Path()
+        if isinstance(text, str) and text and not (base / text).is_file():
+            fault = f"there is no file {base / text}; write the path of a file with the token in it"
+            self._fault(("server", "admin_token_file"), fault)
 
     def _blame_ports(self, values: Mapping[str, Any], pair: tuple[str, str], port: object) -> None:
         """Two ports are the same: one fault that names both, each as the user wrote it."""
@@ -331,7 +347,7 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     holder, key = _locate(kind, details["loc"])
     example = _example(holder, key)
     if error in ("extra_forbidden", "missing"):
-        return f"is missing; {example}" if error == "missing" else unknown_key(key, holder.model_fields)
+        return f"is missing; {example}" if error == "missing" else unknown_key(key, _fields(holder))
     if error in _EXPECTED:
         quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
         hint = f'write {key}: "{value}" (in quotes)' if quoted else example
@@ -381,8 +397,13 @@ def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[type[
     """The section class that holds the key at `location`, and the key."""
     keys = [part for part in location if isinstance(part, str)]
     for key in keys[:-1]:
-        kind = _section_in(kind.model_fields[key].annotation) or kind
+        kind = _section_in(_fields(kind)[key].annotation) or kind
     return kind, keys[-1] if keys else ""
+
+
+def _fields(kind: type[Section]) -> dict[str, FieldInfo]:
+    """The section's keys as the file writes them."""
+    return {known.alias or name: known for name, known in kind.model_fields.items()}
 
 
 def _section_in(annotation: object) -> type[Section] | None:
@@ -393,7 +414,7 @@ def _section_in(annotation: object) -> type[Section] | None:
 
 
 def _example(kind: type[Section], key: str) -> str:
-    known = kind.model_fields.get(key)
+    known = _fields(kind).get(key)
     if known is None or not known.examples:
         return "see `gateway schema`"
     value = known.examples[0]

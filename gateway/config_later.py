@@ -12,19 +12,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-_REMOTE: Final = "remote backends are not supported in this version"
-_IDEMPOTENT: Final = "belongs to remote backends, which are not supported in this version; remove it"
 _REASONS: Final[dict[tuple[str, str], str]] = {
     ("server", "processes"): "several front-end processes are not supported in this version; write 1 or remove it",
-    ("models", "backends"): f"{_REMOTE}; give a source instead",
-    ("models", "idempotent"): _IDEMPOTENT,
-    ("defaults", "backends"): f"{_REMOTE}; remove it",
-    ("defaults", "idempotent"): _IDEMPOTENT,
+    ("", "backends"): "belongs to one model; write it in an entry of models",
 }
 _NEUTRAL: Final[dict[tuple[str, str], object]] = {
     ("server", "processes"): 1,
 }
-_GUESSED: Final = frozenset(("auth", "authentication", "backends", "grpc", "inference_log", "registries", "registry"))
+_GUESSED: Final = frozenset(("auth", "authentication", "grpc", "inference_log", "registries", "registry"))
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 _SERVICE_NAME: Final = re.compile(r"(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_[0-9]+_.*")
 """Variables that Kubernetes makes of a service named gateway."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gateway.config import Config, ModelEntry
+from gateway.core import ragged
 from gateway.errors import ConfigError, Fault
 from gateway.registry.directory import FoundModel, locate, names, read, read_version, scan
-from gateway.registry.reference import DirectorySource, ModelFileSource, unservable
+from gateway.registry.reference import DirectorySource, ModelFileSource, OipServerSource, unservable
 
 
 def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
@@ -25,6 +26,8 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
     owners: dict[str, int] = {}
     for index, entry in enumerate(config.models):
         source = config.source(entry)
+        if source is None or isinstance(source, OipServerSource):
+            continue  # what servers have is asked of them (remote_models.py)
         if not isinstance(source, DirectorySource | ModelFileSource):
             faults.append(_fault(config, index, ".source", unservable(source) or "cannot be served"))
             continue
@@ -36,6 +39,8 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
                 other = config.models[owner].source
                 message = f"model '{model.name}' is already served from {other}; give one of them another name"
                 faults.append(_fault(config, index, "", message))
+            elif entry.backends and (wrong := _mixed_fault(model)) is not None:
+                faults.append(_fault(config, index, ".backends", wrong))
             elif (wrong := _batch_fault(config, entry, model)) is not None:
                 faults.append(_fault(config, index, ".preferred_batch_sizes", wrong))
             else:
@@ -118,6 +123,22 @@ def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
                 faults.append(_fault(config, index, ".digest", message))
     if faults:
         raise ConfigError(faults)
+
+
+def _mixed_fault(model: FoundModel) -> str | None:
+    """Why remote backends cannot stand beside the workers of this model."""
+    if model.config is None:
+        return None
+    scheduling = model.config.scheduling
+    asked = {
+        "sequence_batching": scheduling.sequence is not None,
+        "ensemble_scheduling": bool(scheduling.ensemble),
+        "ragged batches": ragged.asked_for(scheduling, model.config.inputs),
+    }
+    what = next((key for key, stands in asked.items() if stands), None)
+    if what is None:
+        return None
+    return f"cannot stand beside a source with {what}: only plain models can have both; serve one of the two"
 
 
 def _fault(config: Config, index: int, key: str, message: str) -> Fault:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gateway.core.api import Api
 from gateway.core.model import Oversize
+from gateway.core.resilience import Balancing
 from gateway.protocol.options import SERVER_NAME, ProtocolOptions, TypedResponses
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -200,6 +201,11 @@ class Server(Section):
     reaches the port may then have the gateway read and write any such object that it can open."""
     compression: Compression = Field(default_factory=Compression, examples=[{"min_bytes": 8192}])
     """Compression of answers."""
+    admin_token_file: str | None = Field(default=None, min_length=1, max_length=4096, examples=["admin-token"])
+    """File with the token that callers of the operations port must show (`Authorization: Bearer …`) to drain backends;
+    relative to this file's directory. Without it only an operations port on loopback takes such requests."""
+    probe_interval_s: _Seconds = Field(default=2.0, examples=[2])
+    """Time between two trial inferences on a remote backend that has nothing else to do; ± 20 %."""
 
     @property
     def worker_count(self) -> int:
@@ -235,13 +241,81 @@ class ModelKeys(Section):
     """Time for a request that brings no timeout of its own; then 504. Default 30000."""
     intra_op_threads: int | None = Field(default=None, ge=1, le=256, examples=[1])
     """Threads onnxruntime uses inside one instance of this model; default: `server.intra_op_threads`."""
+    idempotent: bool | None = Field(default=None, examples=[False])
+    """Whether rows may be executed twice (default true). False: no retry of what a backend may have executed, no trial
+    runs, no hedging."""
+    balancing: Balancing | None = Field(default=None, examples=["pull"])
+    """How a backend is chosen: `pull` (default), the free one that has been predicted fastest; `p2c_ewma`, the better
+    of two drawn; `least_rows`; `round_robin`; `hash`, by what the request says of its sequence."""
+    attempt_timeout_ms: float | None = Field(default=None, gt=0, le=86_400_000, allow_inf_nan=False, examples=[2000])
+    """Longest one execution may take before it is tried elsewhere; by default learned from how long they take."""
+    max_attempts: int | None = Field(default=None, ge=1, le=5, examples=[3])
+    """Most executions of a row, the first one included. Default 3."""
+    retry_budget_percent: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, examples=[10])
+    """Rows that may be executed again, in percent of all rows. Default 10."""
+    hedging_percent: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, examples=[2])
+    """Most rows that are also sent to a second, idle backend because the first is late, in percent. Default 0: off."""
+    agreement_percent: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, examples=[1])
+    """Batches that a second backend executes too, to compare the answers, in percent. Default 0: off."""
+    poison_denylist: bool | None = Field(default=None, examples=[False])
+    """Whether a request that breaks backends by itself is refused unexecuted for ten minutes. Default true."""
+
+
+class BackendTls(Section):
+    """How a backend proves who it is, for https and grpcs. Paths are relative to this file's directory."""
+
+    ca: str | None = Field(default=None, min_length=1, max_length=4096, examples=["backends-ca.pem"])
+    """File with the authorities that are trusted (PEM); by default those of the system."""
+    cert: str | None = Field(default=None, min_length=1, max_length=4096, examples=["gateway.pem"])
+    """File with the gateway's own certificate, for backends that ask for one (PEM); needs `key`."""
+    key: str | None = Field(default=None, min_length=1, max_length=4096, examples=["gateway-key.pem"])
+    """File with that certificate's private key (PEM, without a passphrase)."""
+    server_name: str | None = Field(default=None, min_length=1, max_length=253, examples=["triton.internal"])
+    """Name that the backend's certificate must have, where it is not the URL's host."""
+
+
+class Backend(Section):
+    """One remote server that speaks the Open Inference Protocol and has this model."""
+
+    url: str = Field(min_length=1, max_length=2048, examples=["http://triton-a:8000"])
+    """`http://`, `https://`, `grpc://` or `grpcs://`, host and port; a name with several addresses is several
+    backends."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,128}$", examples=["triton-a"])
+    """Name in headers, metrics and commands; by default host:port."""
+    weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False, strict=False, examples=[1])
+    """Share of the work relative to the model's other backends."""
+    zone: str = Field(default="", max_length=128, examples=["eu-1a"])
+    """Failure domain: a retry prefers another one."""
+    host: str = Field(default="", max_length=253, examples=["node-7"])
+    """Failure domain inside the zone, where several backends share a machine."""
+    model: str | None = Field(default=None, min_length=1, max_length=256, examples=["salary_onnx"])
+    """The model's name there, where it is another one."""
+    version: str | None = Field(default=None, min_length=1, max_length=128, examples=["3"])
+    """The version there that stands for the newest one here; by default versions are matched by their numbers."""
+    max_slots: int = Field(default=8, ge=1, le=256, examples=[8])
+    """Most batches in flight there; how many there are is learned, from 1 up."""
+    connect_timeout_ms: float = Field(default=250.0, gt=0, le=60_000, allow_inf_nan=False, strict=False, examples=[250])
+    """Time to open a connection."""
+    tls: BackendTls | None = Field(default=None, examples=[{"ca": "backends-ca.pem"}])
+    """For https and grpcs."""
+    headers: dict[str, str] = Field(
+        default_factory=dict, max_length=32, repr=False, examples=[{"Authorization": "env:TRITON_TOKEN"}]
+    )
+    """Headers (gRPC: metadata) sent with every request: the text itself, `env:VARIABLE` or `file:PATH`."""
+    json_tensors: Literal["auto", "always"] = Field(default="auto", alias="json", examples=["always"])
+    """HTTP: `auto` sends tensors as binary where the server can; `always` as JSON."""
 
 
 class ModelEntry(ModelKeys):
-    """One model, or one directory of models."""
+    """One model, or one directory of models. It has a `source`, or `backends`, or both."""
 
-    source: str = Field(min_length=1, max_length=4096, examples=["./models/digits"])
-    """A model repository, one model's directory, or one .onnx file; relative to this file's directory."""
+    source: str = Field(default="", min_length=1, max_length=4096, examples=["./models/digits"])
+    """A model repository, one model's directory, or one .onnx file, relative to this file's directory; or the URL of a
+    running server, whose models are discovered."""
+    backends: tuple[Backend, ...] = Field(
+        default=(), strict=False, max_length=256, examples=[[{"url": "http://triton-a:8000"}]]
+    )
+    """Remote servers that have this model, besides the workers that serve `source`, or instead of them."""
     name: str | None = Field(default=None, examples=["digits"])
     """Name under which clients reach the model; by default the name of its directory or file. In a repository
     of several models it picks one."""

@@ -1,8 +1,17 @@
-"""One batch from its members to their outcome: route, execute, check; on failure decide who runs again and how.
+"""One batch from its members to their outcome: choose a replica, execute, check; what fails waits for another attempt.
 
-The dispatcher never completes a caller: it hands outcomes to its `Owner` (the scheduler), which does. Rules:
-`core/routing.py` says where, `core/retry.py` says what a failure means. Members isolated after a failure (halves,
-singles) wait in a lane of their own, served before the queue and never mixed with anyone else.
+The dispatcher never completes a caller: it hands outcomes to its `Owner` (the scheduler), which does. What it knows of
+its replicas is in `fleet` (core/fleet.py says where a batch may go); members of failed batches wait in `lanes`, apart
+from the queue and ahead of it (dispatcher_lanes.py); what becomes of them is decided in dispatcher_failures.py. A batch
+that is late may be sent a second time (dispatcher_hedges.py).
+
+Rules:
+  * a batch is bound to a replica only when that one can take it (late binding);
+  * no row goes to a replica that failed it while another one is usable, busy or not;
+  * a batch that nobody waits for any more is cancelled, and that is nobody's fault;
+  * the fleet hears of every attempt exactly twice: that it began, and how it ended.
+Invariants: a batch in `running` holds its replica's slot; every batch ends in exactly one call to the owner, except the
+slower one of a hedged pair, which ends in none.
 """
 
 from __future__ import annotations
@@ -11,81 +20,40 @@ import itertools
 import logging
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+import random
+import zlib
+from collections.abc import Callable
+from typing import Final
 
 from gateway.backends.interface import Replica
 from gateway.core import assembly
 from gateway.core.batch import FinishedBatch
 from gateway.core.batching import Reason
+from gateway.core.fleet import Fleet, FleetPolicy, Member
 from gateway.core.model import ModelSpec
-from gateway.core.outcome import Failure, FailureKind, Success
+from gateway.core.outcome import Failure, FailureKind, Sign, Success
 from gateway.core.ragged import Ragged
-from gateway.core.request import SETTLED, BatchInput, InferRequest, SequenceStep
-from gateway.core.retry import FailedBatch, Verdict, after_failure, counts
-from gateway.core.routing import route
-from gateway.errors import BackendError, GatewayError, ModelError
+from gateway.core.request import InferRequest
+from gateway.core.retry_budget import RetryBudget
+from gateway.dispatcher_batch import Owner, RunningBatch
+from gateway.dispatcher_failures import Failures
+from gateway.dispatcher_hedges import Hedges
+from gateway.dispatcher_lanes import Lane, Lanes, Waiting
 from gateway.observe.record import ModelStatistics
+
+__all__ = ["Dispatcher", "Owner", "RunningBatch"]
 
 log = logging.getLogger("gateway.dispatch")
 
-ATTEMPT_TIMEOUT_FLOOR_S: Final = 5.0
-"""Below this no attempt is given up: a machine that pauses for a second is not a hung model."""
-ATTEMPT_TIMEOUT_FACTOR: Final = 10.0
-"""... times the longest run seen, for its rows: peak-sensitive and slowly forgotten. Before any run was seen, the
-members' deadlines bound it."""
 PEAK_DECAY: Final = 0.99
-LOG_INTERVAL_S: Final = 1.0
 RUN_WEIGHT: Final = 0.1
 """Share of the newest batch in the mean run time."""
-
-NO_PARAMETERS: Final[Mapping[str, object]] = {}
 
 _PROCESS_TAG: Final = os.urandom(2).hex()
 _BATCH_NUMBERS: Final = itertools.count(1)
 """One sequence for all models: a batch id names one batch of this process."""
 
-
-class Owner(Protocol):
-    """Who asked for the batch and completes its members."""
-
-    def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None: ...
-    def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None: ...
-    def call_soon(self, callback: Callable[..., None], *arguments: object) -> object: ...
-    def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
-        """`members` wait again, and so may others in the isolated lane; `taken`: the replica did take the batch."""
-
-
-class RunningBatch:
-    """A batch on its way; fits `backends.interface.Batch`."""
-
-    __slots__ = (
-        "attempt", "backend", "deadline", "dispatched", "dispatcher", "inputs", "isolated", "members", "outputs",
-        "parameters", "reason", "rows", "sequence",
-    )  # fmt: skip
-
-    def __init__(
-        self, dispatcher: Dispatcher, members: list[InferRequest], rows: int, reason: Reason, replica: Replica
-    ) -> None:
-        self.dispatcher = dispatcher
-        self.members = members
-        self.rows = rows
-        self.reason = reason
-        self.backend = replica.name
-        """Who executes it. The replica may move to another worker, and be named after it, while the batch runs."""
-        self.outputs = members[0].outputs
-        self.inputs: Sequence[BatchInput] = ()
-        self.dispatched = 0.0
-        self.deadline = math.inf
-        self.sequence: SequenceStep | None = None
-        self.parameters: Mapping[str, object] = NO_PARAMETERS
-        self.attempt = 0
-        self.isolated = False
-        """Its members run by themselves: not even a rerun mixes them with others."""
-
-    def done(self, outcome: Success | Failure, /) -> None:
-        self.dispatcher.batch_done(self, outcome)
+Observer = Callable[[RunningBatch, Success], None]
 
 
 class Dispatcher:
@@ -94,112 +62,319 @@ class Dispatcher:
     def __init__(
         self,
         spec: ModelSpec,
-        replicas: Sequence[Replica],
         statistics: ModelStatistics,
         clock: Callable[[], float],
         owner: Owner,
-        row_s: float = 0.0,
+        row_s: float,
+        rng: random.Random,
     ) -> None:
         """`row_s`: seconds a row took on trial, 0.0 if nobody knows."""
+        resilience = spec.resilience
+        rows = max(spec.policy.max_batch_size, 1)
         self.spec = spec
-        self.replicas = replicas
         self.statistics = statistics
+        self.fleet = Fleet(FleetPolicy(resilience.balancing, resilience.attempt_timeout_s), rng, rows, row_s)
+        self.lanes = Lanes()
+        self.budget = RetryBudget(resilience.retry_budget, rows)
+        self.on_executed: Observer | None = None
+        """Told of every batch that succeeded, before anyone is answered: its inputs are still readable."""
+        self.on_fleet_changed: Callable[[], None] | None = None
+        """Told whenever an attempt failed or a replica came or went: what the fleet wants next may have changed."""
         self.execute_s = row_s
         """The longest recent run, seconds: peak-sensitive, slowly decaying."""
         self.last_dispatched = 0.0
         """When the newest batch was sent, monotonic seconds."""
-        self._row_s = row_s
-        """Like `execute_s`, per row."""
-        self.run_s = float("inf")
+        self.run_s = math.inf
         """Seconds that batches spend inside the backend: a moving mean; infinite before the first."""
-        self.running = 0
-        self._logged = float("-inf")
+        self.has_workers = False
+        """Whether a replica is an instance on one of our own workers."""
+        self.keeps_sequences = False
+        """Whether a replica may keep state between the requests of a sequence."""
+        self._rows = rows
+        self._merges = spec.policy.merge and spec.policy.max_batch_size > 0
+        self._running: dict[RunningBatch, None] = {}
+        """Batches under way, in the order in which they were sent: what happens to them can be repeated."""
+        self._members: dict[Replica, Member] = {}
+        self._left: dict[Member, Callable[[], None]] = {}
+        """Replicas that were removed and still have batches, and who waits for that."""
         self._owner = owner
         self._now = clock
-        self._turn = 0
-        self._isolated: deque[list[InferRequest]] = deque()
+        self._rng = rng
         self._ragged = Ragged.of(spec)
+        self._steps_running: set[object] = set()
+        """Sequences with a step under way."""
+        self._quarantined: RunningBatch | None = None
+        self.failures = Failures(spec, self.fleet, self.lanes, self.budget, statistics, owner, rng)
+        self.hedges: Hedges | None = None
+        if resilience.hedging and resilience.idempotent:
+            self.hedges = Hedges(resilience, self.fleet, self.budget, statistics, self.execute)
 
-    def free_replica(self, avoid: str | None = None) -> Replica | None:
-        return route(self.replicas, self._turn, avoid)
+    # -- replicas --------------------------------------------------------------------------------------------------
+
+    def join(self, replica: Replica) -> Member:
+        """`replica` may be used from now on."""
+        member = self._members[replica] = self.fleet.join(replica, self._now())
+        self._look_at_traits()
+        self.fleet_changed()
+        return member
+
+    def member_of(self, replica: Replica) -> Member | None:
+        return self._members.get(replica)
+
+    def leave(self, member: Member, over: Callable[[], None]) -> None:
+        """No batch goes there any more; those under way go on. `over` is called when there are none (any more)."""
+        self.fleet.leave(member)
+        self._members = {replica: known for replica, known in self._members.items() if known is not member}
+        if self.runs_on(member):
+            self._left[member] = over
+        else:
+            over()
+        self._look_at_traits()
+        self.fleet_changed()
+
+    def runs_on(self, member: Member) -> bool:
+        """Whether a batch is under way there."""
+        return any(batch.member is member for batch in self._running)
+
+    def reachable(self, now: float) -> bool:
+        """Whether anyone could take a batch, were it free, if only as a trial."""
+        usable = self.fleet.usable
+        return any(usable(member, now) for member in self.fleet.members) or self.fleet.choose(now, 1) is not None
+
+    def _look_at_traits(self) -> None:
+        kinds = {replica.traits.kind for replica in self._members}
+        self.has_workers = "onnx" in kinds
+        self.keeps_sequences = "oip" in kinds
+        self.budget.resize(self._rows, sum([replica.traits.max_slots for replica in self._members]))
+
+    # -- from the queue --------------------------------------------------------------------------------------------
 
     @property
-    def isolated(self) -> int:
-        """Groups of members waiting to run by themselves."""
-        return len(self._isolated)
+    def running(self) -> int:
+        """Batches under way."""
+        return len(self._running)
 
-    def isolated_members(self) -> list[InferRequest]:
-        """Everyone who waits to run by itself."""
-        return [member for members in self._isolated for member in members if member.state != SETTLED]
+    def choose(self, now: float, rows: int) -> Member | None:
+        """Who should take the next batch from the queue; None: nobody can now."""
+        return self.fleet.choose(now, rows)
 
-    def next_isolated(self) -> list[InferRequest] | None:
-        """The next members to run by themselves, without those who left meanwhile."""
-        while self._isolated:
-            members = [member for member in self._isolated.popleft() if member.state != SETTLED]
-            if members:
-                return members
-        return None
+    def row_limit(self, member: Member, rows: int, now: float) -> int:
+        """How many of `rows` rows of the queue may go there at once."""
+        if self.failures.crashes.alone(now):
+            return 1
+        return min(rows, self.fleet.row_limit(member, now))
 
-    def dispatch(self, members: list[InferRequest], reason: Reason, replica: Replica, isolated: bool = False) -> None:
-        """Execute `members` (equal keys, not settled) on `replica`, which has a free slot."""
+    def step(self, request: InferRequest, now: float) -> float | None:
+        """A step of a sequence: it goes where the sequence's other steps went, when the one before it is done. Returns
+        as `serve`."""
+        step = request.sequence
+        if step is not None:
+            self.lanes.park(request, step.id)
+        return self.serve(now)
+
+    def dispatch(self, members: list[InferRequest], reason: Reason, member: Member) -> None:
+        """Execute `members` (equal keys, not settled) from the queue on `member`, which can take them."""
+        now = self._now()
+        self.budget.deposit(len(members), now)
+        batch = self._send(members, reason, member, None, now)
+        if self.hedges is not None:
+            self.hedges.began(batch)
+
+    # -- from the lanes --------------------------------------------------------------------------------------------
+
+    def serve(self, now: float) -> float | None:
+        """Send what can go now, in the order of the lanes. Returns when to look again if nothing happens before."""
+        lanes = self.lanes
+        wake: float | None = None
+        while (waiting := lanes.head(Lane.ISOLATED)) is not None and self._serve(waiting, now):
+            pass
+        if waiting is not None and waiting.not_before > now:
+            wake = waiting.not_before
+        waiting = lanes.head(Lane.QUARANTINE)
+        if waiting is not None and self._quarantined is None:
+            instant = max(waiting.not_before, self.failures.allowance.next_at(now))
+            if instant > now:
+                wake = instant if wake is None else min(wake, instant)
+            elif self._serve(waiting, now):
+                self.failures.allowance.take(now)
+                self.statistics.quarantine()
+        for waiting in lanes.shared():
+            if waiting.not_before > now:
+                wake = waiting.not_before if wake is None else min(wake, waiting.not_before)
+            while waiting.live and self._serve(waiting, now):
+                pass
+        return wake
+
+    def _serve(self, waiting: Waiting, now: float) -> bool:
+        """Send as many of the group as fit, if somebody can take them now."""
+        if waiting.not_before > now:
+            return False
+        affinity: int | None = None
+        if waiting.lane is Lane.SEQUENCE:
+            if waiting.place in self._steps_running:
+                return False
+            affinity = zlib.crc32(str(waiting.place).encode())
+        rows = min(waiting.rows, self._rows)
+        fleet, tried = self.fleet, waiting.tried
+        member = fleet.choose(now, rows, tried, affinity)
+        if member is None and tried and not fleet.others(now, tried):
+            alone = waiting.failed_alone
+            member = fleet.choose(now, rows, alone, affinity)
+            if member is None and alone and not fleet.others(now, alone):
+                member = fleet.choose(now, rows, (), affinity)
+        if member is None:
+            return False
+        one = waiting.lane is Lane.SEQUENCE or not self._merges
+        limit = min(fleet.row_limit(member, now), waiting.rows if waiting.apart else self._rows)
+        members = self.lanes.take(waiting, limit, one)
+        self._send(members, Reason.WORKER_FREE, member, waiting, self._now())
+        return True
+
+    # -- under way -------------------------------------------------------------------------------------------------
+
+    def _send(
+        self, members: list[InferRequest], reason: Reason, member: Member, waiting: Waiting | None, now: float
+    ) -> RunningBatch:
         rows = attempt = 0
-        for member in members:
-            rows += member.rows
-            member.attempt += 1
-            attempt = max(attempt, member.attempt)
-        batch = RunningBatch(self, members, rows, reason, replica)
-        batch.dispatched = self.last_dispatched = now = self._now()
+        deadline = 0.0
+        for request in members:
+            rows += request.rows
+            request.attempt += 1
+            if request.attempt > attempt:  # noqa: PLR1730 - max() costs a call per request
+                attempt = request.attempt
+            if request.deadline > deadline:  # noqa: PLR1730
+                deadline = request.deadline
+        batch = RunningBatch(self, members, rows, reason, member)
+        batch.deadline = deadline
         batch.attempt = attempt
-        batch.isolated = isolated
-        self._turn += 1
-        self.running += 1
+        if waiting is not None:
+            batch.lane = waiting.lane
+            batch.suspects = waiting.suspects if rows == waiting.whole_rows else None
+            if waiting.lane is Lane.QUARANTINE:
+                self._quarantined = batch
+            elif waiting.lane is Lane.SEQUENCE:
+                self._steps_running.add(waiting.place)
+                batch.place = waiting.place
+        if self.keeps_sequences and batch.replica.traits.kind == "oip":
+            batch.sequence, batch.parameters = members[0].sequence, members[0].parameters
+        self.last_dispatched = now
+        self.execute(batch, now)
+        return batch
+
+    def execute(self, batch: RunningBatch, now: float) -> None:
+        """Hand `batch` to its replica; the answer comes to `batch_done`."""
+        member, members, rows = batch.member, batch.members, batch.rows
+        batch.dispatched = now
+        self._running[batch] = None
+        self.fleet.began(member, rows, now)
         try:
             ragged = self._ragged
             batch.inputs = (
                 assembly.concat(members, rows, self.spec.batched) if ragged is None else ragged.concat(members, rows)
             )
-            replica.execute(batch, self._timeout_s(batch, now))
+            batch.replica.execute(batch, self.fleet.attempt_timeout_s(member, rows, now, batch.deadline))
         except Exception as error:
             # Whatever it was, these members get an outcome, and the model goes on.
             log.exception("model %s: a batch could not be put together", self.spec.name)
             failure = Failure(FailureKind.SUSPECT, f"the batch could not be put together ({type(error).__name__})")
             self._owner.call_soon(batch.done, failure)
 
-    def _timeout_s(self, batch: RunningBatch, now: float) -> float:
-        if not self.execute_s:
-            return max(ATTEMPT_TIMEOUT_FLOOR_S, max([member.deadline for member in batch.members]) - now)
-        longest = max(self.execute_s, self._row_s * batch.rows)
-        return max(ATTEMPT_TIMEOUT_FLOOR_S, ATTEMPT_TIMEOUT_FACTOR * longest)
+    def left(self, request: InferRequest) -> None:
+        """`request`, which was handed out, was settled with an error: its caller left, or its time is up."""
+        self.lanes.leave(request)
+        for batch in [*self._running]:
+            if request in batch.members and not batch.cancelled and not batch.alive:
+                self.cancel(batch)
+
+    def cancel(self, batch: RunningBatch) -> None:
+        """Nobody waits for it any more. It is still done once."""
+        batch.cancelled = True
+        batch.replica.cancel(batch)
 
     def batch_done(self, batch: RunningBatch, outcome: Success | Failure) -> None:
-        self.running -= 1
+        now = self._now()
+        took_s = now - batch.dispatched
+        self._returned(batch)
         if isinstance(outcome, Success):
             outcome = self._checked(batch, outcome)
         if isinstance(outcome, Success):
-            self._succeeded(batch, outcome)
+            compute_s = (outcome.compute_input_ns + outcome.compute_infer_ns + outcome.compute_output_ns) / 1e9
+            self.fleet.succeeded(batch.member, batch.rows, took_s, compute_s, now)
+            self.failures.outage.succeeded()
+            if self._tells(batch, True):
+                self._succeeded(batch, outcome, took_s, compute_s, now)
+            else:
+                self.statistics.attempt(batch.backend, "ok")
+                self._owner.batch_returned()
+            return
+        self.fleet.failed(batch.member, batch.rows, outcome, took_s, now)
+        self.statistics.attempt(batch.backend, outcome.kind.value)
+        if self._tells(batch, False):
+            self.failures.handle(batch, outcome, now)
         else:
-            self._failed(batch, outcome)
+            self._owner.batch_returned()
+        self.fleet_changed()
+
+    def _tells(self, batch: RunningBatch, answered: bool) -> bool:
+        """Whether what `batch` came to is its members' outcome: not if its twin was first, or is still under way and
+        this one failed."""
+        if self.hedges is None:
+            return True
+        self.hedges.over(batch)
+        twin = batch.twin
+        if twin is not None:
+            batch.twin = twin.twin = None
+            if not answered:
+                self.hedges.failed(batch, twin)
+                return False
+            self.hedges.first(batch, twin)
+            if not twin.cancelled:
+                self.cancel(twin)
+        return not batch.over
+
+    def _tell_observer(self, observer: Observer, batch: RunningBatch, outcome: Success) -> None:
+        try:
+            observer(batch, outcome)
+        except Exception:  # whoever looks on must not hold up the answers
+            log.exception("model %s: a batch could not be observed", self.spec.name)
+
+    def fleet_changed(self) -> None:
+        if self.on_fleet_changed is not None:
+            self.on_fleet_changed()
+
+    def _returned(self, batch: RunningBatch) -> None:
+        """Give back what the batch held."""
+        self._running.pop(batch, None)
+        if batch is self._quarantined:
+            self._quarantined = None
+        if batch.lane is Lane.SEQUENCE:
+            self._steps_running.discard(batch.place)
+        if self._left and batch.member in self._left and not self.runs_on(batch.member):
+            self._left.pop(batch.member)()
 
     def _checked(self, batch: RunningBatch, answer: Success) -> Success | Failure:
         """The answer, if it is the batch's; of a ragged batch the requests' own shapes may be why it is not."""
-        outputs, kind = list(answer.outputs), FailureKind.BROKEN
+        outputs, failure = list(answer.outputs), (FailureKind.BROKEN, Sign.MISMATCH)
         try:
             if self._ragged is None:
                 assembly.check_outputs(self.spec, batch.outputs, batch.rows, outputs)
             else:
-                kind = FailureKind.SUSPECT
+                failure = FailureKind.SUSPECT, Sign.NONE
                 self._ragged.check_outputs(batch.members, batch.outputs, batch.rows, outputs)
         except assembly.AssemblyError as error:
-            return Failure(kind, f"the backend's answer failed its checks: {error}")
+            kind, sign = failure
+            return Failure(kind, f"the backend's answer failed its checks: {error}", sign)
         return answer
 
-    def _succeeded(self, batch: RunningBatch, outcome: Success) -> None:
-        now = self._now()
-        execute_s = now - batch.dispatched
-        self.execute_s = max(execute_s, self.execute_s * PEAK_DECAY)
-        self._row_s = max(execute_s / batch.rows, self._row_s * PEAK_DECAY)
-        spent_s = (outcome.compute_input_ns + outcome.compute_infer_ns + outcome.compute_output_ns) / 1e9
+    def _succeeded(self, batch: RunningBatch, outcome: Success, took_s: float, compute_s: float, now: float) -> None:
+        self.execute_s = max(took_s, self.execute_s * PEAK_DECAY)
+        spent_s = compute_s if batch.replica.traits.kind == "onnx" else took_s
         self.run_s = spent_s if math.isinf(self.run_s) else self.run_s + RUN_WEIGHT * (spent_s - self.run_s)
+        if batch.suspects is not None:
+            self.fleet.blamed(batch.suspects, now)
+            self.fleet_changed()
+        if self.on_executed is not None:
+            self._tell_observer(self.on_executed, batch, outcome)
         finished = FinishedBatch(
             f"{_PROCESS_TAG}-{next(_BATCH_NUMBERS):06d}",
             batch.rows,
@@ -211,55 +386,7 @@ class Dispatcher:
             batch.reason.value,
             (outcome.compute_input_ns, outcome.compute_infer_ns, outcome.compute_output_ns),
         )
+        finished.remote = batch.replica.traits.kind == "oip"
         if self._ragged is not None:
             finished.own = self._ragged.answers(batch.members, finished)
         self._owner.batch_succeeded(batch.members, finished)
-
-    def _failed(self, batch: RunningBatch, failure: Failure) -> None:
-        self.statistics.attempt(batch.backend, failure.kind.value)
-        members = [member for member in batch.members if member.state != SETTLED]
-        if not members:
-            self._owner.batch_returned([], True)
-            return
-        taken = failure.kind not in (FailureKind.NOT_SENT, FailureKind.OVERLOAD)
-        if not taken:
-            for member in members:
-                member.attempt -= 1  # nothing was executed
-        broken = int(counts(failure.kind))
-        for member in members:
-            member.avoid = batch.backend
-            member.broken += broken
-        most = max([member.broken for member in members])
-        verdict = after_failure(FailedBatch(len(members), most, failure.kind))
-        # One line a second is enough to know; input that the model refuses must not fill a disk.
-        now = self._now()
-        loud = taken and now - self._logged >= LOG_INTERVAL_S
-        self._logged = now if loud else self._logged
-        log.log(
-            logging.INFO if loud else logging.DEBUG,
-            "model %s: batch of %d requests on %s failed (%s: %s): %s",
-            self.spec.name, len(members), batch.backend, failure.kind.value, failure.message, verdict.value,
-        )  # fmt: skip
-        self._carry_out(verdict, members, batch.isolated, failure, taken)
-
-    def _carry_out(
-        self, verdict: Verdict, members: list[InferRequest], isolated: bool, failure: Failure, taken: bool
-    ) -> None:
-        if verdict is Verdict.FAIL_MODEL:
-            self._owner.batch_failed(members, ModelError(f"model '{self.spec.name}' failed: {failure.message}"))
-            return
-        if verdict is Verdict.FAIL_BACKEND:
-            self._owner.batch_failed(
-                members, BackendError(f"model '{self.spec.name}': every attempt failed, the last: {failure.message}")
-            )
-            return
-        if taken:
-            self.statistics.retry(len(members))
-        if verdict is Verdict.HALVE:
-            middle = (len(members) + 1) // 2
-            self._isolated += [members[:middle], members[middle:]]
-        elif verdict is Verdict.SINGLES:
-            self._isolated += [[member] for member in members]
-        elif isolated:
-            self._isolated.appendleft(members)
-        self._owner.batch_returned(members if verdict is Verdict.REQUEUE and not isolated else [], taken)

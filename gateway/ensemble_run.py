@@ -297,7 +297,7 @@ class _Done:
         self.dispatched = batch.dispatched
         self.compute_ns = (batch.input_ns, batch.infer_ns, batch.output_ns)
         self.executions = [
-            (Execution(_backend(step, e.backend), e.attempt, e.batch_id, e.rows), row)
+            (Execution(_backend(step, e.backend), e.attempt, e.batch_id, e.rows, e.remote), row)
             for e, row in executions(batch, inner.row)
         ]
 

@@ -21,10 +21,12 @@
     │   ├── NoBackend             503  no replica can take the batch
     │   ├── Draining              503  shutting down
     │   ├── ControlOff            503  loading and unloading at run time is switched off
+    │   ├── RetryBudgetExhausted  503  a failed attempt was not repeated: too much is being repeated already
     │   ├── QueueTimeout          503  waited longer than the model's queue policy allows
     │   └── DeadlineExceeded      504  the caller's time ran out, before or after dispatch
     ├── ExecutionFailed           blame: model or backend
     │   ├── ModelError            500  the model itself refused or failed on this input
+    │   ├── PoisonRequest         500  backends break on this input alone; it is not executed again for a while
     │   ├── LoadFailed            500  a model that was asked to be loaded could not be
     │   ├── RegionFailed          500  a client's shared memory could not be opened or written
     │   └── BackendError          502  the backend's answer could not be used
@@ -185,6 +187,13 @@ class Draining(Refused):
     reason = "draining"
 
 
+class RetryBudgetExhausted(Refused):
+    """503: an attempt failed, and so much is being repeated already that repeating this one too would make it worse."""
+
+    reason = "retry_budget_exhausted"
+    retryable = False
+
+
 class QueueTimeout(Refused):
     """503: the request waited for a batch as long as the model's queue policy allows."""
 
@@ -224,6 +233,12 @@ class ModelError(ExecutionFailed):
     """500: the model failed on this input (for instance an index out of range inside the graph)."""
 
     reason = "model_error"
+
+
+class PoisonRequest(ExecutionFailed):
+    """500: the request alone makes the backends that execute it fail. The same bytes are refused for a while."""
+
+    reason = "poison_request"
 
 
 class LoadFailed(ExecutionFailed):

@@ -8,22 +8,19 @@ requests. A worker that dies meanwhile is waited for: a neighbour may have kille
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal, Protocol
 
 from gateway.backends.binding import Binding, BoundReplica
-from gateway.backends.interface import Failure, Replica, Success
-from gateway.backends.one_shot import run_once
+from gateway.backends.interface import Failure, Replica
 from gateway.core import batchability, ragged
 from gateway.core.batchability import SignatureTensor, Verdict
 from gateway.core.model import ONE_ROW, Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
 from gateway.core.request import InputTensor
+from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.sequence_tensors import added_inputs, as_executed, check_sequences, with_added
 from gateway.errors import ConfigError, ModelError
@@ -37,6 +34,16 @@ from gateway.loading_signature import (
     narrowed,
     served,
 )
+from gateway.loading_trial import (
+    PROOF_SEED,
+    Trial,
+    probe_of,
+    prove_rows,
+    rows_of,
+    run_patiently,
+    spent_s,
+    try_out,
+)
 from gateway.loading_warm_up import WarmUp, read_samples
 from gateway.protocol import config_document
 
@@ -44,12 +51,6 @@ log = logging.getLogger("gateway.catalog")
 
 CHOSEN_MAX_BATCH_SIZE = 64
 """Rows, where neither config.pbtxt nor the configuration states a size."""
-PROOF_SEED = 20_260_101
-"""Proofs are repeatable: the same model gets the same verdict at every start."""
-TRIAL_RUNS: Final = 3
-"""Two deaths may be a neighbour's doing in a shared worker; then the suspects get workers of their own."""
-WORKER_BACK_S: Final = 60.0
-"""How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
 
 
 def _no_side_file(name: str) -> bytes:
@@ -85,6 +86,27 @@ class WantedVersion:
     """config.pbtxt as read; empty: there is none."""
     side_file: Callable[[str], bytes] = _no_side_file
     """Reads a file below the model's directory, `warmup/…`; runs in a thread. Raises ConfigError."""
+    resilience: Resilience = RESILIENCE
+    platform: str = "onnxruntime_onnx"
+    forwards_parameters: bool = False
+    independent: str = ""
+    """Why rows are known to be independent without a proof, in words; empty: they are not."""
+    apart: str = ""
+    """Why requests must not be merged, in words; empty: nothing is known against it."""
+    untried: str = ""
+    """Why the model must not be run on made-up input, in words; empty: it may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What loading found out."""
+
+    spec: ModelSpec
+    row_s: float
+    """Seconds a row took on trial; 0.0: the model ran on no made-up input."""
+    probe: tuple[InputTensor | None, ...] | None
+    """Made-up input on which the model ran, a tensor per input of the executed signature: one row, or the fewest that
+    ran; None: nothing ran, or nothing may be run twice."""
 
 
 class LoadedModel(Protocol):
@@ -126,9 +148,8 @@ def document(wanted: WantedVersion, artifact: Artifact, spec: ModelSpec, instanc
     return config_document.complete(spec, wanted.config_text, instances, artifact.model_file)
 
 
-async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> tuple[ModelSpec, float]:
-    """Signature, batching policy and warm-up of a freshly loaded model; with it the seconds a row took on trial, 0.0 if
-    the model ran on no made-up input.
+async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> Settled:
+    """Signature, batching policy and warm-up of a freshly loaded model.
 
     Raises:
         ConfigError: config.pbtxt or the configuration contradicts the model file.
@@ -150,17 +171,18 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         size = (wanted.max_batch_size or 0) if obstacle is None else 0
         spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {why}")
         # Only shapes are unknown here: a model that will not run on made-up input may still run on real input.
-        trial = await _trial(loaded, _tried(wanted, loaded, whole=not size), outputs, None)
+        trial = await _trial(wanted, loaded, _tried(wanted, loaded, whole=not size), outputs, None)
         await _warm_up(wanted, loaded, spec, trial)
-        return spec, _spent_s(trial)
+        return Settled(spec, spent_s(trial), probe_of(spec, loaded, trial))
     limit = wanted.max_batch_size or CHOSEN_MAX_BATCH_SIZE
-    rows = min(batchability.PROOF_ROWS, max(limit, 2))
+    # Who states a size without a proof may refuse more rows than that.
+    rows = min(batchability.PROOF_ROWS, limit if wanted.independent else max(limit, 2))
     tried = _tried(wanted, loaded, whole=False)
-    trial = await _trial(loaded, tried, outputs, rows)
-    verdict = await _prove(loaded, trial, outputs)
-    if verdict.batchable and any(tensor is not None and tensor.optional for tensor in tried):
+    trial = await _trial(wanted, loaded, tried, outputs, rows)
+    verdict = await _verdict(wanted, loaded, trial, outputs)
+    if verdict.batchable and not wanted.independent and any(t is not None and t.optional for t in tried):
         required = [tensor if tensor is not None and not tensor.optional else None for tensor in tried]
-        verdict = await _prove(loaded, await _trial(loaded, required, outputs, rows), outputs)
+        verdict = await prove_rows(loaded, await _trial(wanted, loaded, required, outputs, rows), outputs)
     if verdict.batchable or wanted.batching == "on":
         note = f"batches up to {limit} rows: {'batching is on' if wanted.batching == 'on' else verdict.why}"
         spec = _spec(wanted, artifact, signature, limit, merge=True, note=note)
@@ -170,12 +192,13 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         size = limit if wanted.size_is_stated or wanted.scheduling.sequence is not None else 0
         spec = _spec(wanted, artifact, signature, size, merge=False, note=f"not batched: {verdict.why}")
     await _warm_up(wanted, loaded, spec, trial)
-    return spec, _spent_s(trial) / (_rows(trial[0]) if trial is not None else 1)
+    row_s = spent_s(trial) / (rows_of(trial[0]) if trial is not None else 1)
+    return Settled(spec, row_s, probe_of(spec, loaded, trial, row=spec.batched and verdict.batchable))
 
 
 async def _settle_ragged(
     wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel, signature: Signature
-) -> tuple[ModelSpec, float]:
+) -> Settled:
     """`settle_spec` for a model whose batches are flat (loading_ragged.py)."""
     limit = wanted.max_batch_size or 0
     signature = by_rows(
@@ -185,7 +208,9 @@ async def _settle_ragged(
     if obstacle is not None:
         raise ConfigError(f"max_batch_size is {limit}, but the model cannot batch: {obstacle}")
     spec = _spec(wanted, artifact, signature, limit, merge=True, note="")
-    proof_of = partial(prove, spec, loaded.inputs, loaded.outputs, partial(_run, loaded.replicas[0]), PROOF_SEED)
+    proof_of = partial(
+        prove, spec, loaded.inputs, loaded.outputs, partial(run_patiently, loaded.replicas[0]), PROOF_SEED
+    )
     proof = await proof_of()
     verdict, one_row = proof.verdict, proof.one_row
     if verdict.batchable and any(tensor.optional for tensor in spec.inputs):
@@ -205,7 +230,7 @@ async def _settle_ragged(
     policy = replace(spec.policy, merge=merge, oversize="reject", one_row=one_row)
     spec = replace(spec, policy=policy, batching_note=note)
     await _warm_up(wanted, loaded, spec, proof.trial)
-    return spec, _spent_s(proof.trial) / proof.rows
+    return Settled(spec, spent_s(proof.trial) / proof.rows, None)
 
 
 def _warn_not_merged(wanted: WantedVersion, verdict: Verdict) -> None:
@@ -213,18 +238,6 @@ def _warn_not_merged(wanted: WantedVersion, verdict: Verdict) -> None:
         "model %s version %s: requests are not merged: %s (set batching: on to override)",
         wanted.name, wanted.version, verdict.why,
     )  # fmt: skip
-
-
-Trial = tuple[list[InputTensor | None], Success]
-"""One tensor per input of the model file, None for those left out, and the answer."""
-
-
-def _spent_s(trial: Trial | None) -> float:
-    return 0.0 if trial is None else trial[1].compute_infer_ns / 1e9
-
-
-def _rows(inputs: Sequence[InputTensor | None]) -> int:
-    return next(tensor.shape[0] for tensor in inputs if tensor is not None)
 
 
 def _signature(wanted: WantedVersion, loaded: LoadedModel) -> Signature:
@@ -251,6 +264,8 @@ def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> s
         return "max_batch_size is 0"
     if wanted.batching == "off":
         return "batching is off"
+    if wanted.apart:
+        return wanted.apart
     ranks = {tensor.name: len(tensor.shape) for tensor in inputs}
     own = [(tensor.name, tensor.dims if tensor.reshape is None else tensor.reshape) for tensor in wanted.stated_inputs]
     full = any(len(dims) == ranks.get(name) for name, dims in own)
@@ -260,65 +275,23 @@ def _kept_apart(wanted: WantedVersion, inputs: tuple[SignatureTensor, ...]) -> s
 
 
 async def _trial(
+    wanted: WantedVersion,
     loaded: LoadedModel,
     inputs: Sequence[SignatureTensor | None],
     outputs: tuple[SignatureTensor, ...],
     rows: int | None,
 ) -> Trial | None:
-    """The first made-up input that the model runs on, with its answer."""
-    rng = np.random.default_rng(PROOF_SEED)
-    tried = tuple(tensor for tensor in inputs if tensor is not None)
-    for candidate in batchability.trial_inputs(tried, rows, rng):
-        made = iter(candidate)
-        tensors = [None if tensor is None else next(made) for tensor in inputs]
-        outcome = await _run(loaded.replicas[0], tensors, _places(loaded, outputs))
-        if isinstance(outcome, Success):
-            return tensors, outcome
-    return None
+    return None if wanted.untried else await try_out(loaded, inputs, outputs, rows)
 
 
-def _places(loaded: LoadedModel, outputs: tuple[SignatureTensor, ...]) -> tuple[int, ...]:
-    """Indexes of `outputs` in the model file."""
-    index = {tensor.name: place for place, tensor in enumerate(loaded.outputs)}
-    return tuple(index[tensor.name] for tensor in outputs)
-
-
-async def _run(replica: Replica, inputs: Sequence[InputTensor | None], outputs: tuple[int, ...]) -> Success | Failure:
-    """Run made-up input. A worker that dies meanwhile may have died of something else: the run is repeated.
-
-    Raises:
-        ModelError: the worker dies every time, or does not come back.
-    """
-    why = ""
-    for _ in range(TRIAL_RUNS):
-        outcome = await run_once(replica, inputs, outputs)
-        if isinstance(outcome, Success) or replica.available:
-            return outcome
-        why = outcome.message
-        back = asyncio.Event()
-        replica.set_listener(back.set)
-        try:
-            async with asyncio.timeout(WORKER_BACK_S):
-                while not replica.available:
-                    back.clear()
-                    await back.wait()
-        except TimeoutError:
-            break
-    raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
-
-
-async def _prove(loaded: LoadedModel, trial: Trial | None, outputs: tuple[SignatureTensor, ...]) -> Verdict:
-    if trial is None:
-        return Verdict(False, "it could not be run on made-up input, so its rows are not proven independent")
-    inputs, together = trial
-    alone = []
-    for row in range(_rows(inputs)):
-        cut = [None if tensor is None else batchability.one_row([tensor], row)[0] for tensor in inputs]
-        outcome = await _run(loaded.replicas[0], cut, _places(loaded, outputs))
-        if isinstance(outcome, Failure):
-            return Verdict(False, f"it does not run on a single row: {outcome.message}")
-        alone.append(list(outcome.outputs))
-    return batchability.compare(list(together.outputs), alone)
+async def _verdict(
+    wanted: WantedVersion, loaded: LoadedModel, trial: Trial | None, outputs: tuple[SignatureTensor, ...]
+) -> Verdict:
+    if wanted.independent:
+        return Verdict(True, wanted.independent)
+    if wanted.untried:
+        return Verdict(False, f"{wanted.untried}, so its rows are not proven independent")
+    return await prove_rows(loaded, trial, outputs)
 
 
 async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, trial: Trial | None) -> None:
@@ -335,7 +308,7 @@ async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, 
     for place, replica in enumerate(loaded.replicas):
         for run in runs[1:] if place == 0 and trial is not None else runs:
             for _ in range(run.count):
-                outcome = await _run(replica, run.inputs, outputs)
+                outcome = await run_patiently(replica, run.inputs, outputs)
                 if isinstance(outcome, Failure):
                     raise ModelError(f"{run.name} failed on {replica.name}: {outcome.message}")
     # A worker that dies from here on is replaced by one that runs the same again.
@@ -362,10 +335,12 @@ def _spec(
         wanted.name,
         wanted.version,
         artifact.digest,
-        "onnxruntime_onnx",
+        wanted.platform,
         served("input", signature.inputs, wanted.stated_inputs, batched=batched, short=short),
         served("output", signature.outputs, wanted.stated_outputs, batched=batched, short=short),
         policy,
         note,
         wanted.scheduling,
+        wanted.resilience,
+        wanted.forwards_parameters,
     )

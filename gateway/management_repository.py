@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 from weakref import WeakValueDictionary
 
 from gateway import plan
@@ -61,10 +61,59 @@ _INDEX_STATE: Final = {
 }
 
 
+class Servers(Protocol):
+    """The models that are not on disk: those of remote servers; `remote_models.RemoteModels` fits."""
+
+    @property
+    def configured(self) -> bool:
+        """Whether there are any servers to ask."""
+
+    def names(self) -> list[str]: ...
+
+    def settings(self) -> dict[str, object]:
+        """For each of `names`, what makes it another model when it changes."""
+
+    async def wanted(self, name: str) -> list[WantedVersion]: ...
+
+    async def refresh(self) -> None:
+        """Ask the servers anew what they have."""
+
+    async def reload(self, config: Config) -> None:
+        """Take over another configuration's servers. Raises ConfigError, and nothing was changed then."""
+
+    async def reconcile(self) -> None:
+        """Bring the replicas of what is loaded in line with the servers."""
+
+
+class NoServers:
+    """Fits `Servers`."""
+
+    configured = False
+
+    def names(self) -> list[str]:
+        return []
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    async def wanted(self, name: str) -> list[WantedVersion]:
+        return []
+
+    async def refresh(self) -> None:
+        """There is nobody to ask."""
+
+    async def reload(self, config: Config) -> None:
+        """There is nothing to take over."""
+
+    async def reconcile(self) -> None:
+        """There is nothing to bring in line."""
+
+
 class Repository:
     """The configuration's sources, and the catalog they are loaded into."""
 
-    def __init__(self, config: Config, catalog: Catalog, load: plan.Load) -> None:
+    def __init__(self, config: Config, catalog: Catalog, load: plan.Load, servers: Servers | None = None) -> None:
+        self._servers = servers or NoServers()
         self._config = config
         self._catalog = catalog
         self._load = load
@@ -74,6 +123,8 @@ class Repository:
         self._polling = asyncio.Lock()
         self._with: set[str] = set()
         """Models that were loaded only because an ensemble needs them."""
+        self._elsewhere: list[str] = []
+        """Models to load at start that are not on disk."""
         self._seen: dict[str, object] = {}
         """What each model's settings and files looked like when they were looked at last; not in mode explicit."""
         self.forgotten: Callable[[str], None] = lambda name: None
@@ -103,7 +154,9 @@ class Repository:
             except ConfigError as error:
                 faults += error.faults
                 continue
-            if not versions:
+            if not versions and self._servers.configured:
+                self._elsewhere.append(name)
+            elif not versions:
                 text = f"no source has a model '{name}'; {self._choice()}"
                 faults.append(Fault(self._config.file or "command line", 0, "server.load_models", text))
             found += versions
@@ -114,15 +167,48 @@ class Repository:
             raise ConfigError(faults)
         return found
 
+    async def initial_remote(self) -> list[WantedVersion]:
+        """What is to be served from the start of the models that are not on disk.
+
+        Raises:
+            ConfigError: a model was asked for that nobody has.
+        """
+        if self._mode != "explicit" or ALL in self._config.server.load_models:
+            names = self._servers.names()
+            self._seen |= self._servers.settings()
+        else:
+            names, self._elsewhere = self._elsewhere, []
+        found = {name: await self._servers.wanted(name) for name in names}
+        if lacking := [name for name, versions in found.items() if not versions]:
+            choice = await asyncio.to_thread(self._choice)
+            place = self._config.file or "command line"
+            texts = [f"no source has a model '{name}'; {choice}" for name in lacking]
+            raise ConfigError([Fault(place, 0, "server.load_models", text) for text in texts])
+        return [version for versions in found.values() for version in versions]
+
+    async def discovered(self, name: str) -> None:
+        """A server that was down has this model: it is served too, unless clients choose what is."""
+        if self._mode == "explicit" or not self.open:
+            return
+        try:
+            await self._load_with_steps(name, None, ())
+            self._seen |= {key: value for key, value in self._servers.settings().items() if key == name}
+        except GatewayError as error:
+            log.error("%s", error)
+
+    def _known_names(self) -> list[str]:
+        """Every model that could be loaded, in order; blocks on the disk."""
+        return sorted({*model_names(self._config), *self._servers.names()})
+
     def _choice(self) -> str:
         """What could be loaded, for people; bounded. Blocks on the disk."""
-        names = model_names(self._config)
+        names = self._known_names()
         more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
         return f"there are: {', '.join(names[:MAX_SHOWN])}{more}" if names else "the sources are empty"
 
     def loadable(self) -> list[str]:
         """Names of the models that clients can load now; blocks on the disk."""
-        return model_names(self._config) if self._mode == "explicit" else []
+        return self._known_names() if self._mode == "explicit" else []
 
     # -- what clients ask ----------------------------------------------------------------------------------------
 
@@ -150,8 +236,8 @@ class Repository:
                 )
         if not ready and self._mode != "none":
             known = set(self._catalog.names())
-            on_disk = await asyncio.to_thread(model_names, self._config)
-            entries += [{"name": name} for name in on_disk if name not in known]
+            loadable = await asyncio.to_thread(self._known_names)
+            entries += [{"name": name} for name in loadable if name not in known]
         return sorted(entries, key=lambda entry: entry["name"])
 
     async def load(self, name: str, parameters: Mapping[str, object], repository: str = "") -> None:
@@ -265,6 +351,8 @@ class Repository:
         """The caller has the model's turn. Raises LoadFailed, ConfigError."""
         with contextlib.ExitStack() as until_loaded:
             wanted = await asyncio.to_thread(self._wanted, name, override, until_loaded)
+            if not wanted and override is None:
+                wanted = await self._servers.wanted(name)
             if not wanted:
                 choice = await asyncio.to_thread(self._choice)
                 raise LoadFailed(
@@ -296,7 +384,9 @@ class Repository:
             if not self.open:
                 return
             try:
+                await self._servers.refresh()
                 await self.poll()
+                await self._servers.reconcile()
             except Exception:
                 log.exception("looking at the model repository failed; it is tried again")
 
@@ -307,7 +397,7 @@ class Repository:
             return await self._poll()
 
     async def _poll(self) -> list[str]:
-        now = await asyncio.to_thread(self._fingerprints, self._config)
+        now = await asyncio.to_thread(self._fingerprints, self._config) | self._servers.settings()
         for name in sorted(self._seen.keys() - now.keys()):
             log.info("model %s has left the repository and is unloaded", name)
             async with self._turn(name):
@@ -336,8 +426,11 @@ class Repository:
         if not self.open:
             raise NotReady("the gateway is starting or stopping")
         await asyncio.to_thread(plan.versions, config, self._load)
+        await self._servers.reload(config)
         self._config = replace(config, server=self._config.server)
-        return await self.poll() if self._mode != "explicit" else []
+        failed = await self.poll() if self._mode != "explicit" else []
+        await self._servers.reconcile()
+        return failed
 
     @staticmethod
     def _fingerprints(config: Config) -> dict[str, object]:
@@ -348,7 +441,9 @@ class Repository:
             if located is not None:
                 entry, place = located
                 files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.is_file()]
-                settings = (entry.model_dump_json(), config.defaults.model_dump_json(), config.instances)
+                # Backends come and go without a load; whether there are any decides what a load makes.
+                own = entry.model_dump_json(exclude={"backends"})
+                settings = (own, bool(entry.backends), config.defaults.model_dump_json(), config.instances)
                 found[name] = (settings, *[_look(path) for path in files])
         return found
 

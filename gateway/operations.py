@@ -1,9 +1,9 @@
 """The operations port: metrics, health and the state of models and workers, for people, scrapers and the CLI.
 
-Read-only and off the hot path, hence plain aiohttp. Rules: GET and HEAD only; never a tensor; errors are JSON
-`{"error": …}` like on the data port. On a loopback address the `Host` header must name this machine, so that
-a web page whose name was re-pointed at 127.0.0.1 (DNS rebinding) reads nothing. A scrape gives way to
-requests between model versions, so a long list of models does not hold up the event loop.
+Off the hot path, hence plain aiohttp. Rules: GET and HEAD read; POST acts on backends, for those who may
+(operations_access.py); never a tensor; errors are JSON `{"error": …}` like on the data port. On a loopback address the
+`Host` header must name this machine, so that a web page whose name was re-pointed at 127.0.0.1 (DNS rebinding) reads
+nothing. A scrape gives way to requests between model versions, so a long list of models does not hold up the loop.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import html
 import ipaddress
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from gateway.core.agreement import AgreementStatistics
 from gateway.errors import BindError
 from gateway.observe.exposition import prefers_openmetrics
 from gateway.observe.metrics import Metrics
+from gateway.operations_access import Access
+from gateway.operations_backends import MAX_WAIT_S, Action, Backends, LastBackend, UnknownBackend, audit
 
 log = logging.getLogger("gateway.operations")
 
+MAX_BODY: Final = 4096
+MAX_NAME: Final = 256
+_ACTION: Final = re.compile(r"/api/backends/.+/(drain|undrain)")
+_SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 MODELS_PER_TURN: Final = 8
 """Model versions read between two turns of the event loop: about a millisecond."""
 
@@ -35,6 +44,7 @@ PAGES: Final = (
     ("/metrics", "counters and histograms for Prometheus"),
     ("/healthz", "whether the process answers at all"),
     ("/api/models", "models: version, state, digest, backends"),
+    ("/api/backends", "backends: state, why and until when, what they are executing"),
     ("/api/workers", "worker processes"),
 )
 
@@ -44,6 +54,12 @@ class BackendStatus:
     name: str
     available: bool
     in_flight: int
+    state: str = ""
+    """As in `BackendView`; empty for what has none, an ensemble."""
+    cause: str = ""
+    """Why it is in this state, in words."""
+    seconds_left: float | None = None
+    """Until the state ends by itself; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,8 @@ class ModelStatus:
     """Why the model is or is not batched, in words."""
     reason: str
     """Why it is not ready; empty where it is."""
+    agreement: AgreementStatistics | None = None
+    """What comparing answers of different backends found; null where nothing is compared."""
 
 
 class Operations:
@@ -69,6 +87,8 @@ class Operations:
         metrics: what `/metrics` serves.
         models: model versions now, for `/api/models`.
         workers: worker processes now, for `/api/workers`: dataclasses or dicts of plain values.
+        backends: for `/api/backends`.
+        token_file: holds the token that actions need; None: only this machine may act.
     """
 
     def __init__(
@@ -76,10 +96,15 @@ class Operations:
         metrics: Metrics,
         models: Callable[[], Sequence[ModelStatus]],
         workers: Callable[[], Sequence[object]],
+        backends: Backends,
+        token_file: Path | None = None,
     ) -> None:
         self._metrics = metrics
         self._models = models
         self._workers = workers
+        self._backends = backends
+        self._token_file = token_file
+        self._access = Access(token_file, loopback=False)
         self._runner: web.AppRunner | None = None
         self.port = 0
         """The port listened on, once started."""
@@ -92,12 +117,15 @@ class Operations:
         """
         if not 0 <= port <= 65535:  # uvloop would take it modulo 65536
             raise BindError(host, port, "a port is a number from 0 to 65535; choose another with --metrics-port")
-        app = web.Application(middlewares=[_errors, _only_reads, _host_check(host)])
+        self._access = Access(self._token_file, loopback=is_loopback(host))
+        app = web.Application(middlewares=[_errors, _only_known_methods, _host_check(host)], client_max_size=MAX_BODY)
         app.router.add_get("/", _index)
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/healthz", _healthz)
         app.router.add_get("/api/models", self._serve_models)
         app.router.add_get("/api/workers", self._serve_workers)
+        app.router.add_get("/api/backends", self._serve_backends)
+        app.router.add_post("/api/backends/{name}/{action:drain|undrain}", self._act)
         # What clients send is not our error; a malformed request would be logged with a traceback.
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
@@ -133,6 +161,43 @@ class Operations:
 
     async def _serve_workers(self, _: web.Request) -> web.Response:
         return _json(self._workers())
+
+    async def _serve_backends(self, _: web.Request) -> web.Response:
+        return _json(self._backends.views())
+
+    async def _act(self, request: web.Request) -> web.Response:
+        """Drain or undrain; what it did, as JSON."""
+        refusal = await asyncio.to_thread(self._access.refusal, request.headers)
+        name = request.match_info["name"]
+        action: Action = "drain" if request.match_info["action"] == "drain" else "undrain"
+        if refusal is not None:
+            audit.warning("%s of backend %r refused: %s", action, name[:MAX_NAME], refusal.text)
+            return _fault(refusal.status, refusal.text)
+        try:
+            model, force, wait_s = _options(request.query, await request.read())
+        except ValueError as error:
+            return _fault(400, str(error))
+        try:
+            return _json(await self._backends.act(action, name, model, force=force, wait_s=wait_s))
+        except UnknownBackend as error:
+            return _fault(404, str(error))
+        except LastBackend as error:
+            return _fault(409, str(error))
+
+
+def _options(query: Mapping[str, str], body: bytes) -> tuple[str | None, bool, float]:
+    """`model`, `force` and `wait_s` of an action; raises ValueError with what is wrong about them."""
+    if body.strip() not in (b"", b"{}"):
+        raise ValueError("the body must be empty or {}; options stand in the query: ?model=…&force=true&wait_s=30")
+    if unknown := set(query) - {"model", "force", "wait_s"}:
+        raise ValueError(f"'{min(unknown)[:MAX_NAME]}' is no option; there are model, force and wait_s")
+    force = query.get("force", "false")
+    if force not in ("true", "false"):
+        raise ValueError("force is true or false")
+    wait = query.get("wait_s", "0")
+    if _SECONDS.fullmatch(wait) is None or float(wait) > MAX_WAIT_S:
+        raise ValueError(f"wait_s is a number of seconds from 0 to {MAX_WAIT_S:g}")
+    return query.get("model"), force == "true", float(wait)
 
 
 async def _healthz(_: web.Request) -> web.Response:
@@ -172,10 +237,11 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 @web.middleware
-async def _only_reads(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.method not in {"GET", "HEAD"}:
-        response = _fault(405, f"{request.method} is not allowed here; use GET")
-        response.headers["Allow"] = "GET, HEAD"
+async def _only_known_methods(request: web.Request, handler: Handler) -> web.StreamResponse:
+    allowed = "POST" if _ACTION.fullmatch(request.path) else "GET, HEAD"
+    if request.method not in allowed.split(", "):
+        response = _fault(405, f"{request.method} is not allowed here; use {allowed.split(',', maxsplit=1)[0]}")
+        response.headers["Allow"] = allowed
         return response
     return await handler(request)
 

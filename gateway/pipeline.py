@@ -10,7 +10,7 @@
              ├─ sequence_scheduler.py + core/sequencing.py  only for models with sequences: one step of each goes on at
              │                                              a time, with the sequence's state
           ─▶ scheduler.py + core/batching.py                waits with others of its kind, becomes part of a batch
-          ─▶ dispatcher.py + core/routing.py                sent to a replica; after a failure, to another
+          ─▶ dispatcher.py + core/fleet.py                  sent to a replica; after a failure, to another
              ├─ core/ragged.py, loading_ragged.py           only for models whose rows differ in shape: laid flat and
              │                                              described on the way in, cut by shape on the way back
           ─▶ backends/onnx.py ⇢ workers/process.py          executed in a worker process, tensors in shared memory
@@ -163,6 +163,7 @@ class SplitRequest:
                 sum(batch.output_ns for batch in batches),
             ),
         )
+        joined.remote = any(batch.remote for batch in batches)
         joined.parts = [execution for batch, row in pieces for execution in executions(batch, row)]
         return joined
 

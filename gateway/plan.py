@@ -20,7 +20,7 @@ from gateway.core.scheduling import PLAIN
 from gateway.ensemble import Ensemble
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.loading import LoadedModel, WantedVersion
-from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest
+from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest, remote_manifest
 from gateway.registry.directory import FoundModel, read_side_file, read_version
 
 log = logging.getLogger("gateway.plan")
@@ -77,6 +77,7 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
             max_queue_rows=settings.max_queue_rows,
             max_queue_bytes=settings.max_queue_bytes,
             deadline_s=settings.deadline_s,
+            resilience=settings.resilience,
             stated_inputs=stated.inputs if stated is not None else (),
             stated_outputs=stated.outputs if stated is not None else (),
             scheduling=stated.scheduling if stated is not None else PLAIN,
@@ -105,11 +106,16 @@ def manifest_of(version: ServedVersion) -> dict[str, Any]:
     """
     if version.artifact is None:
         raise NotReady(f"model '{version.name}' version {version.version} is not at ready state: {version.reason}")
+    backends = version.origin() if version.origin is not None else []
+    if not version.artifact.digest:
+        return remote_manifest(version.artifact, backends)
     runtime = {"onnxruntime": metadata.version("onnxruntime"), "execution_provider": "CPUExecutionProvider"}
     document = manifest(version.artifact, runtime, version.sidecar)
+    if backends:
+        document["backends"] = backends
     if isinstance(version.scheduler, Ensemble):
         document["steps"] = [
-            {"model": name, "version": number, "digest": digest} for name, number, digest in version.scheduler.members()
+            {"model": name, "version": number, "digest": digest or None} for name, number, digest in version.scheduler.members()
         ]
     return document
 

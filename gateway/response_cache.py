@@ -131,9 +131,10 @@ class ResponseCache:
             found.executions[0][0].batch_id, request.rows, found.outputs, BACKEND, 1, now, now, REASON, (0, 0, 0)
         )
         batch.parts = [
-            (Execution(BACKEND, execution.attempt, execution.batch_id, execution.rows), row)
+            (Execution(BACKEND, execution.attempt, execution.batch_id, execution.rows, execution.remote), row)
             for execution, row in found.executions
         ]
+        batch.remote = any(execution.remote for execution, _ in found.executions)
         waited_ns = max(0, round((now - request.received) * 1e9) - lookup_ns)
         self.statistics.record_cache_hit(lookup_ns, queue_ns=waited_ns)
         request.row = 0

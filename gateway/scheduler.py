@@ -14,38 +14,46 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from gateway.backends.interface import Replica
-from gateway.core.admission import Rejected, admit, admit_in_order, admit_to_level, deadline_of
+from gateway.core.admission import Rejected, admit, admit_beside, admit_in_order, admit_to_level, deadline_of
 from gateway.core.arrival_order import ArrivalOrder, Told
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
-from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, one_at_a_time, patience_s
+from gateway.core.batching import Dispatch, WaitUntil, decide, one_at_a_time, patience_s
 from gateway.core.duration import in_words
+from gateway.core.fleet import Fleet, Member
 from gateway.core.model import ModelSpec
 from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import RUNNING, SETTLED, InferRequest
-from gateway.dispatcher import Dispatcher
-from gateway.errors import Cancelled, DeadlineExceeded, GatewayError, NoBackend, QueueTimeout
+from gateway.dispatcher import Dispatcher, Observer
+from gateway.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GatewayError,
+    NoBackend,
+    PoisonRequest,
+    QueueTimeout,
+    Refused,
+)
 from gateway.observe.record import ModelStatistics
 from gateway.observe.request_trace import ModelTracer
 
 log = logging.getLogger("gateway.scheduler")
 
 NO_BACKEND_S: Final = 5.0
-"""How long requests wait for a replica to come back before they are refused. A worker is back within a second;
+"""How long requests wait for a worker to come back before they are refused. A worker is back within a second;
 this leaves room for a large model to load."""
+NO_REMOTE_S: Final = 1.0
+"""The same where all replicas are remote servers: nobody here is about to start one (resilience notes §1.6)."""
 
 TIMER_SLACK_S: Final = 0.0005
 """uvloop rounds timers to milliseconds; without this one could fire just before its instant, and again."""
-
-
-RETRY_PAUSE_S: Final = 0.01
-"""A batch that a replica did not take is offered again after this, or when anything else happens: a replica that takes
-nothing must not keep the loop busy."""
 
 
 class Scheduler:
@@ -59,14 +67,17 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         row_s: float = 0.0,
         bounded: bool = True,
+        rng: random.Random | None = None,
     ) -> None:
         """`clock`: monotonic seconds, the one that requests' `received` is read from. `row_s`: seconds a row took on
-        trial, 0.0 if nobody knows. `bounded`: False where somebody before it decides who may wait."""
+        trial, 0.0 if nobody knows. `bounded`: False where somebody before it decides who may wait. `rng`: for whatever
+        is left to chance; seeded where a run is to be repeated."""
         self.spec = spec
         self.statistics = statistics
         self.tracer: ModelTracer | None = None
         """Notes single requests, where somebody asked for it."""
         self._policy = spec.policy
+        self._rows = max(spec.policy.max_batch_size, 1)
         self._loop = asyncio.get_running_loop()
         stated = spec.scheduling
         self._levels = PolicyQueue(stated) if stated.priority_levels or stated.states_queue_policy else None
@@ -76,7 +87,8 @@ class Scheduler:
         self._plain = bounded and self._levels is None and self._order is None
         self._bounded = bounded
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
-        self._dispatcher = Dispatcher(spec, replicas, statistics, clock, self, row_s)
+        rng = rng or random.Random()  # noqa: S311 - which replica goes first is no secret
+        self._dispatcher = Dispatcher(spec, statistics, clock, self, row_s, rng)
         self._pumping = False
         self._let_more_in = False
         """Whether the pump should let the loop turn once more before it decides."""
@@ -88,9 +100,8 @@ class Scheduler:
         self._hopeless: GatewayError | None = None
         """What those who wait were told when no replica was left to wait for."""
         for replica in replicas:
-            replica.set_listener(self._replica_changed)
-        if not any(replica.available for replica in replicas):
-            self._replica_changed()
+            self._join(replica)
+        self._look_at_backends(clock())
 
     # -- what callers do -----------------------------------------------------------------------------------------
 
@@ -109,20 +120,27 @@ class Scheduler:
     def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
         """Queue the parts of one request, all of them or none; otherwise as `submit`."""
         self._admit(whole)
+        if self._dispatcher.failures.denies:
+            for part in parts:
+                self._keep_out(part)
         if self._order is not None:
             self._keep_in_order(whole, self._order)
         for part in parts:
             self._accept(part)
 
     def _admit(self, request: InferRequest) -> None:
-        refusal = self._closed or self._hopeless
-        if refusal is not None:
-            self.statistics.reject(refusal.reason)
-            raise type(refusal)(str(refusal))
-        rejected = admit(self._queue, self._policy, request) if self._plain else self._why_not(request)
+        if self._closed is not None or self._hopeless is not None:
+            self._refuse()
+        dispatcher = self._dispatcher
+        if dispatcher.failures.denies:
+            self._keep_out(request)
+        if self._plain and not dispatcher.lanes.count:
+            rejected = admit(self._queue, self._policy, request)
+        else:
+            rejected = self._why_not(request)
         if rejected is None:
             return
-        if self._pumping and self._dispatcher.free_replica() is not None:
+        if self._pumping and dispatcher.choose(self._now(), 1) is not None:
             # Who came in this very turn only waits because nothing was handed out yet: that is no reason to refuse.
             self._let_more_in = False
             self._pump()
@@ -131,10 +149,30 @@ class Scheduler:
             self.statistics.reject(rejected.reason)
             raise rejected.error(rejected.message)
 
+    def _refuse(self) -> None:
+        """Raises what newcomers are told, unless it was for want of a backend and one has become usable by itself."""
+        if self._no_backend_since is not None:
+            self._look_at_backends(self._now())
+        refusal = self._closed or self._hopeless
+        if refusal is not None:
+            self.statistics.reject(refusal.reason)
+            raise type(refusal)(str(refusal))
+
+    def _keep_out(self, request: InferRequest) -> None:
+        """Raises PoisonRequest: it broke backends before, all by itself."""
+        if self._dispatcher.failures.denied(request, self._now()):
+            self.statistics.reject(PoisonRequest.reason)
+            raise PoisonRequest(
+                f"model '{self.spec.name}' failed on this very input alone a short while ago; it is not executed again"
+            )
+
     def _why_not(self, request: InferRequest) -> Rejected | None:
         if not self._bounded:
             return None
+        lanes = self._dispatcher.lanes
         rejected = admit(self._queue, self._policy, request)
+        if rejected is None and lanes.count:
+            rejected = admit_beside(self._queue, lanes.rows, lanes.nbytes, self._policy, request)
         if rejected is None and self._order is not None:
             rejected = admit_in_order(self._queue, self._order, self._policy, request)
         if rejected is None and self._levels is not None:
@@ -169,14 +207,68 @@ class Scheduler:
         """Settle everyone who waits with `error`, and who comes back from a failed batch later, until a replica is
         available again (no backend came back, or the model failed for good)."""
         self._hopeless = error
-        for request in [*self._queue.waiting(), *self._dispatcher.isolated_members()]:
+        for request in [*self._queue.waiting(), *self._dispatcher.lanes]:
             if request.state != SETTLED:  # the answer to one may have made another leave
                 self.statistics.reject(error.reason)
                 self._settle(request, error)
 
     def reopen(self) -> None:
-        self._closed = self._hopeless = None
-        self._replica_changed()
+        self._closed = self._hopeless = self._no_backend_since = None
+        self.kick()
+
+    @property
+    def fleets(self) -> tuple[Fleet, ...]:
+        """What is known of the replicas; one here. Whoever changes something in it calls `kick` afterwards."""
+        return (self._dispatcher.fleet,)
+
+    @property
+    def dispatchers(self) -> tuple[Dispatcher, ...]:
+        """Who sends the batches of each of `fleets`: lanes, budget, hooks."""
+        return (self._dispatcher,)
+
+    @property
+    def retry_budget_rows(self) -> float:
+        """How many more requests may be executed again just now."""
+        return self._dispatcher.budget.available(self._now())
+
+    @property
+    def on_executed(self) -> Observer | None:
+        """Told of every batch that succeeded, before its members are; one batch at a time, in this turn of the loop."""
+        return self._dispatcher.on_executed
+
+    @on_executed.setter
+    def on_executed(self, observer: Observer | None) -> None:
+        self._dispatcher.on_executed = observer
+
+    @property
+    def on_fleet_changed(self) -> Callable[[], None] | None:
+        """Told whenever an attempt failed, or a replica came, went or flipped: `Fleet.next_wake` may have changed."""
+        return self._dispatcher.on_fleet_changed
+
+    @on_fleet_changed.setter
+    def on_fleet_changed(self, changed: Callable[[], None] | None) -> None:
+        self._dispatcher.on_fleet_changed = changed
+
+    def kick(self) -> None:
+        """Look again: something about the replicas may have changed."""
+        self._look_at_backends(self._now())
+        self._pump_soon()
+
+    def add_replica(self, replica: Replica) -> None:
+        """It takes part from now on, slowly at first."""
+        self._join(replica)
+        self.kick()
+
+    async def remove_replica(self, replica: Replica) -> None:
+        """No batch goes there any more; returns when those under way are over. Harmless for one that is not here."""
+        member = self._dispatcher.member_of(replica)
+        if member is None:
+            return
+        replica.set_listener(_nobody_listens)
+        over = asyncio.Event()
+        self._dispatcher.leave(member, over.set)
+        self.kick()
+        await over.wait()
 
     async def drained(self) -> None:
         """Returns when no accepted request is unsettled and no batch is running."""
@@ -201,7 +293,8 @@ class Scheduler:
     @property
     def waiting(self) -> tuple[int, int, int]:
         """Rows and bytes that wait for a batch, or whose answers are held back, and groups that cannot share one."""
-        rows, nbytes = self._queue.rows, self._queue.nbytes
+        lanes = self._dispatcher.lanes
+        rows, nbytes = self._queue.rows + lanes.rows, self._queue.nbytes + lanes.nbytes
         if self._order is not None:
             rows, nbytes = rows + self._order.rows, nbytes + self._order.nbytes
         return rows, nbytes, len(self._queue.groups)
@@ -221,35 +314,43 @@ class Scheduler:
         queue, dispatcher = self._queue, self._dispatcher
         now = self._now()
         self._expire(now)  # first: rows of a caller whose time is up never reach a replica
-        wake: float | None = None
-        while queue.count or dispatcher.isolated:
-            if dispatcher.running and not dispatcher.isolated and self._one_at_a_time():
+        wake = dispatcher.serve(now) if dispatcher.lanes.count else None
+        while queue.count:
+            if dispatcher.running and self._one_at_a_time():
                 patient_until = dispatcher.last_dispatched + patience_s(dispatcher.run_s)
                 if now < patient_until:
-                    wake = patient_until
+                    wake = _earlier(wake, patient_until)
                     break
-            replica = dispatcher.free_replica()
-            if replica is None:
+            member = dispatcher.choose(now, min(queue.rows, self._rows))
+            if member is None:
                 break
-            members = dispatcher.next_isolated() if dispatcher.isolated else None
-            isolated, reason = members is not None, Reason.WORKER_FREE
-            if members is None:
-                decision = decide(queue, self._policy, now, dispatcher.execute_s)
+            decision = decide(queue, self._policy, now, dispatcher.execute_s)
+            if not isinstance(decision, Dispatch):
                 if isinstance(decision, WaitUntil):
-                    wake = decision.instant
-                    break
-                if not isinstance(decision, Dispatch):
-                    break
-                members, reason = queue.take(decision.group, decision.rows), decision.reason
-                if not members:
-                    continue
-            if replica.name == members[0].avoid:
-                replica = dispatcher.free_replica(members[0].avoid) or replica
-            dispatcher.dispatch(members, reason, replica, isolated)
+                    wake = _earlier(wake, decision.instant)
+                break
+            group = decision.group
+            if dispatcher.keeps_sequences and (head := group.head()) is not None and head.sequence is not None:
+                wake = _earlier(wake, dispatcher.step(queue.take(group, 1)[0], now))
+                continue
+            members = queue.take(group, dispatcher.row_limit(member, decision.rows, now))
+            if members:
+                dispatcher.dispatch(members, decision.reason, member)
+        waiting = bool(queue.count or dispatcher.lanes.count)
+        if waiting:
+            wake = _earlier(wake, self._change_of_backends(now))
+        if dispatcher.hedges is not None:
+            wake = _earlier(wake, dispatcher.hedges.send(now, waiting))
         self._arm(wake)
 
+    def _change_of_backends(self, now: float) -> float | None:
+        """Somebody waits: the instant at which something about the replicas changes by itself."""
+        if self._no_backend_since is None and not self._dispatcher.reachable(now):
+            self._look_at_backends(now)
+        return self._dispatcher.fleet.next_wake(now)
+
     def _one_at_a_time(self) -> bool:
-        return one_at_a_time(self._dispatcher.run_s, self._queue.rows, max(self._policy.max_batch_size, 1))
+        return one_at_a_time(self._dispatcher.run_s, self._queue.rows, self._rows)
 
     def _arm(self, wake: float | None) -> None:
         deadline = self._queue.next_deadline()
@@ -276,14 +377,18 @@ class Scheduler:
             return
         while (request := queue.expired(now)) is not None:
             waited_s = now - request.received
-            if request.state == RUNNING:
-                where = "while the model ran"
+            if request.state == RUNNING and request.attempt:
+                trouble = request.trouble
+                again = trouble is not None and trouble.lane is not None
+                where = "before another attempt could be made" if again else "while the model ran"
                 self.statistics.fail("OTHER", spent_s=waited_s)
             else:
                 where = "in the queue"
                 self.statistics.reject("deadline", spent_s=waited_s)
             self._settle(request, DeadlineExceeded(f"Request timeout expired {where} after {in_words(waited_s)}"))
         while levels is not None and (request := levels.overdue(now)) is not None:
+            if request.state == RUNNING and (request.trouble is None or request.trouble.lane is None):
+                continue  # somebody is trying right now
             waited_s = now - request.received
             error = QueueTimeout(f"Request timeout expired after {in_words(waited_s)} in the queue; retry later")
             self.statistics.reject(error.reason, spent_s=waited_s)
@@ -301,7 +406,7 @@ class Scheduler:
     # -- what the dispatcher reports -------------------------------------------------------------------------------
 
     def batch_succeeded(self, members: list[InferRequest], batch: FinishedBatch) -> None:
-        if self._queue.count or self._dispatcher.isolated:
+        if self._queue.count or self._dispatcher.lanes.count:
             if self._one_at_a_time():
                 # Short runs: write the answers, read once what clients send next, and let that join the next batch.
                 self._let_more_in = True
@@ -344,29 +449,35 @@ class Scheduler:
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
         for request in members:
             if request.state != SETTLED:
-                self.statistics.fail("BACKEND", spent_s=self._now() - request.received)
+                spent_s = self._now() - request.received
+                if isinstance(error, Refused):
+                    self.statistics.reject(error.reason, spent_s=spent_s)
+                else:
+                    self.statistics.fail("BACKEND", spent_s=spent_s)
                 self._settle(request, error)
         self._after_batch()
 
-    def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
-        self._queue.push_front(members)
+    def batch_returned(self) -> None:
         if self._hopeless is not None:
             self.fail_waiting(self._hopeless)
-        self._after_batch(0.0 if taken else RETRY_PAUSE_S)
+        if self._levels is not None:
+            for request in self._dispatcher.lanes:
+                if not request.attempt:  # nobody took it: it waits as it did before
+                    self._levels.beside(request)
+        self._after_batch()
 
-    def _after_batch(self, pause_s: float = 0.0) -> None:
-        if self._queue.count or self._dispatcher.isolated:
-            if pause_s:
-                self._loop.call_later(pause_s, self._pump_soon)
-                self._arm(None)  # for those whose time is up before
-            else:
-                self._pump_soon()
+    def _after_batch(self) -> None:
+        if self._queue.count or self._dispatcher.lanes.count:
+            self._pump_soon()
         self._check_drained()
 
     def _settle(self, request: InferRequest, error: GatewayError) -> None:
         if request.state == SETTLED:
             return
+        was_running = request.state == RUNNING
         self._queue.settled(request)
+        if was_running:
+            self._dispatcher.left(request)
         request.error = error
         try:
             request.settle(request)
@@ -395,14 +506,41 @@ class Scheduler:
 
     # -- replicas come and go --------------------------------------------------------------------------------------
 
-    def _replica_changed(self) -> None:
-        if any(replica.available for replica in self._dispatcher.replicas):
-            self._no_backend_since = self._hopeless = None
-            self._pump_soon()
+    def _join(self, replica: Replica) -> None:
+        member = self._dispatcher.join(replica)
+        replica.set_listener(partial(self._replica_changed, member))
+
+    def _replica_changed(self, member: Member) -> None:
+        now = self._now()
+        self._dispatcher.fleet.availability_changed(member, now)
+        self._dispatcher.fleet_changed()
+        if self._dispatcher.reachable(now):
+            self._hopeless = None
+        self.kick()
+
+    def _look_at_backends(self, now: float) -> None:
+        """Start, or stop, to count how long nobody could take a batch."""
+        if self._dispatcher.reachable(now):
+            if self._no_backend_since is not None:
+                self._no_backend_since = self._hopeless = None
         elif self._no_backend_since is None:
-            self._no_backend_since = self._now()
-            self._loop.call_later(NO_BACKEND_S, self._give_up, self._no_backend_since)
+            self._no_backend_since = now
+            patience_s = NO_BACKEND_S if self._dispatcher.has_workers else NO_REMOTE_S
+            self._loop.call_later(patience_s, self._give_up, now)
 
     def _give_up(self, since: float) -> None:
         if self._no_backend_since == since:
-            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no worker is available; retry later"))
+            self._look_at_backends(self._now())  # one may have become usable by itself
+        if self._no_backend_since == since:
+            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no backend is available; retry later"))
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    """Of two instants; None is never."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
+def _nobody_listens() -> None:
+    """A replica that was removed has nothing to say any more."""

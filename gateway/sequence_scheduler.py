@@ -32,10 +32,12 @@ from gateway.backends.slotted import Slots, SlottedReplica
 from gateway.core.admission import deadline_of
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
 from gateway.core.duration import in_words
+from gateway.core.fleet import Fleet
 from gateway.core.model import ModelSpec
 from gateway.core.request import QUEUED, SETTLED, InferRequest, SequenceStep
 from gateway.core.sequence_tensors import SequenceTensors
 from gateway.core.sequencing import OpenSequence, SequenceRoom, admit_step
+from gateway.dispatcher import Dispatcher, Observer
 from gateway.errors import (
     BackendError,
     Cancelled,
@@ -83,6 +85,7 @@ class SequenceScheduler:
         # Rows that nobody asked for are rows of others: they may only stand beside rows proven independent.
         self._slotted = direct and spec.batched and spec.policy.merge and self._tensors.ready_place is not None
         self._replicas = groups
+        self._direct = direct
         self._lanes = [
             # Who is let in is decided here; a step that was must not be refused when its turn comes.
             Scheduler(self._tensors.model_spec, self._with_slots(group, lane), statistics, clock, row_s, bounded=False)
@@ -218,6 +221,67 @@ class SequenceScheduler:
         self._closed = None
         for lane in self._lanes:
             lane.reopen()
+
+    @property
+    def fleets(self) -> tuple[Fleet, ...]:
+        """One for each lane. Whoever changes something in one calls `kick` afterwards."""
+        return tuple(fleet for lane in self._lanes for fleet in lane.fleets)
+
+    @property
+    def dispatchers(self) -> tuple[Dispatcher, ...]:
+        """Who sends the batches of each of `fleets`."""
+        return tuple(dispatcher for lane in self._lanes for dispatcher in lane.dispatchers)
+
+    @property
+    def retry_budget_rows(self) -> float:
+        """How many more steps may be executed again just now."""
+        return sum(lane.retry_budget_rows for lane in self._lanes)
+
+    @property
+    def on_executed(self) -> Observer | None:
+        """As `Scheduler.on_executed`, of every lane."""
+        return self._lanes[0].on_executed
+
+    @on_executed.setter
+    def on_executed(self, observer: Observer | None) -> None:
+        for lane in self._lanes:
+            lane.on_executed = observer
+
+    @property
+    def on_fleet_changed(self) -> Callable[[], None] | None:
+        """As `Scheduler.on_fleet_changed`, of every lane."""
+        return self._lanes[0].on_fleet_changed
+
+    @on_fleet_changed.setter
+    def on_fleet_changed(self, changed: Callable[[], None] | None) -> None:
+        for lane in self._lanes:
+            lane.on_fleet_changed = changed
+
+    def kick(self) -> None:
+        for lane in self._lanes:
+            lane.kick()
+
+    def add_replica(self, replica: Replica) -> None:
+        """It executes steps of the sequences there are; their number stays what it was.
+
+        Raises:
+            ValueError: with strategy `direct`, where a sequence lives on one replica, their set is fixed.
+        """
+        if self._direct:
+            raise ValueError(f"model '{self.spec.name}': replicas of sequences that stay on one cannot be added")
+        self._replicas[0].append(replica)
+        self._lanes[0].add_replica(replica)
+
+    async def remove_replica(self, replica: Replica) -> None:
+        """No step is executed there any more; returns when those under way are over.
+
+        Raises:
+            ValueError: as `add_replica`.
+        """
+        if self._direct:
+            raise ValueError(f"model '{self.spec.name}': replicas of sequences that stay on one cannot be removed")
+        self._replicas[0] = [other for other in self._replicas[0] if other is not replica]
+        await self._lanes[0].remove_replica(replica)
 
     async def drained(self) -> None:
         while True:

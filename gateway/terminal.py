@@ -160,22 +160,22 @@ def _show_loadable(names: Sequence[str], url: str) -> None:
 
 def _table(versions: Sequence[ServedVersion]) -> Table:
     table = Table(title="models", title_justify="left", expand=False)
-    for column in ("name", "version", "digest", "workers", "state", "batching"):
+    for column in ("name", "version", "digest", "backends", "state", "batching"):
         table.add_column(column, overflow="fold", no_wrap=column in {"version", "digest", "state"})
     for version in versions:
         table.add_row(
             escape(version.name),
             escape(version.version),
-            _short(version.spec.digest),
-            escape(_workers(version)),
+            _short(version.spec.digest) or "-",
+            escape(_backends(version)),
             f"[green]{version.state.value}[/green]",
             _batching(version),
         )
     return table
 
 
-def _workers(version: ServedVersion) -> str:
-    """Who executes it: workers, or for an ensemble its steps' models."""
+def _backends(version: ServedVersion) -> str:
+    """Who executes it: workers and remote servers, or for an ensemble its steps' models."""
     if version.dependencies:
         return f"ensemble of {', '.join(version.dependencies)}"
     return ", ".join(sorted((replica.name for replica in version.replicas), key=_natural))
@@ -265,7 +265,9 @@ def _show_provenance(provenance: Provenance) -> None:
     model = provenance.model
     if model is not None:
         out.print(
-            f"  model    {model.name} version {model.version} {_short(model.digest)}", markup=False, soft_wrap=True
+            f"  model    {model.name} version {model.version} {_short(model.digest)}".rstrip(),
+            markup=False,
+            soft_wrap=True,
         )
     for member in provenance.members:
         out.print(

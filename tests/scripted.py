@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import random
 import selectors
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from gateway.backends.interface import Batch, Failure, FailureKind, Success
+from gateway.backends.interface import Batch, Failure, FailureKind, Sign, Success
 from gateway.core.assembly import slice_rows, write_parts
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
-from gateway.core.request import InferRequest, InputTensor, OutputTensor
+from gateway.core.request import InferRequest, InputTensor, OutputTensor, SequenceStep
+from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.tensor import DATATYPE, pack_bytes, unpack_bytes
+from gateway.core.traits import WORKER, Traits
 from gateway.dispatcher import RunningBatch
 from gateway.errors import GatewayError
 from gateway.observe.record import ModelStatistics
@@ -29,6 +32,8 @@ from gateway.scheduler import Scheduler
 from tests.fakes import PlainReplica
 
 INT64, BYTES = DATATYPE["INT64"], DATATYPE["BYTES"]
+
+Kind = Literal["onnx", "oip"]
 
 
 MANY_TURNS = 100_000
@@ -106,6 +111,12 @@ class ScriptedBatch:
         self.numbers = _numbers(batch)
         self.ended = False
         self.isolated = isinstance(batch, RunningBatch) and batch.isolated
+        self.lane = batch.lane if isinstance(batch, RunningBatch) else None
+        self.deadline = batch.deadline
+        self.sequence = batch.sequence
+        self.parameters = batch.parameters
+        self.cancelled = False
+        """Whether it was asked to end early; it goes on until the test ends it."""
         self._batch = batch
 
     def reply(self, tamper: Callable[[list[int]], list[int]] | None = None, infer_ns: int = 10) -> None:
@@ -119,8 +130,15 @@ class ScriptedBatch:
         }
         self._end(Success([outputs[index] for index in self._batch.outputs], 1, infer_ns, 1))
 
-    def fail(self, kind: FailureKind, message: str = "scripted") -> None:
-        self._end(Failure(kind, message))
+    def fail(
+        self, kind: FailureKind, message: str = "scripted", sign: Sign = Sign.NONE, retry_after_s: float = 0.0
+    ) -> None:
+        self._end(Failure(kind, message, sign, retry_after_s))
+
+    def end_early(self) -> None:
+        """What a backend does that was asked to, unless it is done already."""
+        if not self.ended:
+            self.fail(FailureKind.CANCELLED)
 
     def _end(self, outcome: Success | Failure) -> None:
         assert not self.ended
@@ -143,8 +161,9 @@ def _numbers(batch: Batch) -> list[int]:
 class ScriptedReplica(PlainReplica):
     """Fits `backends.interface.Replica`; its batches end when the test says so."""
 
-    def __init__(self, name: str, backend: Backend, slots: int) -> None:
+    def __init__(self, name: str, backend: Backend, slots: int, traits: Traits = WORKER) -> None:
         self._name = name
+        self.traits = traits
         self._slots = slots
         self._backend = backend
         self._up = True
@@ -174,6 +193,12 @@ class ScriptedReplica(PlainReplica):
         self.running.append(scripted)
         self._backend.arrived(scripted)
 
+    def cancel(self, batch: Batch, /) -> None:
+        for scripted in self.running:
+            if scripted._batch is batch:
+                scripted.cancelled = True
+                self._backend.cancelled(scripted)
+
     def set_listener(self, changed: Callable[[], None], /) -> None:
         self._changed = changed
 
@@ -185,8 +210,14 @@ class ScriptedReplica(PlainReplica):
 class Backend:
     """The replicas of one model, and the batches they were given in order."""
 
-    def __init__(self, replicas: int, slots: int) -> None:
-        self.replicas = [ScriptedReplica(f"onnx-{index + 1}", self, slots) for index in range(replicas)]
+    def __init__(self, replicas: int, slots: int, kinds: Sequence[Kind] = ()) -> None:
+        """`kinds`: of the replicas, the first ones; workers where nothing is said."""
+        self._slots = slots
+        self.replicas: list[ScriptedReplica] = []
+        for index in range(replicas):
+            self.add(kinds[index] if index < len(kinds) else "onnx")
+        self.obeys = False
+        """Whether a batch that is cancelled ends so in the loop's next turn."""
         self.executed: list[ScriptedBatch] = []
         self.respond: Callable[[ScriptedBatch], None] | None = None
         """If set, decides every batch in the loop's next turn instead of the test."""
@@ -195,6 +226,17 @@ class Backend:
         self.complaints: list[AssertionError] = []
         """Kept, not raised: whoever hands over a batch survives what the backend raises."""
         self._unseen: asyncio.Queue[ScriptedBatch] = asyncio.Queue()
+
+    def add(self, kind: Kind) -> ScriptedReplica:
+        number = len(self.replicas) + 1
+        traits = WORKER if kind == "onnx" else Traits("oip", server=f"s{number}", max_slots=self._slots)
+        replica = ScriptedReplica(f"{'onnx' if kind == 'onnx' else 'host'}-{number}", self, self._slots, traits)
+        self.replicas.append(replica)
+        return replica
+
+    def cancelled(self, batch: ScriptedBatch) -> None:
+        if self.obeys:
+            asyncio.get_running_loop().call_soon(batch.end_early)
 
     def arrived(self, batch: ScriptedBatch) -> None:
         self.executed.append(batch)
@@ -275,21 +317,25 @@ def request_of(
     timeout_s: float = 0.0,
     stated_timeout_s: float = 0.0,
     priority: int = 0,
+    sequence: SequenceStep | None = None,
 ) -> InferRequest:
     packed = None if as_values else np.array(numbers, "<i8").tobytes()
     tensor = InputTensor(INT64, (len(numbers), 1), list(numbers) if as_values else None, packed)
     request = InferRequest((tensor,), len(numbers), 8 * len(numbers), (key, outputs), outputs, None, None, timeout_s)
     request.stated_timeout_s, request.priority = stated_timeout_s, priority
+    if sequence is not None:
+        request.sequence, request.key = sequence, (key, outputs, object())
     return request
 
 
-def model_spec(policy: BatchPolicy, scheduling: Scheduling = PLAIN) -> ModelSpec:
+def model_spec(policy: BatchPolicy, scheduling: Scheduling = PLAIN, resilience: Resilience = RESILIENCE) -> ModelSpec:
     return ModelSpec(
         "m", "1", "sha256:" + "0" * 64, "onnxruntime_onnx",
         (TensorSpec("number", INT64, (1,)),),
         (TensorSpec("triple", INT64, (1,)), TensorSpec("name", BYTES, (1,))),
         policy,
         scheduling=scheduling,
+        resilience=resilience,
     )  # fmt: skip
 
 
@@ -302,13 +348,18 @@ class Bench:
         replicas: int = 1,
         slots: int = 1,
         scheduling: Scheduling = PLAIN,
+        resilience: Resilience = RESILIENCE,
+        kinds: Sequence[Kind] = (),
+        seed: int = 0,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.policy = policy or BatchPolicy(max_batch_size=8)
-        self.backend = Backend(replicas, slots)
+        self.backend = Backend(replicas, slots, kinds)
         self.statistics = ModelStatistics()
-        self.spec = model_spec(self.policy, scheduling)
-        self.scheduler = Scheduler(self.spec, self.backend.replicas, self.statistics, self.loop.time)
+        self.spec = model_spec(self.policy, scheduling, resilience)
+        self.scheduler = Scheduler(
+            self.spec, self.backend.replicas, self.statistics, self.loop.time, rng=random.Random(seed)
+        )
         self.callers: list[Caller] = []
         self.refused = 0
         self._numbers = itertools.count(1)
@@ -348,4 +399,9 @@ class Bench:
         answered = sum(caller.answered for caller in self.callers)
         assert self.statistics.success == answered
         assert sum(self.statistics.failures.values()) == len(self.callers) - answered + self.refused
+        (dispatcher,) = self.scheduler.dispatchers
+        lanes = dispatcher.lanes.statistics()
+        assert (lanes.requests, lanes.rows, lanes.nbytes) == (0, 0, 0)
+        assert (lanes.isolated, lanes.quarantined, lanes.retried, lanes.sequences) == (0, 0, 0, 0)
+        assert dispatcher.running == 0
         self.scheduler.stop()

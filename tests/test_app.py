@@ -29,29 +29,6 @@ async def gateway() -> AsyncIterator[Gateway]:
         yield found
 
 
-async def test_the_status_of_every_version() -> None:
-    async with gateway() as subject:
-        broken, old, new = subject._model_statuses()
-        assert (broken.name, broken.state, broken.reason) == ("broken", "FAILED", "the graph is odd")
-        assert (broken.backends, broken.max_batch_size, broken.batching) == ([], 0, "")
-        assert broken.digest == "sha256:" + "12" * 32, "its files were read before it was refused"
-        assert (old.version, new.version, new.state, new.reason) == ("1", "2", "READY", "")
-        assert (new.max_batch_size, new.digest) == (8, "sha256:" + "12" * 32)
-        assert new.batching.startswith("batches up to 8 rows")
-        assert [(b.name, b.available, b.in_flight) for b in new.backends] == [("onnx-1", True, 0)]
-
-
-async def test_metrics_are_of_versions_that_have_served() -> None:
-    async with gateway() as subject:
-        views = subject._model_views()
-        assert [(view.name, view.version) for view in views] == [("numbers", "1"), ("numbers", "2")]
-        assert [replica.state for replica in views[1].replicas] == ["ready"]
-        replica_of(subject.catalog.find("numbers", "2")).available = False
-        assert [replica.state for replica in subject._model_views()[1].replicas] == ["starting"]
-        subject.catalog.failed("numbers", "2", "crashes")
-        assert [replica.state for replica in subject._model_views()[1].replicas] == ["failed"]
-
-
 async def test_ready_means_loaded_and_not_stopping_and_every_model_able_to_answer() -> None:
     async with oip_bench() as bench:
         subject = Gateway(Config())
@@ -154,10 +131,3 @@ async def test_sighup_claims_no_more_than_was_done(
     restart, said = caplog.messages
     assert restart == "SIGHUP: changed too, but takes a restart: server.http_port, server.log_level"
     assert said.endswith(told)
-
-
-async def test_an_ensemble_is_shown_as_its_own_backend() -> None:
-    async with gateway() as subject:
-        subject.catalog.find("numbers", "2").dependencies = ("a",)
-        *_, shown = subject._model_statuses()
-        assert [(b.name, b.available, b.in_flight) for b in shown.backends] == [("ensemble", True, 0)]

@@ -122,7 +122,7 @@ def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) 
     [
         (["serve"], "error: command line: nothing to serve; name a SOURCE"),
         (["serve", "/nope"], "error: command line: SOURCE '/nope': there is no directory /nope"),
-        (["serve", "http://127.0.0.1:1"], "running servers as backends are not supported in this version"),
+        (["serve", "http://127.0.0.1:1/v2"], "SOURCE 'http://127.0.0.1:1/v2': has more than host and port"),
         (["serve", "models:/a@b"], "registry references are not supported in this version"),
         (["serve", "/", "--host", "0.0.0.0"], "error: command line: --host: '0.0.0.0' can be reached"),
         (["serve", "/", "--http-port", "70000"], "error: command line: --http-port: must be at most 65535"),
@@ -161,6 +161,32 @@ def test_check_prints_every_fault_at_once(tmp_path: Path, capsys: Said) -> None:
     assert [line.split(": ")[1] for line in lines] == [f"{file}:{n}" for n in (1, 3, 4)]
     assert "did you mean 'http_port'?" in lines[0]
     assert "models[0].name: 'a[0]' cannot be a model name" in lines[1]
+
+
+def test_check_counts_backends_and_contacts_none(models: Path, tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text(
+        "models:\n  - {source: ./models}\n  - {source: 'grpc://127.0.0.1:1'}\n"
+        "  - {name: far, backends: [{url: 'http://127.0.0.1:1'}, {url: 'https://nowhere.invalid'}]}\n"
+    )
+    assert main(["check", "-c", str(file)]) == 0
+    expected = "no faults; 2 models, 1 version to serve; 3 remote backends, not contacted; no model was loaded"
+    assert capsys.readouterr().out == f"{file}: {expected}\n"
+
+
+def test_check_prints_every_fault_of_backends_at_once(tmp_path: Path, capsys: Said) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text(
+        "models:\n  - name: far\n    backends:\n      - url: http://a/v2\n        headers:\n          x: env:NOT_SET\n"
+        "      - url: https://b\n        tls: {ca: nope.pem}\n"
+    )
+    assert main(["check", "-c", str(file)]) == 2
+    places = [": ".join(line.split(": ")[1:3]) for line in capsys.readouterr().err.splitlines()]
+    assert places == [
+        f"{file}:4: models[0].backends[0].url",
+        f"{file}:6: models[0].backends[0].headers.x",
+        f"{file}:8: models[0].backends[1].tls.ca",
+    ]
 
 
 def test_check_looks_into_the_models_too(models: Path, tmp_path: Path, capsys: Said) -> None:

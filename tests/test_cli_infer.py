@@ -154,7 +154,8 @@ def test_status_is_a_block_a_model_where_a_person_watches() -> None:
     assert text.getvalue().splitlines() == [
         "double version 3 READY",
         f"  digest          {DIGEST}",
-        "  backends        onnx-1 (1 in flight), onnx-2 (unavailable)",
+        "  backends        onnx-1 (1 in flight)",
+        "                  onnx-2 (unavailable)",
         "  max_batch_size  32",
         "  batching        rows are independent",
     ]

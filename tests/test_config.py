@@ -238,7 +238,7 @@ def test_sources_of_the_command_line_start_at_the_working_directory(
 
 def test_bad_sources_of_the_command_line_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        Config().with_sources(["/nope/a", "http://h:8000", ""])
+        Config().with_sources(["/nope/a", "http://h:8000/v2", ""])
     assert len(caught.value.faults) == 3
     assert "command line: SOURCE '/nope/a': there is no directory /nope/a" in str(caught.value)
 

@@ -97,6 +97,7 @@ CORPUS: list[tuple[str, list[str]]] = [
     ("server:\n  tls: {cert: a, key: gateway.yaml}", ["2: server.tls.cert: there is no file", "write the path of"]),
     ("server: {compression: {grpc: best}}", ['1: server.compression.grpc: the text "best" is not possible']),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
+    ("backends: []", ["1: backends: belongs to one model; write it in an entry of models"]),
     ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
     (
         "defaults: {authentication: none}",
@@ -107,7 +108,7 @@ CORPUS: list[tuple[str, list[str]]] = [
         "server: {model_control: always}",
         ["1: server.model_control: "],
     ),
-    ("defaults: {backends: []}", ["1: defaults.backends: remote backends are not supported in this version"]),
+    ("defaults: {backends: []}", ["1: defaults.backends: belongs to one model; write it in an entry of models"]),
     ("defaults: {name: a}", ["1: defaults.name: belongs to one model; write it in an entry of models"]),
     (
         "defaults: {max_queue_delay: 1}",
@@ -140,10 +141,7 @@ CORPUS: list[tuple[str, list[str]]] = [
         "models: [{source: a.onnx}]",
         ["1: models[0].source: there is no file", "write the path of an .onnx file"],
     ),
-    (
-        "models: [{source: 'http://h:8000'}]",
-        ["1: models[0].source: running servers as backends are not supported"],
-    ),
+    ("models: [{source: 'http://h:8000/v2'}]", ["1: models[0].source: has more than host and port"]),
     ("models: [{source: 'models:/a@b'}]", ["1: models[0].source: registry references are not supported"]),
     ("models: [{source: 's3://a/b'}]", ["1: models[0].source: has the unknown scheme 's3://'"]),
     ("models: [{source: 5}]", ['1: models[0].source: expected text, found 5; write source: "5" (in quotes)']),
@@ -162,9 +160,109 @@ CORPUS: list[tuple[str, list[str]]] = [
     ),
     (
         "models: [{backends: [{url: 'http://a'}]}]",
-        ["1: models[0].backends: remote backends are not supported"],
+        ["1: models[0].name: is missing: a model with backends needs one; write for example name: digits"],
     ),
-    ("models: [{source: ., idempotent: true}]", ["1: models[0].idempotent: belongs to remote backends"]),
+    ("models: [{name: a, backends: []}]", ["1: models[0].backends: is empty; write for example backends: [{url:"]),
+    (
+        "models:\n  - name: a\n    backends:\n      - {weight: 2}",
+        ["4: models[0].backends[0].url: is missing; write for example url: http://triton-a:8000"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a'}], digest: 'sha256:" + "0" * 64 + "'}]",
+        ["1: models[0].digest: cannot be checked"],
+    ),
+    (
+        "models: [{name: a, source: 'http://a', backends: [{url: 'http://b'}]}]",
+        ["1: models[0].backends: stands beside a source that is a server too"],
+    ),
+    (
+        "models:\n  - name: a\n    backends:\n      - url: http://a\n      - url: HTTP://A:8000",
+        ["5: models[0].backends[1].url: is the same as that of backends[0]; keep one of them"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'ftp://a'}]}]",
+        ["1: models[0].backends[0].url: is no server's URL; write for example http://triton-a:8000"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', wieght: 2}]}]",
+        ["1: models[0].backends[0].wieght: unknown key 'wieght'; did you mean 'weight'?"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', weight: 0}]}]",
+        ["1: models[0].backends[0].weight: must be more than 0, found 0"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', json: never}]}]",
+        ["1: models[0].backends[0].json: the text \"never\" is not possible; write 'auto' or 'always'"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'grpc://a', json: always}]}]",
+        ["1: models[0].backends[0].json: has no effect on grpc://; remove it"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', tls: {ca: gateway.yaml}}]}]",
+        ["1: models[0].backends[0].tls: has no effect on http://; write https:// in url, or remove tls"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'https://a', tls: {ca: nope.pem}}]}]",
+        ["1: models[0].backends[0].tls.ca: there is no file", "nope.pem; write the path of a PEM file"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'https://a', tls: {cert: gateway.yaml}}]}]",
+        ["1: models[0].backends[0].tls.key: is missing beside cert; write for example key: gateway-key.pem"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', version: 3}]}]",
+        ['1: models[0].backends[0].version: expected text, found 3; write version: "3" (in quotes)'],
+    ),
+    (
+        "models:\n- {name: a, backends: [{url: grpc://a, name: x}]}\n- {name: b, backends: [{url: grpc://b, name: x}]}",
+        ["3: models[1].backends[0].name: the name 'x' is taken by grpc://a:8001; choose another"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {Authorization: 'env:NOT_SET_ANYWHERE'}}]}]",
+        ["1: models[0].backends[0].headers.Authorization: the variable NOT_SET_ANYWHERE is not set"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {x: 'env:no name'}}]}]",
+        ["1: models[0].backends[0].headers.x: env: must be followed by the name of a variable"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {x: 'file:nope'}}]}]",
+        ["1: models[0].backends[0].headers.x: the file", "nope cannot be read: No such file or directory"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {x: 'file:.'}}]}]",
+        ["1: models[0].backends[0].headers.x: the file", "cannot be read: Is a directory"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {Content-Length: '1'}}]}]",
+        ["1: models[0].backends[0].headers.Content-Length: is set by the gateway itself; remove it"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {'a b': x}}]}]",
+        ["1: models[0].backends[0].headers.a b: cannot be a header's name"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {grpc-timeout: x}}]}]",
+        ["1: models[0].backends[0].headers.grpc-timeout: cannot be a header's name"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {X-A: x, x-a: y}}]}]",
+        ["1: models[0].backends[0].headers.x-a: stands twice, in capitals and small letters"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', headers: {x: \"a\\r\\nb\"}}]}]",
+        ["1: models[0].backends[0].headers.x: its value must be one line of printable ASCII"],
+    ),
+    ("models: [{source: ., max_attempts: 9}]", ["1: models[0].max_attempts: must be at most 5, found 9"]),
+    (
+        "defaults: {balancing: pul}",
+        ["1: defaults.balancing: the text \"pul\" is not possible; did you mean 'pull'?"],
+    ),
+    ("defaults: {hedging_percent: 101}", ["1: defaults.hedging_percent: must be at most 100, found 101"]),
+    ("server: {probe_interval_s: 0}", ["1: server.probe_interval_s: must be more than 0, found 0"]),
+    ("server: {admin_token_file: nope}", ["1: server.admin_token_file: there is no file", "nope"]),
     ("server: {}\nserver: {}", ["2: server: stands twice, first on line 1; keep one of them"]),
     ("server:\n  workers: 1\n  workers: 2", ["3: server.workers: stands twice, first on line 2"]),
     (

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import Config, ModelEntry, load
+from gateway.config import Backend, Config, ModelEntry, load
 from gateway.config_models import find_models
 from gateway.errors import ConfigError
+
+BACKEND = Backend(url="http://h")
 
 
 def model(folder: Path, config: str | None = None) -> None:
@@ -61,7 +63,37 @@ def test_sources_of_the_command_line_have_no_line(tmp_path: Path) -> None:
 
 
 def test_sources_that_cannot_be_served(tmp_path: Path) -> None:
-    entries = (ModelEntry.model_validate({"source": "http://h"}), ModelEntry.model_validate({"source": "models:/a"}))
+    entries = (ModelEntry(source="http://h"), ModelEntry(source="models:/a"), ModelEntry(name="a", backends=(BACKEND,)))
     with pytest.raises(ConfigError) as caught:
         find_models(Config(models=entries))
-    assert [fault.where for fault in caught.value.faults] == ["models[0].source", "models[1].source"]
+    assert [fault.where for fault in caught.value.faults] == ["models[1].source"]
+
+
+def test_models_of_servers_alone_are_not_looked_for_on_disk(tmp_path: Path) -> None:
+    model(tmp_path / "r" / "a")
+    entries = (
+        ModelEntry(source="grpc://h"),
+        ModelEntry(name="b", backends=(BACKEND,)),
+        ModelEntry(source=str(tmp_path / "r" / "a"), name="a", backends=(BACKEND,)),
+    )
+    assert [found.name for _, found in find_models(Config(models=entries))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "max_batch_size: 4 sequence_batching { max_sequence_idle_microseconds: 5 }",
+            "sequence_batching",
+        ),
+        (
+            "max_batch_size: 4 input { name: 'x' data_type: TYPE_FP32 dims: [-1] allow_ragged_batch: true }",
+            "ragged batches",
+        ),
+    ],
+)
+def test_backends_stand_only_beside_plain_models(tmp_path: Path, text: str, what: str) -> None:
+    model(tmp_path / "a", text)
+    (tmp_path / "g.yaml").write_text("models:\n  - {source: a, name: a, backends: [{url: 'http://h'}]}")
+    with pytest.raises(ConfigError, match=rf"g.yaml:2: models\[0\].backends: cannot stand beside .* {what}"):
+        find_models(load(tmp_path / "g.yaml"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -12,25 +13,39 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.batching import Reason
 from gateway.core.model import BatchPolicy
 from gateway.core.request import RUNNING, SETTLED, InferRequest, OutputTensor
-from gateway.dispatcher import ATTEMPT_TIMEOUT_FACTOR, ATTEMPT_TIMEOUT_FLOOR_S, Dispatcher
-from gateway.errors import BackendError, GatewayError, ModelError
+from gateway.core.resilience import RESILIENCE, Resilience
+from gateway.dispatcher import Dispatcher
+from gateway.dispatcher_lanes import Lane
+from gateway.errors import GatewayError, ModelError
 from gateway.observe.record import ModelStatistics
-from tests.scripted import INT64, Backend, ScriptedBatch, model_spec, request_of, simulated
+from tests.scripted import INT64, Backend, Kind, ScriptedBatch, model_spec, request_of, simulated
 
 
 class Desk:
     """The owner of the batches: notes what it is told."""
 
-    def __init__(self, replicas: int = 2, row_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        replicas: int = 2,
+        kinds: Sequence[Kind] = (),
+        resilience: Resilience = RESILIENCE,
+    ) -> None:
         self.now = 0.0
-        self.backend = Backend(replicas, 1)
+        self.backend = Backend(replicas, 1, kinds)
         self.statistics = ModelStatistics()
         self.dispatcher = Dispatcher(
-            model_spec(BatchPolicy(8)), self.backend.replicas, self.statistics, lambda: self.now, self, row_s
+            model_spec(BatchPolicy(8), resilience=resilience),
+            self.statistics,
+            lambda: self.now,
+            self,
+            0.0,
+            random.Random(0),
         )
+        for replica in self.backend.replicas:
+            self.dispatcher.join(replica)
         self.succeeded: list[tuple[list[InferRequest], FinishedBatch]] = []
         self.failed: list[tuple[list[InferRequest], GatewayError]] = []
-        self.returned: list[tuple[list[InferRequest], bool]] = []
+        self.returned = 0
 
     def call_soon(self, callback: Callable[..., None], *arguments: object) -> None:
         raise AssertionError("nothing goes wrong in these tests")
@@ -40,17 +55,28 @@ class Desk:
 
     def batch_failed(self, members: list[InferRequest], error: GatewayError) -> None:
         self.failed.append((members, error))
+        for member in members:
+            member.state = SETTLED
 
-    def batch_returned(self, members: list[InferRequest], taken: bool) -> None:
-        self.returned.append((members, taken))
+    def batch_returned(self) -> None:
+        self.returned += 1
 
-    def run(self, members: list[InferRequest], isolated: bool = False) -> ScriptedBatch:
+    def run(self, members: list[InferRequest]) -> ScriptedBatch:
         for member in members:
             member.state = RUNNING
-        replica = self.dispatcher.free_replica(members[0].avoid)
-        assert replica is not None
-        self.dispatcher.dispatch(members, Reason.FULL, replica, isolated)
+            member.deadline = member.deadline or self.now + 30.0
+        chosen = self.dispatcher.choose(self.now, len(members))
+        assert chosen is not None
+        self.dispatcher.dispatch(members, Reason.FULL, chosen)
         return self.backend.executed[-1]
+
+    def again(self) -> ScriptedBatch:
+        """The one batch that goes next from the lanes."""
+        before = len(self.backend.executed)
+        self.now += 2.0  # whatever pause there was is over
+        self.dispatcher.serve(self.now)
+        assert len(self.backend.executed) > before
+        return self.backend.executed[before]
 
 
 def requests(count: int) -> list[InferRequest]:
@@ -67,7 +93,8 @@ async def test_a_finished_batch_says_who_ran_it_and_when() -> None:
     batch.reply()
     ((told, finished),) = desk.succeeded
     assert told is members
-    assert (finished.backend, finished.attempt, finished.rows, finished.reason) == ("onnx-1", 1, 3, "full")
+    assert (finished.backend, finished.attempt, finished.rows) == (batch.replica.name, 1, 3)
+    assert (finished.reason, finished.remote) == ("full", False)
     assert (finished.dispatched, finished.finished) == (5.0, 5.5)
     assert (finished.input_ns, finished.infer_ns, finished.output_ns) == (1, 10, 1)
     assert re.fullmatch(r"[0-9a-f]{4}-[0-9]{6,}", finished.batch_id)
@@ -84,86 +111,60 @@ async def test_no_two_batches_have_the_same_id() -> None:
 
 
 @simulated
-async def test_batches_take_turns_over_the_replicas() -> None:
+async def test_batches_go_where_nothing_is_under_way() -> None:
     desk = Desk(replicas=3)
-    names = []
-    for _ in range(6):
-        batch = desk.run(requests(1))
-        names.append(batch.replica.name)
-        batch.reply()
-    assert sorted(names) == ["onnx-1", "onnx-1", "onnx-2", "onnx-2", "onnx-3", "onnx-3"]
+    assert {desk.run(requests(1)).replica.name for _ in range(3)} == {"onnx-1", "onnx-2", "onnx-3"}
+    assert desk.dispatcher.choose(desk.now, 1) is None
 
 
 @simulated
-async def test_before_the_first_run_the_trial_at_load_bounds_an_attempt_else_the_deadline() -> None:
-    for row_s, expected in ((1.0, ATTEMPT_TIMEOUT_FACTOR * 2.0), (0.001, ATTEMPT_TIMEOUT_FLOOR_S), (0.0, 30.0)):
-        desk = Desk(row_s=row_s)
-        members = requests(2)
-        for member in members:
-            member.deadline = desk.now + 30.0
-        assert desk.run(members).timeout_s == expected
+async def test_a_stated_attempt_timeout_is_the_replica_s() -> None:
+    desk = Desk(resilience=Resilience(attempt_timeout_s=0.75))
+    assert desk.run(requests(2)).timeout_s == 0.75
 
 
 @simulated
-async def test_the_attempt_timeout_follows_the_longest_recent_run() -> None:
-    desk = Desk(replicas=1)
-    first = desk.run(requests(1))
-    assert first.timeout_s == ATTEMPT_TIMEOUT_FLOOR_S
-    desk.now = 2.0
-    first.reply()
-    second = desk.run(requests(1))
-    assert second.timeout_s == ATTEMPT_TIMEOUT_FACTOR * 2.0
-    second.reply()
-    assert 1.9 < desk.dispatcher.execute_s < 2.0
-
-
-@simulated
-async def test_broken_batches_go_back_whole_and_avoid_the_place() -> None:
-    desk, members = Desk(), requests(3)
-    desk.run(members).fail(FailureKind.BROKEN)
-    assert desk.returned == [(members, True)]
-    assert {member.avoid for member in members} == {"onnx-1"}
-    assert desk.run(members).replica.name == "onnx-2"
+async def test_broken_batches_go_again_whole_and_elsewhere() -> None:
+    desk, members = Desk(kinds=["oip", "oip"]), requests(3)
+    first = desk.run(members)
+    first.fail(FailureKind.BROKEN)
+    assert desk.returned == 1
+    assert {member.avoid for member in members} == {first.replica.name}
+    again = desk.again()
+    assert again.replica is not first.replica
+    assert (again.rows, again.lane) == (3, Lane.RETRY)
     assert {member.attempt for member in members} == {2}
 
 
 @simulated
-async def test_the_second_break_makes_singles_and_the_third_alone_fails() -> None:
-    desk, members = Desk(), requests(3)
-    for _ in range(2):
-        desk.run(members).fail(FailureKind.TIMEOUT)
-    assert desk.returned[-1] == ([], True)
-    assert desk.dispatcher.isolated == 3
-    assert desk.dispatcher.isolated_members() == members
-    alone = desk.dispatcher.next_isolated()
-    assert alone == members[:1]
-    desk.run(alone, isolated=True).fail(FailureKind.BROKEN, "it died")
-    ((failed, error),) = desk.failed
-    assert failed == members[:1]
-    assert isinstance(error, BackendError)
-    assert "it died" in str(error)
+async def test_the_second_break_makes_singles() -> None:
+    desk, members = Desk(kinds=["oip", "oip"]), requests(3)
+    desk.run(members).fail(FailureKind.TIMEOUT)
+    desk.again().fail(FailureKind.TIMEOUT)
+    assert desk.dispatcher.lanes.statistics().quarantined == 3
+    assert [*desk.dispatcher.lanes] == members
+    assert desk.again().numbers == [0]
 
 
 @simulated
 async def test_halves_keep_their_order_and_their_company() -> None:
     desk, members = Desk(), requests(5)
     desk.run(members).fail(FailureKind.SUSPECT)
-    assert desk.returned == [([], True)]
-    assert desk.dispatcher.next_isolated() == members[:3]
-    assert desk.dispatcher.next_isolated() == members[3:]
-    assert desk.dispatcher.next_isolated() is None
+    assert desk.dispatcher.lanes.statistics().isolated == 2
+    desk.dispatcher.serve(desk.now)  # the model refused politely: both at once
+    assert [batch.numbers for batch in desk.backend.executed[1:]] == [[0, 1, 2], [3, 4]]
 
 
 @simulated
 @pytest.mark.parametrize("kind", [FailureKind.BROKEN, FailureKind.NOT_SENT, FailureKind.OVERLOAD])
 async def test_isolated_members_never_go_back_among_others(kind: FailureKind) -> None:
-    desk, members = Desk(), requests(4)
+    desk, members = Desk(replicas=1), requests(4)
     desk.run(members).fail(FailureKind.SUSPECT)
-    half = desk.dispatcher.next_isolated()
-    assert half is not None
-    desk.run(half, isolated=True).fail(kind)
-    assert desk.returned[-1] == ([], kind is FailureKind.BROKEN)
-    assert desk.dispatcher.next_isolated() == half  # ahead of the other half
+    desk.again().fail(kind)
+    lanes = desk.dispatcher.lanes.statistics()
+    assert (lanes.retried, lanes.rows) == (0, 4)
+    if kind is not FailureKind.BROKEN:
+        assert desk.again().numbers == [0, 1]  # ahead of the other half
 
 
 @simulated
@@ -178,11 +179,13 @@ async def test_one_member_that_the_model_refuses_is_told_so() -> None:
 @simulated
 @pytest.mark.parametrize("kind", [FailureKind.NOT_SENT, FailureKind.OVERLOAD])
 async def test_what_was_not_taken_does_not_count_as_an_attempt(kind: FailureKind) -> None:
-    desk, members = Desk(), requests(2)
+    desk, members = Desk(replicas=1), requests(2)
+    desk.run(members).fail(kind)
     for _ in range(20):
-        desk.run(members).fail(kind)
-    assert {(member.attempt, member.broken) for member in members} == {(0, 0)}
-    assert desk.returned == [(members, False)] * 20
+        desk.again().fail(kind)
+    assert [member.attempt for member in members] == [0, 0]
+    assert [member.trouble.broken for member in members if member.trouble is not None] == [0, 0]
+    assert desk.statistics.retries == 0
 
 
 @simulated
@@ -191,23 +194,26 @@ async def test_who_left_is_not_run_again() -> None:
     batch = desk.run(members)
     members[1].state = SETTLED
     batch.fail(FailureKind.BROKEN)
-    assert desk.returned == [([members[0], members[2], members[3]], True)]
-    desk.run([members[0]]).fail(FailureKind.SUSPECT)
-    batch = desk.run([members[2], members[3]])
-    members[2].state = members[3].state = SETTLED
-    batch.fail(FailureKind.BROKEN)
-    assert desk.returned[-1] == ([], True)
+    again = desk.again()
+    assert again.numbers == [0, 2, 3]
+    for member in members:
+        member.state = SETTLED
+    again.fail(FailureKind.BROKEN)
+    assert desk.dispatcher.lanes.count == 0
     assert desk.dispatcher.running == 0
+    assert desk.failed == []
 
 
 @simulated
-async def test_isolated_members_who_left_are_skipped() -> None:
+async def test_who_leaves_a_lane_is_out_at_once() -> None:
     desk, members = Desk(), requests(4)
     desk.run(members).fail(FailureKind.SUSPECT)
-    members[0].state = members[1].state = members[2].state = SETTLED
-    assert desk.dispatcher.isolated_members() == members[3:]
-    assert desk.dispatcher.next_isolated() == members[3:]
-    assert desk.dispatcher.isolated == 0
+    for member in members[:3]:
+        member.state = SETTLED
+        desk.dispatcher.left(member)
+    lanes = desk.dispatcher.lanes.statistics()
+    assert (lanes.requests, lanes.rows, lanes.nbytes, lanes.isolated) == (1, 1, 8, 1)
+    assert desk.again().numbers == [3]
 
 
 @simulated
@@ -226,14 +232,16 @@ async def test_an_answer_that_is_not_the_batch_s_reaches_nobody(change: object) 
     good = [OutputTensor("triple", INT64, (3, 1), bytes(24))]
     batch._end(Success(change(good), 0, 0, 0))  # type: ignore[operator]
     assert desk.succeeded == []
-    assert desk.returned == [(members, True)]
-    assert desk.statistics.attempts == {("onnx-1", "broken"): 1}
+    assert desk.returned == 1
+    assert [*desk.dispatcher.lanes] == members
+    assert list(desk.statistics.attempts.values()) == [1]
 
 
 @simulated
 async def test_attempts_and_retries_are_counted() -> None:
-    desk, members = Desk(), requests(3)
+    desk, members = Desk(kinds=["oip", "oip"]), requests(3)
     desk.run(members).fail(FailureKind.TIMEOUT)
-    desk.run(members).fail(FailureKind.BROKEN)
-    assert desk.statistics.attempts == {("onnx-1", "timeout"): 1, ("onnx-2", "broken"): 1}
+    desk.again().fail(FailureKind.BROKEN)
+    assert sorted(outcome for _, outcome in desk.statistics.attempts) == ["broken", "timeout"]
+    assert len({backend for backend, _ in desk.statistics.attempts}) == 2
     assert desk.statistics.retries == 6

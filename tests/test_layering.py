@@ -37,13 +37,16 @@ ROOMS: dict[str, set[str]] = {
     "response_cache": BASE | {"observe"},
     "shared_memory": BASE,
     "ensemble": SHELL | {"loading"},
-    "sequence_scheduler": SHELL | {"scheduler", "backends.slotted"},
+    "sequence_scheduler": SHELL | {"scheduler", "dispatcher", "backends.slotted"},
     "catalog": SHELL | {"scheduler", "sequence_scheduler", "loading", "intake", "ensemble"},
+    "remote": SHELL | {"backends", "catalog", "loading", "config"},
     "pipeline": BASE | {"scheduler", "catalog", "response_cache", "observe", "provenance"},
     "management": BASE
     | {"plan", "catalog", "scheduler", "sequence_scheduler", "loading", "config", "registry", "protocol", "observe"}
     | {"shared_memory"},
     "ingress": BASE | {"pipeline", "catalog", "management", "protocol", "observe", "provenance"},
+    "prober": SHELL | {"backends.one_shot", "catalog", "scheduler", "sequence_scheduler"},
+    "agreement": SHELL | {"catalog", "dispatcher", "scheduler"},
     "operations": BASE | {"pipeline", "catalog", "protocol", "observe", "provenance", "console"},
     "console": BASE | {"pipeline", "catalog", "protocol", "observe"},
     "config": BASE | {"protocol", "registry"},
@@ -61,8 +64,8 @@ ROOMS: dict[str, set[str]] = {
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("workers/session.py",),
-    "tritonclient": ("backends/remote.py",),
-    "grpc": ("backends/remote.py",),
+    "tritonclient": (),
+    "grpc": (),
     "aiohttp.web": ("operations.py", "console/"),
     "grpc_tools": ("protocol/schema/compile.py",),
     "google.protobuf": ("protocol/",),
@@ -248,7 +251,7 @@ PLANTED = [
     ("app.py", "import importlib\nimportlib.import_module('pickle')", "pickle may be imported only by"),
     ("app.py", "import importlib as i\ni.import_module(input())", "imports <a name computed at run time>"),
     ("app.py", "from multiprocessing import shared_memory", "multiprocessing may be imported only by"),
-    ("app.py", "import grpc.aio", "grpc may be imported only by backends/remote.py"),
+    ("app.py", "import grpc.aio", "grpc may be imported only by nobody"),
     ("workers/process.py", "import asyncio", "asyncio does not belong in workers/process.py"),
     ("workers/tensor.py", "", "has the same name as core/tensor.py"),
     ("workers/queue.py", "", "shadows a module of the standard library"),

@@ -11,14 +11,27 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from gateway.core.agreement import AgreementStatistics, OutputAgreement
 from gateway.core.batch_queue import QueueStatistics
 from gateway.errors import BindError
 from gateway.observe.exposition import OPENMETRICS, TEXT
-from gateway.observe.metrics import HttpView, Metrics, ModelView, Scrape, Sources, build_labels
+from gateway.observe.metrics import Metrics, Scrape, Sources, build_labels
+from gateway.observe.metrics_views import HttpView, ModelView
 from gateway.observe.record import ModelStatistics
 from gateway.operations import MODELS_PER_TURN, BackendStatus, ModelStatus, Operations, host_name, is_loopback
+from gateway.operations_backends import Backends
 
-DIGITS = ModelStatus("digits", "3", "READY", "sha256:ab", [BackendStatus("onnx-1", True, 2)], 64, "row-independent", "")
+DIGITS = ModelStatus(
+    "digits",
+    "3",
+    "READY",
+    "sha256:ab",
+    [BackendStatus("onnx-1", True, 2, "open", "much slower than the others", 1.5)],
+    64,
+    "row-independent",
+    "",
+    AgreementStatistics({"agreed": 2, "differed": 1}, (OutputAgreement("y", 0.5, 0.25, 0.0),)),
+)
 
 
 class Gateway:
@@ -37,7 +50,9 @@ class Gateway:
 
     def operations(self) -> Operations:
         sources = Sources(self.read_views, lambda: HttpView(0, 0, {}), {}, build_labels())
-        return Operations(Metrics(sources, lambda: 0.0), lambda: self.models, lambda: self.workers)
+        return Operations(
+            Metrics(sources, lambda: 0.0), lambda: self.models, lambda: self.workers, Backends(lambda: ())
+        )
 
 
 def view(name: str) -> ModelView:
@@ -78,10 +93,23 @@ async def test_models_are_listed_as_the_contract_says(client: aiohttp.ClientSess
                 "version": "3",
                 "state": "READY",
                 "digest": "sha256:ab",
-                "backends": [{"name": "onnx-1", "available": True, "in_flight": 2}],
+                "backends": [
+                    {
+                        "name": "onnx-1",
+                        "available": True,
+                        "in_flight": 2,
+                        "state": "open",
+                        "cause": "much slower than the others",
+                        "seconds_left": 1.5,
+                    }
+                ],
                 "max_batch_size": 64,
                 "batching": "row-independent",
                 "reason": "",
+                "agreement": {
+                    "batches": {"agreed": 2, "differed": 1},
+                    "outputs": [{"output": "y", "max_absolute": 0.5, "max_relative": 0.25, "min_equal_rows": 0.0}],
+                },
             }
         ]
 
@@ -94,7 +122,7 @@ async def test_workers_are_listed(client: aiohttp.ClientSession) -> None:
 async def test_the_index_names_every_page(client: aiohttp.ClientSession) -> None:
     async with client.get("/") as response:
         page = await response.text()
-    for path in ("/metrics", "/healthz", "/api/models", "/api/workers"):
+    for path in ("/metrics", "/healthz", "/api/models", "/api/backends", "/api/workers"):
         assert f'href="{path}"' in page
         async with client.get(path) as response:
             assert response.status == 200

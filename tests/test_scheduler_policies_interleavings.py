@@ -84,7 +84,7 @@ class Watch:
             assert now < member.request.deadline, "runs after its deadline"
             if member.request.attempt == 1:
                 assert now - member.request.received < queue_time_of(member.request), "runs after its queue time"
-        if batch.isolated:  # out of the queue before, and served first
+        if batch.lane is not None:  # out of the queue before, and served first
             return
         ordered = sorted(members, key=lambda member: batch.numbers.index(member.numbers[0]))
         levels = [level_of(member.request) for member in ordered]

@@ -709,7 +709,7 @@ async def test_who_was_let_in_is_not_refused_later() -> None:
     dies = await bench.expect_batch([3])
     second = bench.send(10, 1)
     bench.send(2, 2, start=True)
-    bench.replicas[1].set_available(False)
+    dies.replica.set_available(False)
     dies.fail(FailureKind.BROKEN)
     await turns()
     bench.respond = replies

@@ -24,7 +24,7 @@ from gateway.core.batchability import SignatureTensor
 from gateway.core.model import Artifact, BatchPolicy, ModelSpec, ModelState
 from gateway.core.request import InputTensor
 from gateway.errors import ConfigError, Fault
-from gateway.loading import WantedVersion
+from gateway.loading import Settled, WantedVersion
 from tests.scripted import Backend
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -67,7 +67,8 @@ def served(name: str, version: str, policy: BatchPolicy) -> ServedVersion:
         name, version, _unread, _never, None, "auto", None, False, 0.0, (), "split", 1000, 10**6, 30.0
     )  # fmt: skip
     found = ServedVersion(wanted)
-    found.settle(ModelSpec(name, version, DIGEST, "onnxruntime_onnx", (), (), policy), Loaded())
+    spec = ModelSpec(name, version, DIGEST, "onnxruntime_onnx", (), (), policy)
+    found.settle(Settled(spec, 0.0, None), Loaded())
     found.state = ModelState.READY
     return found
 
@@ -85,7 +86,7 @@ def test_the_table_tells_every_model(screen: Console) -> None:
     lines = screen.export_text().splitlines()
     header = next(line for line in lines if "digest" in line)
     assert [word for word in header.split() if word.isalpha()] == [
-        "name", "version", "digest", "workers", "state", "batching"
+        "name", "version", "digest", "backends", "state", "batching"
     ]  # fmt: skip
     for name, version, batching in (
         ("digits", "1", "up to 64 rows"), ("mixer", "2", "requests run alone"), ("whole", "3", "off")

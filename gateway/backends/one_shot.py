@@ -40,9 +40,16 @@ class _Once:
 async def run_once(
     replica: Replica, inputs: Sequence[InputTensor | None], outputs: tuple[int, ...], timeout_s: float = TIMEOUT_S
 ) -> Success | Failure:
-    """Execute `inputs` (one per model input, in its order; None: left out) on a replica with a free slot."""
+    """Execute `inputs` (one per model input, in its order; None: left out) on a replica with a free slot.
+
+    Cancelled, it gives the batch up: the slot is free again once the replica has ended it.
+    """
     first = next((tensor for tensor in inputs if tensor is not None), None)
     rows = first.shape[0] if first is not None and first.shape else 1
     once = _Once(inputs, outputs, rows)
     replica.execute(once, timeout_s)
-    return await once.outcome
+    try:
+        return await once.outcome
+    except asyncio.CancelledError:
+        replica.cancel(once)
+        raise

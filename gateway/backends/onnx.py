@@ -5,8 +5,8 @@ outputs that were asked for, with the model's datatypes and as many bytes as the
 once, out of shared memory.
 
 Mapping of outcomes: the worker is down or takes nothing more now → NOT_SENT; the batch cannot be made ready or the
-model refuses the input → SUSPECT; no answer in time → TIMEOUT, and the worker is killed; everything that shared its
-fate, and answers that fail a check → BROKEN.
+model refuses the input → SUSPECT; no answer in time → TIMEOUT, and the worker is killed if the run cannot be ended
+otherwise; the worker died of it, and answers that fail a check → BROKEN. What shared its fate, see `attempt.fate`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gateway.core.tensor import element_count, unpack_bytes
 from gateway.core.traits import WORKER
 from gateway.protocol.ipc import Result, ResultOutput
 from gateway.workers.attempt import Attempt, NotSent
+from gateway.workers.channel import Channel
 from gateway.workers.hosting import Instance, LoadedModel, LoadOptions, PoolEvent
 from gateway.workers.pool import WorkerPool
 
@@ -33,11 +34,15 @@ class _OnnxAttempt(Attempt):
     __slots__ = ("_batch", "_outputs", "_replica", "_worker")
 
     def __init__(self, replica: OnnxReplica, batch: Batch, instance: Instance) -> None:
+        self.identity = 0
         self._replica = replica
         self._batch = batch
         self._outputs = instance.model.signature.outputs
         self._worker = replica.name
         self.instance = instance
+
+    def is_for(self, batch: Batch) -> bool:
+        return self._batch is batch
 
     def result(self, result: Result, memory: memoryview) -> Success | Failure:
         wanted = self._batch.outputs
@@ -58,7 +63,7 @@ class _OnnxAttempt(Attempt):
         return Failure(FailureKind.BROKEN, f"worker {self._worker} answered with {text}")
 
     def settle(self, outcome: Success | Failure) -> None:
-        self._replica.finished()
+        self._replica.finished(self)
         self._batch.done(outcome)
 
 
@@ -75,16 +80,17 @@ def _fits(place: ResultOutput, data: bytes) -> bool:
 class OnnxReplica:
     """Fits `backends.interface.Replica`."""
 
-    __slots__ = ("_in_flight", "_instance", "_loop", "_slots")
+    __slots__ = ("_attempts", "_instance", "_loop", "_slots")
 
     def __init__(self, instance: Instance, slots: int) -> None:
         self._instance = instance
         self._slots = slots
-        self._in_flight = 0
+        self._attempts: dict[_OnnxAttempt, Channel | None] = {}
+        """In flight, and where."""
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
-        return f"<OnnxReplica {self.name} of {self._instance.model.label} in_flight={self._in_flight}>"
+        return f"<OnnxReplica {self.name} of {self._instance.model.label} in_flight={len(self._attempts)}>"
 
     @property
     def name(self) -> str:
@@ -102,11 +108,11 @@ class OnnxReplica:
 
     @property
     def free_slots(self) -> int:
-        return max(0, self._slots - self._in_flight) if self._instance.channel is not None else 0
+        return max(0, self._slots - len(self._attempts)) if self._instance.channel is not None else 0
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return len(self._attempts)
 
     @property
     def restarts(self) -> int:
@@ -117,12 +123,12 @@ class OnnxReplica:
         self._instance.changed = changed
 
     def execute(self, batch: Batch, timeout_s: float, /) -> None:
-        """`timeout_s` is the time after which the worker counts as hung, is killed and takes every batch in it
-        along: a bound on the model's run, not on one caller's patience."""
-        self._in_flight += 1
+        """`timeout_s` is the time after which the run counts as hung. If it cannot be ended the worker is killed and
+        takes every batch in it along: a bound on the model's run, not on one caller's patience."""
         instance = self._instance
         attempt = _OnnxAttempt(self, batch, instance)
         channel = instance.channel
+        self._attempts[attempt] = channel
         try:
             if channel is None:
                 raise NotSent(f"worker {self.name} is not running")
@@ -136,11 +142,17 @@ class OnnxReplica:
             self._loop.call_soon(attempt.settle, Failure(FailureKind.SUSPECT, text))
 
     def cancel(self, batch: Batch, /) -> None:
-        """A run inside onnxruntime goes on to its end; its slot is free then."""
+        """See `Replica`. onnxruntime ends a run between two nodes of its model; inside a long one it goes on to that
+        node's end, and the slot is free then."""
+        for attempt, channel in self._attempts.items():
+            if attempt.is_for(batch):
+                if channel is not None:
+                    channel.cancel(attempt)
+                return
 
-    def finished(self) -> None:
+    def finished(self, attempt: _OnnxAttempt) -> None:
         """An attempt ended; its slot is free."""
-        self._in_flight -= 1
+        self._attempts.pop(attempt, None)
 
 
 class OnnxPool(WorkerPool[OnnxReplica]):

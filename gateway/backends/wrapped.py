@@ -77,6 +77,16 @@ class WrappedReplica:
     def in_flight(self) -> int:
         return self._replica.in_flight
 
+    @property
+    def cause(self) -> str:
+        """Why it is not available, in words; empty where the replica behind does not say."""
+        return str(getattr(self._replica, "cause", ""))
+
+    @property
+    def url(self) -> str:
+        """Where it is, for people; empty where the replica behind has no address."""
+        return str(getattr(self._replica, "url", ""))
+
     def set_listener(self, changed: Callable[[], None], /) -> None:
         self._replica.set_listener(changed)
 

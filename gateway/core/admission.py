@@ -78,6 +78,20 @@ def admit_to_level(queue: PolicyQueue, request: InferRequest) -> Rejected | None
     )
 
 
+def admit_beside(
+    queue: BatchQueue, rows: int, nbytes: int, policy: BatchPolicy, request: InferRequest
+) -> Rejected | None:
+    """What requests that wait beside the queue, for a repeated attempt, add to `admit`: they take room in it."""
+    fits = queue.rows + rows + request.rows <= policy.max_queue_rows
+    if fits and queue.nbytes + nbytes + request.nbytes <= policy.max_queue_bytes:
+        return None
+    return Rejected(
+        "queue_rows",
+        f"Exceeds maximum queue size: {queue.rows} rows wait, and {rows} rows for another attempt after one that "
+        "failed; retry later",
+    )
+
+
 def admit_in_order(
     queue: BatchQueue, order: ArrivalOrder, policy: BatchPolicy, request: InferRequest
 ) -> Rejected | None:

@@ -139,6 +139,7 @@ def split_request(request: InferRequest, max_rows: int) -> list[InferRequest]:
         )  # fmt: skip
         part.stated_timeout_s = request.stated_timeout_s
         part.priority = request.priority
+        part.parameters = request.parameters
         part.received = request.received
         part.part = True
         parts.append(part)

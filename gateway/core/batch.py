@@ -21,6 +21,8 @@ class Execution(NamedTuple):
     batch_id: str
     rows: int
     """In the executed batch."""
+    remote: bool = False
+    """As `FinishedBatch.remote`."""
 
 
 class FinishedBatch:
@@ -41,6 +43,7 @@ class FinishedBatch:
         "own",
         "parts",
         "reason",
+        "remote",
         "rows",
     )
 
@@ -67,6 +70,8 @@ class FinishedBatch:
         """Why the batch was closed (core.batching.Reason)."""
         self.input_ns, self.infer_ns, self.output_ns = compute_ns
         """Nanoseconds as the backend measured them: preparing inputs, running the model, writing outputs."""
+        self.remote = False
+        """Whether a remote backend made any of it: nobody here knows from which files."""
         self.parts: Sequence[tuple[Execution | FinishedBatch, int]] | None = None
         """Where several executions, or an earlier one, made this answer (a split request put together again, an
         ensemble, an answer from the cache): each, and the request's first row in it. It then belongs to one request."""
@@ -80,4 +85,4 @@ class FinishedBatch:
 def executions(batch: FinishedBatch, row: int) -> Iterator[tuple[Execution, int]]:
     """What made the answer of a request that starts at `row` of `batch`: (execution, first row in it), in order."""
     for part, first in [(batch, row)] if batch.parts is None else batch.parts:
-        yield Execution(part.backend, part.attempt, part.batch_id, part.rows), first
+        yield Execution(part.backend, part.attempt, part.batch_id, part.rows, part.remote), first

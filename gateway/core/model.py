@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.tensor import Datatype
 
@@ -75,7 +76,8 @@ class ModelSpec:
     name: str
     version: str
     digest: str
-    """`sha256:<64 hex>` over the listing of the version's files (see registry/digest.py)."""
+    """`sha256:<64 hex>` over the listing of the version's files (see registry/digest.py); empty where the files are
+    not ours to see: the model is served by remote servers only."""
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -83,6 +85,9 @@ class ModelSpec:
     batching_note: str = ""
     """Why the model is or is not batched, in words; shown by `gateway models` and the log."""
     scheduling: Scheduling = PLAIN
+    resilience: Resilience = RESILIENCE
+    forwards_parameters: bool = False
+    """Whether request parameters that the gateway does not know go to the backend: it may know them."""
 
     @property
     def batched(self) -> bool:

@@ -38,7 +38,10 @@ class Sign(enum.Enum):
     EXIT = "exit"
     """The process that executed this very batch ended (with BROKEN)."""
     BYSTANDER = "bystander"
-    """The process ended while it executed somebody else's batch; this one cannot be why (with BROKEN)."""
+    """The process ended while it executed somebody else's batch, or none; this one cannot be why (with BROKEN; with
+    NOT_SENT if it had not been begun)."""
+    MEMORY = "memory"
+    """The process that executed this very batch was ended for lack of memory (with BROKEN): fewer rows may fit."""
     ANSWERED = "answered"
     """The backend lives and said no: an error answer of its own (with BROKEN or SUSPECT)."""
     MISMATCH = "mismatch"

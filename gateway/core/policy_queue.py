@@ -171,11 +171,20 @@ class PolicyQueue(BatchQueue):
             self._waits_no_more(self._standings[request])
         return taken
 
+    def beside(self, request: InferRequest) -> None:
+        """`request` was handed out, but nobody took it: it waits elsewhere for the next attempt, and how long it may
+        wait is still what its policy says."""
+        standing = self._standings[request]
+        if standing.until != inf and standing.timer is None:
+            self._set_timer(request, standing)
+
     def settled(self, request: InferRequest) -> None:
         standing = self._standings[request]
         if request.state == QUEUED:
             self._waits_no_more(standing)
             self._line_of(request).remove(request)
+        elif standing.timer is not None:
+            standing.timer[2] = None
         super().settled(request)
         del self._standings[request]
 
@@ -184,7 +193,8 @@ class PolicyQueue(BatchQueue):
     def overdue(self, now: float) -> InferRequest | None:
         """A request that waits and whose policy refuses it at `now`, one at a time; the caller must settle it.
 
-        Those that a DELAY policy puts back instead are put back on the way.
+        Except one that waited elsewhere (`beside`) and does not any more. Those that a DELAY policy puts back instead
+        are put back on the way.
         """
         timers = self._timers
         while timers and (timers[0][2] is None or timers[0][0] <= now):
@@ -195,6 +205,9 @@ class PolicyQueue(BatchQueue):
             standing.timer = None
             if not standing.delays:
                 return request
+            if request.state != QUEUED:
+                standing.until = inf
+                continue
             line = self._line_of(request)
             line.remove(request)
             standing.rank += 1
@@ -241,8 +254,10 @@ class PolicyQueue(BatchQueue):
 
     def _waits(self, request: InferRequest, standing: Standing) -> None:
         self._waiting[standing.level] = self._waiting.get(standing.level, 0) + 1
-        if standing.until == inf:
-            return
+        if standing.until != inf:
+            self._set_timer(request, standing)
+
+    def _set_timer(self, request: InferRequest, standing: Standing) -> None:
         timers = self._timers
         self._timed += 1
         standing.timer = [standing.until, self._timed, request]

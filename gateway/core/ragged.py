@@ -156,7 +156,7 @@ class Ragged:
         `check_outputs`; None where plain rows will do."""
         if self.scattered.isdisjoint(batch.outputs):
             return None
-        executed = Execution(batch.backend, batch.attempt, batch.batch_id, batch.rows)
+        executed = Execution(batch.backend, batch.attempt, batch.batch_id, batch.rows, batch.remote)
         found, row = {}, 0
         for member, outputs in zip(members, self.cut(members, batch.outputs), strict=True):
             own = FinishedBatch(
@@ -164,6 +164,7 @@ class Ragged:
                 batch.reason, (batch.input_ns, batch.infer_ns, batch.output_ns),
             )  # fmt: skip
             own.parts = [(executed, row)]
+            own.remote = batch.remote
             found[row] = own
             row += member.rows
         return found

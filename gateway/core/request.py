@@ -7,7 +7,7 @@ A tensor waits in one of two forms, and is copied once, into the batch:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from gateway.core.tensor import Datatype
@@ -85,6 +85,30 @@ class SequenceStep(NamedTuple):
     end: bool = False
 
 
+NO_PARAMETERS: Final[Mapping[str, object]] = {}
+"""Of a request without parameters of its own; never written to."""
+
+
+class Trouble:
+    """What happened to one request in attempts that failed, and where it waits for the next one."""
+
+    __slots__ = ("alone", "broken", "crashed_alone", "lane", "refused", "tried")
+
+    def __init__(self) -> None:
+        self.tried: tuple[Any, ...] = ()
+        """Replicas (`core.fleet.Member`) that failed it, in that order, each once."""
+        self.alone: tuple[Any, ...] = ()
+        """Of these, the ones that failed when it was the only request of the batch."""
+        self.broken = 0
+        """Attempts that ended in a broken or hung backend (see core/retry.py)."""
+        self.crashed_alone = False
+        """Whether a process ended while it executed this request and nothing else."""
+        self.refused = 0
+        """Times in a row that a backend did not take it (see dispatcher.py, pauses)."""
+        self.lane: Any = None
+        """The group in which it waits for its next attempt (dispatcher_lanes.py); None: it does not."""
+
+
 QUEUED: Final = 0
 RUNNING: Final = 1
 SETTLED: Final = 2
@@ -97,7 +121,6 @@ class InferRequest:
         "attempt",
         "avoid",
         "batch",
-        "broken",
         "context",
         "deadline",
         "error",
@@ -107,6 +130,7 @@ class InferRequest:
         "nbytes",
         "outputs",
         "owner",
+        "parameters",
         "part",
         "place",
         "priority",
@@ -119,6 +143,7 @@ class InferRequest:
         "state",
         "stated_timeout_s",
         "timeout_s",
+        "trouble",
     )
 
     def __init__(
@@ -156,10 +181,12 @@ class InferRequest:
         self.state = QUEUED
         self.attempt = 0
         """Attempts begun so far."""
-        self.broken = 0
-        """Of these, the ones that ended in a broken or hung backend (see core/retry.py)."""
         self.avoid: str | None = None
-        """Replica on which the last attempt failed."""
+        """Replica on which the last attempt failed, for people."""
+        self.trouble: Trouble | None = None
+        """What is remembered of failed attempts; None for nearly everybody."""
+        self.parameters: Mapping[str, object] = NO_PARAMETERS
+        """The caller's own request parameters, for backends that get them as written; they are part of `key` then."""
         self.batch: Any = None
         """The finished batch (core.batch.FinishedBatch) once settled with an answer."""
         self.row = 0

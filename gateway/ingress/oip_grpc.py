@@ -74,6 +74,8 @@ class GrpcCodec:
     def __init__(self, version: ServedVersion, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         spec = version.spec
         self.model_line = headers.model_header(spec.name, spec.version, spec.digest)
+        self._remote_line = headers.model_header(spec.name, spec.version, "")
+        """... of an answer that a remote backend made, perhaps from other files."""
         self.statistics = version.statistics.protocol("grpc")
         self._spec = spec
         self._reader = RequestReader(spec, options.memory)
@@ -147,7 +149,7 @@ class GrpcCodec:
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:
         lines = headers.batch_template(
-            self.model_line,
+            self._model_line(batch),
             batch.backend,
             batch.attempt,
             batch.batch_id,
@@ -159,6 +161,9 @@ class GrpcCodec:
         memo = batch.grpc_memo = BatchMemo(BatchAnswers(self._spec, batch.outputs, batch.rows), lines, ids)
         return memo
 
+    def _model_line(self, batch: FinishedBatch) -> bytes:
+        return self._remote_line if batch.remote else self.model_line
+
     def _long_head(self, request: InferRequest, memo: BatchMemo, queue_ms: float, total_ms: float) -> bytes:
         batch: FinishedBatch = request.batch
         if batch.parts is None:  # shares a rerun with others, but for itself it is another attempt
@@ -166,7 +171,9 @@ class GrpcCodec:
         else:
             members = [headers.Member(b.backend, b.attempt, b.batch_id, b.rows, row) for b, row in batch.parts]
         infer_ms = (batch.finished - batch.dispatched) * 1e3
-        return metadata(headers.split_headers(self.model_line, members, queue_ms, infer_ms, total_ms, memo.ids.pop()))
+        return metadata(
+            headers.split_headers(self._model_line(batch), members, queue_ms, infer_ms, total_ms, memo.ids.pop())
+        )
 
 
 def fields(lines: bytes) -> list[tuple[bytes, bytes]]:

@@ -65,6 +65,8 @@ class HttpCodec:
         self.generate: Any = None
         """Belongs to `rest_generate`: what it made for this version."""
         self.model_header = headers.model_header(spec.name, spec.version, spec.digest)
+        self._remote_header = headers.model_header(spec.name, spec.version, "")
+        """... of an answer that a remote backend made, perhaps from other files."""
         self._spec = spec
         self._encoder = AnswerEncoder(spec)
         self._statistics = version.statistics.protocol("http")
@@ -209,7 +211,7 @@ class HttpCodec:
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:
         template = headers.batch_template(
-            self.model_header,
+            self._model_line(batch),
             batch.backend,
             batch.attempt,
             batch.batch_id,
@@ -222,6 +224,9 @@ class HttpCodec:
         batch.http_memo = memo
         return memo
 
+    def _model_line(self, batch: FinishedBatch) -> bytes:
+        return self._remote_header if batch.remote else self.model_header
+
     def _provenance(self, request: InferRequest, memo: BatchMemo, queue_ms: float, total_ms: float) -> bytes:
         batch: FinishedBatch = request.batch
         if batch.parts is None and request.attempt == batch.attempt:
@@ -231,7 +236,7 @@ class HttpCodec:
         else:
             members = [headers.Member(b.backend, b.attempt, b.batch_id, b.rows, row) for b, row in batch.parts]
         infer_ms = (batch.finished - batch.dispatched) * 1e3
-        return headers.split_headers(self.model_header, members, queue_ms, infer_ms, total_ms, memo.ids.pop())
+        return headers.split_headers(self._model_line(batch), members, queue_ms, infer_ms, total_ms, memo.ids.pop())
 
 
 class InventingHttpCodec(HttpCodec):

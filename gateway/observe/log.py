@@ -4,11 +4,13 @@ Decides the form only. Rules: times are UTC with milliseconds; control character
 on a screen) are written as escapes, so what a client sent can neither forge a line nor drive a terminal;
 messages and fields are cut at a fixed length. Fields come as `extra={"model": …}` of the standard logging
 calls. Nothing is logged per request.
+Whoever reads the log cannot hold up the gateway: a record that the stream does not take at once is dropped and counted.
 """
 
 from __future__ import annotations
 
 import logging
+import select
 import sys
 from datetime import UTC, datetime
 from typing import Final, Literal, TextIO
@@ -22,6 +24,8 @@ FIELD_LIMIT: Final = 500
 TRACEBACK_LIMIT: Final = 8000
 """Characters kept of each; a traceback keeps its end, where the error is."""
 
+PIECE: Final = 1000
+"""Characters of one write: at most 4 bytes each, and so less than a page."""
 SHORT_DIGEST: Final = 19
 """Characters: `sha256:` and twelve digits."""
 
@@ -104,6 +108,60 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(row).decode()
 
 
+class SteadyHandler(logging.StreamHandler[TextIO]):
+    """Writes to a stream as long as that does not block: a pipe that nobody reads is full at some time, a terminal may
+    be stopped. What was dropped meanwhile is told by one line when the stream takes something again.
+
+    Invariant: a write is of at most `PIECE` characters, after the kernel has said that there is room; a pipe that has
+    room takes 4096 bytes at once (pipe(7)). Streams without a file descriptor are written to as they are.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.dropped = 0
+        """Records that were not written, or not to their end."""
+        self._untold = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record) + self.terminator
+            if self._untold:
+                lost = logging.makeLogRecord(
+                    {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING",
+                     "msg": "%d log records were dropped: the log was not read", "args": (self._untold,)}
+                )  # fmt: skip
+                text = self.format(lost) + self.terminator + text
+            if self._written(text):
+                self._untold = 0
+            else:
+                self.dropped += 1
+                self._untold += 1
+        except Exception:
+            self.handleError(record)
+
+    def _written(self, text: str) -> bool:
+        for start in range(0, len(text), PIECE):
+            if not _takes(self.stream):
+                return False
+            try:
+                self.stream.write(text[start : start + PIECE])
+                self.flush()
+            except OSError:  # the reader left, the disk is full
+                return False
+        return True
+
+
+def _takes(stream: TextIO) -> bool:
+    """Whether a write would not block."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return True
+    ready = select.poll()
+    ready.register(descriptor, select.POLLOUT)
+    return bool(ready.poll(0))
+
+
 class Switches(logging.Filter):
     """Which severities are written; a record that is none of the named ones (critical) always is."""
 
@@ -145,7 +203,7 @@ def set_up(level: str, log_format: LogFormat, stream: TextIO | None = None) -> N
     Raises:
         ValueError: `level` is not the name of a level.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = SteadyHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else ConsoleFormatter())
     handler.addFilter(SWITCHES)
     root = logging.getLogger()
@@ -154,3 +212,8 @@ def set_up(level: str, log_format: LogFormat, stream: TextIO | None = None) -> N
     switch(info=least <= logging.INFO, warning=least <= logging.WARNING, error=True, verbose=int(least < logging.INFO))
     root.setLevel(least)
     root.handlers[:] = [handler]
+
+
+def dropped() -> int:
+    """Records that the log did not take, since `set_up`."""
+    return sum(handler.dropped for handler in logging.getLogger().handlers if isinstance(handler, SteadyHandler))

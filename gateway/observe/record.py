@@ -28,6 +28,10 @@ from gateway.core.batching import Reason
 
 FailureReason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
 
+HedgeOutcome = Literal["won", "lost", "failed"]
+"""Of a second attempt beside the first: it answered first, the first did, or it failed."""
+HEDGE_OUTCOMES: Final[tuple[HedgeOutcome, ...]] = ("won", "lost", "failed")
+
 FAILURE_REASONS: Final[tuple[FailureReason, ...]] = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 
 DURATION_BOUNDS_S: Final = (
@@ -37,9 +41,9 @@ PHASE_BOUNDS_S: Final = (0.00005, 0.0001, *DURATION_BOUNDS_S)
 """Queue wait and overhead are often far below a quarter of a millisecond."""
 ROW_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-EXPIRED: Final = frozenset(("deadline", "timeout", "sequence"))
+EXPIRED: Final = frozenset(("deadline", "timeout", "sequence", "retry_budget_exhausted"))
 """Reasons of rejection that end a request which had been accepted: its time ran out in the queue, or that of an earlier
-request of its sequence."""
+request of its sequence, or there was no credit to repeat an attempt that failed."""
 
 RECENT_BATCHES: Final = 1024
 """Executions that quantiles are made of."""
@@ -208,11 +212,12 @@ class ModelStatistics:
     __slots__ = (
         "_wall_clock_ns", "attempts", "batch_sizes", "batches", "cache_hit_ns", "cache_hits", "cache_miss_ns",
         "cache_misses", "compute_infer_ns", "compute_input_ns", "compute_output_ns", "execute", "execution_count",
-        "failed", "failed_ns", "failures", "inference_count", "last_inference_ms", "overhead", "protocols", "queue_ns",
-        "queue_waits", "recent", "rejected", "retries", "rows", "success", "success_ns",
+        "failed", "failed_ns", "failures", "hedges", "inference_count", "last_inference_ms", "overhead", "poisoned",
+        "protocols", "quarantine_attempts", "queue_ns", "queue_waits", "recent", "rejected", "retries", "rows",
+        "success", "success_ns",
     )  # fmt: skip
 
-    def __init__(self, wall_clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, wall_clock_ns: Callable[[], int] = time.time_ns) -> None:  # noqa: PLR0915  # a line a counter
         """`wall_clock_ns`: nanoseconds since 1970, read once a batch."""
         self._wall_clock_ns = wall_clock_ns
         self.protocols: dict[str, ProtocolStatistics] = {}
@@ -249,9 +254,15 @@ class ModelStatistics:
         """Executed batches by the reason they left the queue."""
         self.rows = RowHistogram()
         self.attempts: dict[tuple[str, str], int] = {}
-        """Attempts by (backend, outcome): "success" or the value of a `FailureKind`."""
+        """Attempts by (backend, outcome): "ok" or the value of a `FailureKind`."""
         self.retries = 0
         """Requests sent to a backend again after a failed attempt."""
+        self.hedges: dict[HedgeOutcome, int] = dict.fromkeys(HEDGE_OUTCOMES, 0)
+        """Batches that were also sent to a second backend because the first was late, by what the second came to."""
+        self.poisoned = 0
+        """Requests found to break backends by themselves, and those refused for being equal to one."""
+        self.quarantine_attempts = 0
+        """Batches of suspects, who run apart from everyone else until it is known whose fault a failure was."""
         self.rejected: dict[str, int] = {}
         """Requests refused by admission, by the error's `reason`."""
         self.queue_waits = Histogram(PHASE_BOUNDS_S)
@@ -286,7 +297,7 @@ class ModelStatistics:
         the sum of the answered members' waits in seconds. Counts the attempt on `backend` as a success too;
         per request there is `ProtocolStatistics.answered`.
         """
-        self.attempt(backend, "success")
+        self.attempt(backend, "ok")
         self.success += requests
         self.inference_count += rows
         self.execution_count += 1
@@ -350,6 +361,18 @@ class ModelStatistics:
     def retry(self, n: int = 1) -> None:
         """`n` requests are going to a backend again."""
         self.retries += n
+
+    def hedge(self, outcome: HedgeOutcome) -> None:
+        """A batch that was sent to a second backend as well is over."""
+        self.hedges[outcome] += 1
+
+    def poison(self, n: int = 1) -> None:
+        """`n` requests were told that they break backends."""
+        self.poisoned += n
+
+    def quarantine(self) -> None:
+        """A batch of suspects was sent."""
+        self.quarantine_attempts += 1
 
     def count(self, protocol: str, code: int, n: int = 1) -> None:
         """`n` requests ended with `code` without an answer from a batch."""

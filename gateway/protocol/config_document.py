@@ -1,9 +1,10 @@
 """The completed configuration of a served version, as Triton prints it in GET …/config (wire notes §1.3).
 
 Made from what config.pbtxt states and completed with what was loaded: names, datatypes, dims, batch size, instances,
-file name. Printed as Triton prints it: every scalar, empty lists and maps too, snake_case in the order of the message,
-enums as words, 64-bit numbers as numbers; blocks only where they hold. The same dictionary parses into the message
-(`json_format.ParseDict`) for gRPC, and through `model_config_json.parse_json` into a configuration equal to its own.
+file name; for a model on remote servers, from what they say of it. Printed as Triton prints it: every scalar, empty
+lists and maps too, snake_case in the order of the message, enums as words, 64-bit numbers as numbers; blocks only where
+they hold. The same dictionary parses into the message (`json_format.ParseDict`) for gRPC, and through
+`model_config_json.parse_json` into a configuration equal to its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def complete(spec: ModelSpec, stated: str, instances: int, model_file: str) -> d
         spec: as served.
         stated: the text of its config.pbtxt (`ModelConfig.text`); empty if there is none.
         instances: copies that are loaded; unused for an ensemble.
-        model_file: name of the model file; unused for an ensemble.
+        model_file: name of the model file; empty where it is not here; unused for an ensemble.
 
     Raises:
         ConfigError: `stated` is not the text of a ModelConfig message.
@@ -52,6 +53,9 @@ def complete(spec: ModelSpec, stated: str, instances: int, model_file: str) -> d
         config.model_transaction_policy.decoupled = False
         for step in config.ensemble_scheduling.step:
             step.model_version = step.model_version or -1
+    elif not model_file:  # remote servers have it; of what, and in how many copies, is their business
+        config.platform = spec.platform
+        _batching(config, spec)
     else:
         config.platform, config.backend = _PLATFORM, _BACKEND
         config.default_model_filename = model_file

@@ -90,7 +90,7 @@ class Generate:
             data[name] = value if type(value) is list else [value]
 
     def _request(self, data: dict[str, Any], parameters: dict[str, Any], request_id: str | None) -> InferRequest:
-        options = request_options(parameters)
+        options = request_options(parameters, forwarded=self._decoder.spec.forwards_parameters)
         if len(data) > MAX_INPUTS:
             raise InvalidRequest(f"the request names {len(data)} inputs, at most {MAX_INPUTS} are allowed")
         batched = self._decoder.spec.batched

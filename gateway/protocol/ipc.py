@@ -9,8 +9,11 @@ processes that lived under one name, and `identity` pairs an answer with its que
 id). Tensors never travel in frames: they lie in shared memory (workers/shm.py) and frames carry their
 places.
 
-    gateway → worker   LOAD (+ model fd)  UNLOAD  RUN (+ two fds the first time a buffer is used)  DETACH
-    worker → gateway   HELLO  LOADED  UNLOADED  RESULT  FAILED
+    gateway → worker   LOAD (+ model fd)  UNLOAD  RUN (+ two fds the first time a buffer is used)  DETACH  CANCEL
+    worker → gateway   HELLO  LOADED  UNLOADED  RESULT  FAILED  CANCELLED
+
+CANCEL has the identity of a RUN and asks for its early end; the RUN is answered all the same, exactly once: with
+CANCELLED, or with what it came to before.
 
 Rules: a frame that fails any check raises FrameError and its sender is not to be trusted any further. RUN
 and RESULT are fixed binary structures because they are on the hot path; HELLO and LOADED carry JSON;
@@ -45,7 +48,9 @@ RUN: Final = 6
 RESULT: Final = 7
 FAILED: Final = 8
 DETACH: Final = 9
-_KINDS: Final = frozenset(range(HELLO, DETACH + 1))
+CANCEL: Final = 10
+CANCELLED: Final = 11
+_KINDS: Final = frozenset(range(HELLO, CANCELLED + 1))
 
 _HEADER = "<IHHIIQ"
 _head = struct.Struct(_HEADER)

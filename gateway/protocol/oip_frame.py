@@ -44,8 +44,8 @@ class Frame:
     options: RequestOptions
 
 
-def read_frame(document: Any) -> Frame:
-    """Checks a parsed request.
+def read_frame(document: Any, *, forwarded: bool = False) -> Frame:
+    """Checks a parsed request. `forwarded`: its own parameters go to the backend.
 
     Raises:
         InvalidRequest: a field is missing, mistyped or contradictory; the text names it (missing and mistyped ones
@@ -57,7 +57,7 @@ def read_frame(document: Any) -> Frame:
     request_id = document.get("id", "")
     if type(request_id) is not str:
         raise Malformed("'id' must be a string")
-    options = request_options(_parameters(document, "request"))
+    options = request_options(_parameters(document, "request"), forwarded=forwarded)
     inputs = document.get("inputs")
     if type(inputs) is not list:
         raise Malformed("'inputs' is missing or not an array; give one object per input tensor")

@@ -172,7 +172,8 @@ class RequestReader:
             raise InvalidRequest(f"'inputs' holds {len(message.inputs)} tensors, at most {MAX_INPUTS} are allowed")
         if len(message.outputs) > MAX_OUTPUTS:
             raise InvalidRequest(f"'outputs' lists {len(message.outputs)} tensors, at most {MAX_OUTPUTS} are allowed")
-        options = request_options(parameters_of(message.parameters, "request"), _OF_STREAMS)
+        parameters = parameters_of(message.parameters, "request")
+        options = request_options(parameters, _OF_STREAMS, forwarded=self.spec.forwards_parameters)
         areas = tuple([self._check_input(item) for item in message.inputs])
         keys = [(item.name, item.datatype, tuple(item.shape[: MAX_RANK + 1])) for item in message.inputs]
         plan = self._planner.plan(tuple(keys))

@@ -91,7 +91,7 @@ class _BinaryForm:
         ]
         self._rows = request.rows
         self._total = request.nbytes
-        self._key = request.key
+        self._key = frame.options.plain_key(request)
         self._needed = request.outputs
         self._request_id = request.request_id
         self._options = frame.options
@@ -126,6 +126,7 @@ class RequestDecoder:
         self.spec = spec
         self.planner = Planner(spec, options)
         self._memory = options.memory
+        self._forwards = spec.forwards_parameters
         self._all_json: ResponseForm | InvalidRequest
         try:
             self._all_json = self.planner.response_form(None, all_binary=False)
@@ -203,7 +204,7 @@ class RequestDecoder:
                 return request
             if len(body) > SLOW_BYTES:
                 return self._decode_with_literals(body)
-        return self._from_frame(read_frame(parse_small(body)))
+        return self._from_frame(read_frame(parse_small(body), forwarded=self._forwards))
 
     def _decode_with_literals(self, body: bytes) -> InferRequest:
         literals = Literals(body)
@@ -223,7 +224,7 @@ class RequestDecoder:
             document = _shallow(simdjson.Parser().parse(body))
         except (ValueError, RuntimeError):
             return None  # NaN, an integer over 2^64, odd keys, or broken: the general parser tells which
-        return read_frame(document)
+        return read_frame(document, forwarded=self._forwards)
 
     def _decode_binary(self, body: bytes, header_length: int) -> InferRequest:
         if not 0 <= header_length <= len(body):
@@ -238,7 +239,7 @@ class RequestDecoder:
             raise InvalidRequest(
                 f"the JSON part before binary tensors is over {SLOW_BYTES} bytes; send large tensors as binary too"
             )
-        frame = read_frame(parse_small(header))
+        frame = read_frame(parse_small(header), forwarded=self._forwards)
         request = self._from_frame(frame, memoryview(body)[header_length:])
         if header_length <= REMEMBERED_HEADER_BYTES and _is_plain_binary(frame, request):
             if len(self._binary) >= REMEMBERED_FORMS:

@@ -5,7 +5,9 @@ None for a value that is there but empty, and whatever else JSON holds (refused 
 
 Rules (wire notes §1.8, §1.9, §1.11):
 - own names have fixed types; numbers among them are not negative; a wrong one is refused by name;
-- a caller's own parameters are strings, integers, booleans or doubles; they are taken, ignored and never echoed;
+- a caller's own parameters are strings, integers, booleans or doubles; they are taken, ignored and never echoed, or
+  go to the backend as they are where the model is a remote server's (`forwarded`): few and short ones, and requests
+  share a batch only with those that say the same;
 - names that start with `triton_` are reserved and refused;
 - an input or output lies in shared memory where `shared_memory_region` says so; then `shared_memory_byte_size` must be
   there too, `shared_memory_offset` may be, and nothing may say another form of the same tensor.
@@ -14,18 +16,23 @@ Rules (wire notes §1.8, §1.9, §1.11):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.core.client_memory import Area
-from gateway.core.request import InferRequest, SequenceStep
+from gateway.core.request import NO_PARAMETERS, InferRequest, SequenceStep
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.oip_plan import shown
 
 MAX_UINT64: Final = 2**64 - 1
+MIN_INT64: Final = -(2**63)
+MAX_INT64: Final = 2**63 - 1
 MAX_SEQUENCE_ID_BYTES: Final = 128
 """Longest textual sequence id."""
 MAX_CLASSES: Final = 2**31 - 1
+MAX_FORWARDED: Final = 64
+MAX_FORWARDED_BYTES: Final = 8192
+"""Of the names and texts of one request's own parameters together, where they are forwarded."""
 _CUSTOM: Final = frozenset({str, int, bool, float})
 _NOTHING_RESERVED: Final[frozenset[str]] = frozenset()
 
@@ -46,12 +53,27 @@ class RequestOptions:
     sequence: SequenceStep | None = None
     binary_data_output: bool = False
     """REST: all outputs in binary form, where none is listed."""
+    own: Mapping[str, object] = field(default_factory=lambda: NO_PARAMETERS)
+    """What goes to the backend as the caller wrote it."""
+    apart: bool = False
+    """Whether the request must not share a batch: it is a step of a sequence that the backend keeps."""
 
     def apply(self, request: InferRequest) -> None:
-        """Write what the scheduler needs to know into the request."""
+        """Write what the scheduler needs to know into the request, once."""
         request.stated_timeout_s = self.stated_timeout_s
         request.priority = self.priority
         request.sequence = self.sequence
+        request.parameters = self.own
+        if self.apart:
+            request.key = (request.key, object())
+        elif self.own:
+            # 1, 1.0 and True are equal, and not the same.
+            told = frozenset([(name, type(value), value) for name, value in self.own.items()])
+            request.key = (request.key, told)
+
+    def plain_key(self, request: InferRequest) -> object:
+        """The key that the request had before `apply`."""
+        return request.key[0] if self.apart or self.own else request.key  # type: ignore[index]  # made by `apply`
 
 
 NO_OPTIONS: Final = RequestOptions()
@@ -82,24 +104,53 @@ _OF_INPUT: Final = frozenset({"binary_data_size"}) | _OF_MEMORY
 
 
 def request_options(
-    parameters: Mapping[str, object], allowed_reserved: frozenset[str] = _NOTHING_RESERVED
+    parameters: Mapping[str, object],
+    allowed_reserved: frozenset[str] = _NOTHING_RESERVED,
+    *,
+    forwarded: bool = False,
 ) -> RequestOptions:
-    """A request's parameters. `allowed_reserved`: names that this protocol takes in spite of their prefix.
+    """A request's parameters.
+
+    Args:
+        allowed_reserved: names that this protocol takes in spite of their prefix; they are never forwarded.
+        forwarded: the caller's own parameters and sequences are the backend's affair.
 
     Raises:
-        InvalidRequest: a parameter is reserved, or not of its type.
+        InvalidRequest: a parameter is reserved, not of its type, or cannot be forwarded.
     """
     if not parameters:
         return NO_OPTIONS
     _check_custom(parameters, "request", _OF_REQUEST, allowed_reserved)
-    if _OF_REQUEST.isdisjoint(parameters):
+    own = _forwarded(parameters, allowed_reserved) if forwarded else NO_PARAMETERS
+    if not own and _OF_REQUEST.isdisjoint(parameters):
         return NO_OPTIONS
+    sequence = _sequence(parameters)
     return RequestOptions(
         _count(parameters, "timeout", "request", MAX_UINT64) / 1e6,
         _count(parameters, "priority", "request", MAX_UINT64),
-        _sequence(parameters),
+        sequence,
         _flag(parameters, "binary_data_output", "request"),
+        own,
+        forwarded and sequence is not None,
     )
+
+
+def _forwarded(parameters: Mapping[str, object], allowed_reserved: frozenset[str]) -> Mapping[str, object]:
+    own = {
+        name: value for name, value in parameters.items() if name not in _OF_REQUEST and name not in allowed_reserved
+    }
+    if not own:
+        return NO_PARAMETERS
+    texts = [*own, *[value for value in own.values() if isinstance(value, str)]]
+    if len(own) > MAX_FORWARDED or sum(len(text.encode("utf-8", "replace")) for text in texts) > MAX_FORWARDED_BYTES:
+        raise InvalidRequest(
+            f"request: at most {MAX_FORWARDED} parameters, of {MAX_FORWARDED_BYTES} bytes together, can be forwarded "
+            "to the model's server"
+        )
+    for name, value in own.items():
+        if isinstance(value, int) and not MIN_INT64 <= value <= MAX_INT64:
+            raise InvalidRequest(f"request: parameter '{shown(name)}' must fit in 64 bits")
+    return own
 
 
 def input_options(parameters: Mapping[str, object], where: str) -> int | None:

@@ -33,8 +33,9 @@ def quote(text: str) -> str:
 
 
 def model_header(name: str, version: str, digest: str) -> bytes:
-    """The `Inference-Model` line of one model version, once per load. `digest` as in `ModelSpec.digest`."""
-    value = f"{quote(name)};version={quote(version)};digest={quote(digest)}"
+    """The `Inference-Model` line of one model version, once per load. `digest` as in `ModelSpec.digest`: empty where
+    nobody here knows which files answered, and then the line has none."""
+    value = f"{quote(name)};version={quote(version)}" + (f";digest={quote(digest)}" if digest else "")
     return f"Inference-Model: {value}\r\n".encode("ascii")
 
 
@@ -133,6 +134,7 @@ class ModelReference:
     name: str
     version: str
     digest: str
+    """Empty: a remote backend answered, whose files nobody here knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +176,9 @@ def _model(items: list[tuple[str, Parameters]]) -> ModelReference | None:
     if len(items) > 1:
         raise HeaderError("Inference-Model names more than one model")
     name, parameters = items[0]
-    version, digest = parameters.get("version"), parameters.get("digest")
+    version, digest = parameters.get("version"), parameters.get("digest", "")
     if not isinstance(version, str) or not isinstance(digest, str):
-        raise HeaderError("Inference-Model lacks version or digest")
+        raise HeaderError("Inference-Model lacks its version, or has a digest that is no text")
     return ModelReference(name, version, digest)
 
 

@@ -8,7 +8,7 @@ covered by the digest like every file. What nobody stated is null and named unde
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -48,6 +48,19 @@ def manifest(artifact: Artifact, runtime: Mapping[str, str], sidecar: bytes | No
     if given:
         document["given"] = given
     return document
+
+
+def remote_manifest(artifact: Artifact, backends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of a version that only remote servers have: no file of it is here, so there is no digest."""
+    return {
+        "name": artifact.name,
+        "version": artifact.version,
+        "digest": None,
+        "files": None,
+        "source": artifact.source,
+        "backends": list(backends),
+        "unknown": ["digest", "files", *LINEAGE],
+    }
 
 
 def _read_sidecar(artifact: Artifact, sidecar: bytes) -> dict[str, Any]:

@@ -5,11 +5,11 @@ exactly one answer: attempts in `settle`, control questions in their future.
 
 Rules:
 - The end is noticed through the end of the stream, at once; the process is reaped through its pidfd, without a
-  thread and without waiting.
+  thread and without waiting. What it had answered by then counts, wherever it still lies.
 - A channel is marked lost, and its instances unavailable, before anyone is told: whoever reacts to a lost attempt
   already sees the world without this worker.
-- An attempt over its deadline means that the process hangs: it is killed. There is no timer per attempt, only one
-  `Sweep` for all channels.
+- An attempt over its deadline is told to end, and the process is killed if it has not done so `END_S` later. There
+  is no timer per attempt, only one `Sweep` for all channels.
 - An answer that fails a check, or that this side cannot take in, is worse than none: the process is killed and its
   attempts are broken.
 - What goes wrong while a batch is made ready is the batch's fault (SUSPECT), not the worker's: it must not be sent
@@ -34,13 +34,17 @@ from gateway.core.assembly import AssemblyError, write_parts
 from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.request import BatchInput
 from gateway.protocol import ipc
-from gateway.workers.attempt import Attempt, Hosted, LoadRefused, NotSent, WorkerLost, one_line
+from gateway.workers.attempt import Attempt, End, Hosted, LoadRefused, NotSent, WorkerLost, fate, one_line
+from gateway.workers.board import Board, Progress
 from gateway.workers.deadlines import Sweep
 from gateway.workers.shm import AreaError, Buffer
 from gateway.workers.spawn import out_of_memory_kills, spawn
 
 TRIM_BYTES: Final = 64 * 1024 * 1024
 """A buffer that grew beyond this is given back instead of being kept for the next batch."""
+END_S: Final = 0.1
+"""What a run that takes too long is given to end by itself. onnxruntime looks between the nodes of a model: one that is
+a single long node does not, and its process has to be killed."""
 
 _log = logging.getLogger("gateway.workers")
 _SCM: Final = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
@@ -50,7 +54,13 @@ class Channel:
     """See the head of this file. Built by `start`; all methods on the loop's thread."""
 
     def __init__(
-        self, sweep: Sweep, name: str, generation: int, process: subprocess.Popen[bytes], connection: socket.socket
+        self,
+        sweep: Sweep,
+        name: str,
+        generation: int,
+        process: subprocess.Popen[bytes],
+        connection: socket.socket,
+        board: Board,
     ) -> None:
         self.name = name
         self.generation = generation
@@ -73,6 +83,7 @@ class Channel:
         """Exit code (negative: signal), once the process is gone and reaped."""
         self.out_of_memory_kills = out_of_memory_kills()
         """The kernel's count when the process was started: more at its end may explain it."""
+        self._board = board
         self._sweep = sweep
         self._process = process
         self._socket = connection
@@ -96,15 +107,19 @@ class Channel:
     @classmethod
     def start(cls, sweep: Sweep, name: str, generation: int) -> Channel:
         """Start a worker process. Raises OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        board = Board()
         try:
-            with theirs:
-                process = spawn(name, generation, theirs)
-        except BaseException:
-            ours.close()
-            raise
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                with theirs:
+                    process = spawn(name, generation, theirs, board.fd)
+            except BaseException:
+                ours.close()
+                raise
+        finally:
+            board.release()
         ours.setblocking(False)
-        return cls(sweep, name, generation, process, ours)
+        return cls(sweep, name, generation, process, ours, board)
 
     # --- Batches --------------------------------------------------------------------------------------------------
 
@@ -134,9 +149,14 @@ class Channel:
         except Exception as error:
             self._refuse(attempt, buffer, error)
             return
-        attempt.buffer = buffer
-        attempt.deadline = deadline
+        attempt.sent(self._identity, buffer, timeout_s, deadline)
         self.in_flight[self._identity] = attempt
+
+    def cancel(self, attempt: Attempt) -> None:
+        """End `attempt` early if the model allows it, that is, between two of its nodes. It is settled once, whatever
+        it comes to. Harmless if it is not in flight."""
+        if not self.lost and self.in_flight.get(attempt.identity) is attempt:
+            self._send(ipc.encode(ipc.CANCEL, self.generation, attempt.identity))
 
     def _refuse(self, attempt: Attempt, buffer: Buffer | None, error: Exception) -> None:
         if not isinstance(error, (OSError, MemoryError, AssemblyError, ipc.FrameTooLargeError)):
@@ -195,13 +215,30 @@ class Channel:
         buffer.close()
 
     def expire(self, now: float) -> float:
-        """Kill the process if an attempt is over its deadline; returns the earliest deadline left."""
-        expired = [identity for identity, attempt in self.in_flight.items() if attempt.deadline <= now]
-        if not expired:
-            return min((attempt.deadline for attempt in self.in_flight.values()), default=float("inf"))
-        late = [self.in_flight[identity] for identity in expired]
-        self.kill("did not answer in time", [attempt.instance.model for attempt in late], set(expired))
-        return float("inf")
+        """Act on attempts over their deadline: first end the run, then the process. Returns the earliest deadline left.
+
+        An answer may lie here unread, if it was this side that was late: it is taken first.
+        """
+        while not self.lost and self._read():
+            pass
+        expired = [attempt for attempt in self.in_flight.values() if attempt.deadline <= now]
+        if expired:
+            progress = self._board.progress()
+            running = [a for i, a in self.in_flight.items() if progress.get(i) is Progress.EXECUTING]
+            busy = {attempt.instance.number for attempt in running}
+            for attempt in expired:
+                if attempt not in running and attempt.instance.number in busy:
+                    attempt.deadline = now + attempt.timeout_s  # it waits for the one before it
+                elif attempt.overdue:
+                    blamed = [a.instance.model for a in running if a.overdue]
+                    self._end(End.HUNG, "did not answer in time", blamed)
+                    return float("inf")
+                else:
+                    attempt.overdue = True
+                    attempt.deadline = now + END_S
+                    if attempt in running:
+                        self.cancel(attempt)
+        return min([attempt.deadline for attempt in self.in_flight.values()], default=float("inf"))
 
     # --- Questions ------------------------------------------------------------------------------------------------
 
@@ -224,7 +261,7 @@ class Channel:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            self.kill(f"did not answer within {timeout_s:g} s", None if model is None else [model])
+            self.kill(f"did not answer within {timeout_s:g} s", [] if model is None else [model])
             raise WorkerLost(f"worker {self.name} {self.cause}") from None
 
     def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
@@ -271,15 +308,28 @@ class Channel:
     # --- What the worker says -------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        try:
-            size = self._socket.recv_into(self._frame)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            size = 0
-        if size == 0:
-            self._lose("died", None)
-            return
+        self._read()
+
+    def _receive(self) -> int:
+        """Bytes of the next frame; 0: the stream has ended, -1: there is nothing now."""
+        for _ in range(2):
+            try:
+                return self._socket.recv_into(self._frame)
+            except (BlockingIOError, InterruptedError):
+                return -1
+            except ConnectionResetError:
+                continue  # said once, if the process left something unread; what it had sent comes after that
+            except OSError:
+                break
+        return 0
+
+    def _read(self) -> bool:
+        """Take one frame, or the end; returns whether there was one."""
+        size = self._receive()
+        if size <= 0:
+            if size == 0:
+                self._died()
+            return False
         outcome: Success | Failure | None = None
         try:
             kind, identity, payload = ipc.decode(self._frame[:size], self.generation)
@@ -287,15 +337,26 @@ class Channel:
                 outcome = self._result(identity, ipc.decode_result(payload))
             elif kind == ipc.FAILED and identity in self.in_flight:
                 outcome = Failure(FailureKind.SUSPECT, str(payload, "utf-8", "replace"))
+            elif kind == ipc.CANCELLED:
+                outcome = self._cancelled(identity)
             else:
                 self._answered(kind, identity, payload)
         except Exception as error:
             if not isinstance(error, (ipc.FrameError, AreaError, OSError, MemoryError)):
                 _log.error("an answer of worker %s could not be read", self.name, exc_info=error)
-            self.kill(f"sent an answer that cannot be used ({one_line(error)})", None)
-            return
+            self._end(End.NONSENSE, f"sent an answer that cannot be used ({one_line(error)})", None)
+            return False
         if outcome is not None:
             self._finish(identity, outcome)
+        return True
+
+    def _cancelled(self, identity: int) -> Failure:
+        attempt = self.in_flight.get(identity)
+        if attempt is None:
+            raise ipc.FrameError("CANCELLED for a batch that is not in flight")
+        if attempt.overdue:
+            return Failure(FailureKind.TIMEOUT, f"worker {self.name} did not answer in time")
+        return Failure(FailureKind.CANCELLED, "nobody waited for it any more")
 
     def _result(self, identity: int, result: ipc.Result) -> Success | Failure:
         attempt = self.in_flight.get(identity)
@@ -341,17 +402,25 @@ class Channel:
 
     # --- The end --------------------------------------------------------------------------------------------------
 
-    def kill(self, cause: str, suspects: list[Any] | None, expired: set[int] | None = None) -> None:
-        """End a process that misbehaves. `suspects`: the models to blame, None for all that were running."""
+    def kill(self, cause: str, suspects: list[Any]) -> None:
+        """End a process that misbehaves in what it was asked. `suspects`: the models to blame."""
+        self._end(End.HUNG, cause, suspects)
+
+    def _end(self, end: End, cause: str, suspects: list[Any] | None) -> None:
+        """Kill it. `suspects`: None for all that were running."""
         if not self.lost:
             self.killed = True
-            self._lose(cause, suspects, expired or set())
+            self._lose(end, cause, suspects)
+
+    def _died(self) -> None:
+        starved = out_of_memory_kills() > self.out_of_memory_kills
+        self._lose(End.NO_MEMORY if starved else End.DIED, "died", None)
 
     def close(self) -> None:
         """End the process in peace: it exits when its stream does. Attempts still in flight are lost."""
         if not self.lost:
             self._closing = True
-            self._lose("was stopped", [])
+            self._lose(End.WISH, "was stopped", [])
 
     def make_sure(self) -> None:
         """SIGKILL, if the process is still there after `close`."""
@@ -363,10 +432,16 @@ class Channel:
         """Whether the end was our wish."""
         return self._closing
 
-    def _lose(self, cause: str, suspects: list[Any] | None, expired: set[int] | frozenset[int] = frozenset()) -> None:
+    def _lose(self, end: End, cause: str, suspects: list[Any] | None) -> None:
         self.lost = True
         self.cause = cause
-        running = [attempt.instance.model for attempt in self.in_flight.values()]
+        text = f"worker {self.name} {cause}{' for lack of memory' if end is End.NO_MEMORY else ''}"
+        progress = self._board.progress()  # before anybody can go on: a process that hangs is still there
+        running = [
+            attempt.instance.model
+            for identity, attempt in self.in_flight.items()
+            if end is End.NONSENSE or progress.get(identity) is Progress.EXECUTING
+        ]
         loading = [model for _, model in self._questions.values() if model is not None]
         self.suspects = list(dict.fromkeys(running + loading if suspects is None else suspects))
         self._loop.remove_reader(self._socket.fileno())
@@ -381,12 +456,11 @@ class Channel:
         for instance in gone:
             instance.channel = None
         self.instances.clear()
-        self._fail_all(expired)
+        self._fail_all(end, text, progress)
         for instance in gone:
             self._loop.call_soon(instance.changed)
 
-    def _fail_all(self, expired: set[int] | frozenset[int]) -> None:
-        text = f"worker {self.name} {self.cause}"
+    def _fail_all(self, end: End, text: str, progress: dict[int, Progress]) -> None:
         attempts = list(self.in_flight.items())
         self.in_flight.clear()
         for buffer in [*self._free, *[attempt.buffer for _, attempt in attempts]]:
@@ -401,14 +475,16 @@ class Channel:
             self.hello.exception()  # whoever waited has heard it; nobody need have waited
         self._look_at_drains()
         for identity, attempt in attempts:
-            kind = FailureKind.TIMEOUT if identity in expired else FailureKind.BROKEN
-            self._loop.call_soon(self._settle, attempt, Failure(kind, text))
+            failure = fate(end, progress.get(identity, Progress.NOT_BEGUN), text, overdue=attempt.overdue)
+            self._loop.call_soon(self._settle, attempt, failure)
 
     def _exited(self) -> None:
         """The pidfd is readable: the process is gone, and can be reaped without waiting."""
         exit_code = self._process.wait()
+        while not self.lost and self._read():
+            pass
         if not self.lost:
-            self._lose("died", None)
+            self._died()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self.ended.set_result(exit_code)

@@ -31,7 +31,17 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from gateway.protocol import ipc
-from gateway.workers.session import RUNTIME_VERSION, Feed, ModelRefusedError, Output, RunError, Session, clean_text
+from gateway.workers.board import SEATS, Seat, adopt
+from gateway.workers.session import (
+    RUNTIME_VERSION,
+    Feed,
+    Interrupt,
+    ModelRefusedError,
+    Output,
+    RunError,
+    Session,
+    clean_text,
+)
 from gateway.workers.shm import AreaError, Buffer, read_file
 
 EXIT_BAD_FRAME: Final = 70
@@ -95,13 +105,15 @@ class Plan:
 class Host:
     """Everything the process holds. `serve` is run by every thread."""
 
-    def __init__(self, name: str, connection: socket.socket, generation: int) -> None:
+    def __init__(self, name: str, connection: socket.socket, generation: int, board: memoryview) -> None:
         self._name = name
         self._socket = connection
         self._generation = generation
         self._hosted: dict[int, Hosted] = {}
         self._buffers: dict[int, Buffer] = {}
         self._plans: dict[bytes, Plan] = {}
+        self._board = board
+        self._seats: list[Seat] = []
         self._threads = 1
         self._growing = threading.Lock()
 
@@ -112,6 +124,7 @@ class Host:
     def serve(self) -> NoReturn:
         """Receive and obey until the stream ends."""
         frame = memoryview(bytearray(ipc.FRAME_LIMIT))
+        seat = self._sit()
         try:
             while True:
                 size, ancillary, flags, _ = self._socket.recvmsg_into([frame], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
@@ -119,7 +132,7 @@ class Host:
                     os._exit(0)
                 if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                     raise ipc.FrameError("frame or its descriptors were cut off")
-                self._obey(frame[:size], _descriptors(ancillary) if ancillary else [])
+                self._obey(seat, frame[:size], _descriptors(ancillary) if ancillary else [])
         except ConnectionError:
             os._exit(0)
         except ipc.FrameError as error:
@@ -127,15 +140,23 @@ class Host:
         except BaseException as error:
             self._give_up(f"internal error: {type(error).__name__}: {clean_text(str(error))}")
 
+    def _sit(self) -> Seat:
+        with self._growing:
+            seat = Seat(self._board, len(self._seats), Interrupt())
+            self._seats.append(seat)
+        return seat
+
     def _give_up(self, why: str) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(2, f"worker {self._name}: {why}; it is restarted\n".encode())
         os._exit(EXIT_BAD_FRAME)
 
-    def _obey(self, frame: memoryview, fds: list[int]) -> None:
+    def _obey(self, seat: Seat, frame: memoryview, fds: list[int]) -> None:
         kind, identity, payload = ipc.decode(frame, self._generation)
         if kind == ipc.RUN:
-            self._run(identity, payload, fds)
+            self._run(seat, identity, payload, fds)
+        elif kind == ipc.CANCEL:
+            self._cancel(identity)
         elif kind == ipc.LOAD:
             self._load(identity, ipc.decode_load(payload), fds)
         elif kind == ipc.UNLOAD:
@@ -173,26 +194,40 @@ class Host:
     def _follow_slots(self) -> None:
         """One thread per batch that may be in flight, and one that is free for everything else."""
         with self._growing:
-            wanted = 1 + sum(hosted.slots for hosted in list(self._hosted.values()))
+            wanted = min(SEATS, 1 + sum(hosted.slots for hosted in list(self._hosted.values())))
             while self._threads < wanted:
                 threading.Thread(target=self.serve, daemon=True).start()
                 self._threads += 1
 
     # --- Running --------------------------------------------------------------------------------------
 
-    def _run(self, identity: int, payload: memoryview, fds: list[int]) -> None:
+    def _run(self, seat: Seat, identity: int, payload: memoryview, fds: list[int]) -> None:
         began = time.perf_counter_ns()
+        seat.take(identity)
         form = bytes(payload)
         plan = None if fds else self._plans.get(form)
         try:
             if plan is None:
                 plan = self._plan(form, fds)
             with plan.hosted.lock:
-                reply = _execute(plan, began, self._generation, identity)
+                seat.begin(identity)
+                reply = _execute(plan, began, self._generation, identity, seat.interrupt)
         except (RunError, ipc.FrameTooLargeError) as error:
-            self._answer(ipc.FAILED, identity, str(error).encode())
+            seat.finish(identity)
+            if seat.cancelled:
+                self._answer(ipc.CANCELLED, identity)
+            else:
+                self._answer(ipc.FAILED, identity, str(error).encode())
             return
+        seat.finish(identity)
         self._socket.send(reply)
+
+    def _cancel(self, identity: int) -> None:
+        """Another thread may have received the batch this very moment and not said so yet: look twice."""
+        for pause in (0.001, 0.0):
+            if any(seat.cancel(identity) for seat in list(self._seats)):
+                return
+            time.sleep(pause)
 
     def _plan(self, form: bytes, fds: list[int]) -> Plan:
         run = ipc.decode_run(memoryview(form))
@@ -224,7 +259,7 @@ class Host:
         return buffer
 
 
-def _execute(plan: Plan, began: int, generation: int, identity: int) -> bytes:
+def _execute(plan: Plan, began: int, generation: int, identity: int, interrupt: Interrupt) -> bytes:
     """Run one batch and leave its outputs in the buffer; returns the RESULT frame. `began`: `perf_counter_ns`.
 
     Raises:
@@ -233,7 +268,7 @@ def _execute(plan: Plan, began: int, generation: int, identity: int) -> bytes:
     session, buffer = plan.hosted.session, plan.buffer
     feeds = plan.feeds()
     fed = time.perf_counter_ns()
-    values = session.run(feeds, plan.names)
+    values = session.run(feeds, plan.names, interrupt)
     inferred = time.perf_counter_ns()
     places = _store(session.collect(plan.outputs, values), buffer)
     stored = time.perf_counter_ns()
@@ -277,6 +312,13 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
+def _die_first() -> None:
+    """When memory runs out, a worker is to go and not the gateway, nor anything else on the machine: its batches are
+    run again, and it is started again."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
 def _leave_directories() -> None:
     directory = Path(tempfile.mkdtemp(prefix="gateway-worker-"))
     os.chdir(directory)
@@ -284,16 +326,17 @@ def _leave_directories() -> None:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Arguments: name, descriptor of the socket, generation, process id of the parent."""
-    name, descriptor, generation, parent = arguments
+    """Arguments: name, descriptor of the socket, generation, process id of the parent, descriptor of the board."""
+    name, descriptor, generation, parent, board = arguments
     _die_with(int(parent))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _leave_directories()
+    _die_first()
     connection = socket.socket(fileno=int(descriptor))
     connection.setblocking(True)
     connection.set_inheritable(False)
-    host = Host(name, connection, int(generation))
+    host = Host(name, connection, int(generation), adopt(int(board)))
     with contextlib.suppress(ConnectionError):  # a gateway that is gone already: `serve` sees it too
         host.greet()
     host.serve()

@@ -19,12 +19,14 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime
-from onnxruntime import OrtValue
+from onnxruntime import OrtValue, RunOptions
 
 from gateway.core.batchability import SignatureTensor
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count, pack_bytes, unpack_bytes
 from gateway.protocol.ipc import Signature
 
+Interrupt = RunOptions
+"""Ends the run it is given to; see `Session.run`."""
 RUNTIME_VERSION: Final[str] = onnxruntime.__version__
 TEXT_LIMIT: Final = 500
 MAX_OPTIONAL: Final = 64
@@ -132,16 +134,17 @@ class Session:
         """What `run` takes for these outputs."""
         return [self._output_names[index] for index in outputs]
 
-    def run(self, feeds: dict[str, Feed], names: list[str]) -> list[Any]:
-        """Execute. Returns raw values for `collect`, in the order of `names`.
+    def run(self, feeds: dict[str, Feed], names: list[str], interrupt: Interrupt | None = None) -> list[Any]:
+        """Execute. Returns raw values for `collect`, in the order of `names`. `interrupt`: setting its `terminate`
+        ends the run before its next node, and every later one until it is unset.
 
         Raises:
             RunError: with onnxruntime's reason.
         """
         try:
             if self._bf16:
-                return list(self._session.run_with_ort_values(names, feeds))
-            return list(self._session.run(names, feeds))
+                return list(self._session.run_with_ort_values(names, feeds, interrupt))
+            return list(self._session.run(names, feeds, interrupt))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise RunError(clean_text(str(error))) from None
 

@@ -12,10 +12,10 @@ from typing import Final
 _PACKAGE_PARENT: Final = str(Path(__file__).resolve().parents[2])
 
 
-def spawn(name: str, generation: int, theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start a worker on its end of the socket. It leads a session of its own, so that a terminal's Ctrl-C reaches
-    the gateway only, which then ends it in order. Raises OSError."""
-    arguments = [name, str(theirs.fileno()), str(generation), str(os.getpid())]
+def spawn(name: str, generation: int, theirs: socket.socket, board: int) -> subprocess.Popen[bytes]:
+    """Start a worker on its end of the socket; `board` is a descriptor (board.py). It leads a session of its own, so
+    that a terminal's Ctrl-C reaches the gateway only, which then ends it in order. Raises OSError."""
+    arguments = [name, str(theirs.fileno()), str(generation), str(os.getpid()), str(board)]
     # numpy's linear algebra is not used there; its threads would only slow the start down.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
     return subprocess.Popen(  # noqa: S603  # our own interpreter and module
@@ -23,7 +23,7 @@ def spawn(name: str, generation: int, theirs: socket.socket) -> subprocess.Popen
         [sys.executable, "-P", "-m", "gateway.workers.process", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=2,
-        pass_fds=(theirs.fileno(),),
+        pass_fds=(theirs.fileno(), board),
         start_new_session=True,
         env=environment,
     )

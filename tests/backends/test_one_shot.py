@@ -55,6 +55,19 @@ async def test_the_replica_gets_each_input_at_its_place() -> None:
     assert memory == bytes.fromhex("010000000200000003000000040000000500000006000000")
 
 
+async def test_who_gives_up_has_the_replica_end_the_run() -> None:
+    replica = OneReplica(lambda batch: None)
+    cancelled: list[Batch] = []
+    replica.cancel = cancelled.append  # type: ignore[method-assign]
+    task = asyncio.create_task(run_once(replica, [InputTensor(INT32, (1,), [7], None)], (0,)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cancelled == replica.given
+    cancelled[0].done(DONE)  # late, and nobody's business any more
+
+
 @pytest.mark.parametrize("inputs", [[], [InputTensor(INT32, (), [7], None)]])
 async def test_without_a_first_dimension_it_is_one_row(inputs: list[InputTensor]) -> None:
     replica = OneReplica(lambda batch: batch.done(DONE))

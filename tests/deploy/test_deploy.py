@@ -130,7 +130,7 @@ def test_promtool_accepts_the_configuration_and_the_alerts() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 rules found" in done.stdout
+    assert "12 rules found" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

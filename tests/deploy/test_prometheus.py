@@ -72,7 +72,7 @@ def test_prometheus_scrapes_the_gateway_and_no_alert_fires(prometheus: Callable[
         return [t["scrapeUrl"] for t in prometheus("targets")["activeTargets"] if t["health"] == "up"]
 
     assert len(eventually(target)) == 1, prometheus("targets")["activeTargets"]
-    query = urllib.parse.quote('gateway_backend_state{state="ready"}')
+    query = urllib.parse.quote('gateway_backend_state{state="closed"}')
     ready = eventually(lambda: prometheus(f"query?query={query}")["result"])
     assert {(s["metric"]["model"], s["metric"]["backend"], s["value"][1]) for s in ready} == {
         (model, backend, "1") for model in ("digits", "digits_cnn") for backend in ("onnx-1", "onnx-2")
@@ -83,7 +83,7 @@ def test_prometheus_scrapes_the_gateway_and_no_alert_fires(prometheus: Callable[
         return group["rules"] if all(rule["health"] == "ok" for rule in group["rules"]) else None
 
     assert [rule["name"] for rule in eventually(rules) or [] if rule["state"] == "firing"] == []
-    assert len(eventually(rules) or []) == 7
+    assert len(eventually(rules) or []) == 12
 
 
 def test_negative_control_a_target_that_is_down_is_seen() -> None:
@@ -97,7 +97,7 @@ def test_negative_control_a_target_that_is_down_is_seen() -> None:
                 "interval": "5s",
                 "input_series": [
                     {"series": 'up{job="gateway",instance="a"}', "values": "0x20"},
-                    {"series": 'gateway_backend_state{instance="a",model="m",state="ready"}', "values": "0x20"},
+                    {"series": 'gateway_backend_state{instance="a",model="m",state="closed"}', "values": "0x20"},
                 ],
                 "alert_rule_test": [
                     {"eval_time": "60s", "alertname": name, "exp_alerts": []}

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.catalog import ServedVersion
 from gateway.core.model import ModelState
+from gateway.core.traits import WORKER, Traits
 from gateway.errors import ConfigError
 from gateway.ingress.oip_grpc import GrpcCodec, fields, metadata
 from gateway.protocol.hpack_blocks import Blocks
@@ -160,6 +161,18 @@ async def test_provenance_is_initial_metadata() -> None:
             assert list(found.timings_ms) == ["queue", "infer", "total"]
             assert found.timings_ms["total"] >= found.timings_ms["infer"] >= 0
         assert len(seen) == 3
+
+
+async def test_an_answer_of_a_remote_backend_names_no_digest() -> None:
+    async with grpc_bench() as bench:
+        replica = replica_of(bench.catalog.resolve("numbers", None))
+        for kind, digest in ((Traits("oip", server="far"), ""), (WORKER, "sha256:" + "12" * 32)):
+            replica.traits = kind
+            call = bench.infer(numbers_request([1, 2]))
+            await call
+            found = parse((await initial(call)).items())
+            assert found.model is not None
+            assert (found.model.version, found.model.digest) == ("2", digest)
 
 
 async def test_members_of_one_batch_are_told_their_own_rows() -> None:

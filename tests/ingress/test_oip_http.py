@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from gateway.core.admission import deadline_of
+from gateway.core.traits import WORKER, Traits
 from gateway.errors import InvalidRequest, NotReady
 from gateway.ingress.http_connection import Connection
 from gateway.ingress.http_server import Exchange
@@ -115,6 +116,18 @@ async def test_the_members_of_a_batch_have_rows_and_ids_of_their_own(binary: boo
         assert [(member.size, member.row) for member in rest] == [(8, 0), (8, 1), (8, 3), (8, 4), (8, 7)]
         assert len({member.batch_id for member in rest}) == 1
         assert first.batch_id != rest[0].batch_id
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+async def test_an_answer_of_a_remote_backend_names_no_digest(rows: int) -> None:
+    """Also where a request was split: 20 rows are three batches."""
+    async with oip_bench(models=False) as bench:
+        replica = replica_of(await bench.serve(max_batch_size=8, oversize=True))
+        for kind, known in ((Traits("oip", server="far"), False), (WORKER, True)):
+            replica.traits = kind
+            answer = await bench.ask(infer(list(range(rows))))
+            check(answer, list(range(rows)))
+            assert ("digest=" in answer["Inference-Model"]) is known
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -53,13 +53,18 @@ def identity(datatype: str, trailing: str | int = "n") -> bytes:
     )
 
 
-def linear(seed: int = 7, width: int = 16, out: int = 4) -> bytes:
-    """`x` FP32 [batch, width] → `y` = tanh(x·w + b) FP32 [batch, out]."""
+def linear_weights(seed: int = 7, width: int = 16, out: int = 4) -> dict[str, np.ndarray[Any, Any]]:
+    """`w` and `b` of `linear`."""
     rng = np.random.default_rng(seed)
-    weights = {
+    return {
         "w": rng.standard_normal((width, out)).astype(np.float32),
         "b": rng.standard_normal(out).astype(np.float32),
     }
+
+
+def linear(seed: int = 7, width: int = 16, out: int = 4) -> bytes:
+    """`x` FP32 [batch, width] → `y` = tanh(x·w + b) FP32 [batch, out]."""
+    weights = linear_weights(seed, width, out)
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"]),
         helper.make_node("Add", ["h", "b"], ["z"]),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from gateway.observe.log import (
     JsonFormatter,
     LogFormat,
     clean,
+    dropped,
     set_up,
 )
 
@@ -134,3 +137,47 @@ def test_a_digest_is_short_for_people_and_whole_for_programs() -> None:
     record = logging.makeLogRecord({"msg": "ready", "levelname": "INFO", "name": "gateway", "digest": digest})
     assert ConsoleFormatter().format(record).endswith(" gateway: ready digest=sha256:0123456789ab…")
     assert json.loads(JsonFormatter().format(record))["digest"] == digest
+
+
+def _read(descriptor: int) -> str:
+    """All that is there now."""
+    os.set_blocking(descriptor, False)
+    found = b""
+    while True:
+        try:
+            found += os.read(descriptor, 1 << 20)
+        except BlockingIOError:
+            return found.decode()
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up_and_says_later_what_was_lost() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        set_up("info", "console", stream)
+        log = logging.getLogger("gateway.test")
+        for n in range(2000):  # without the check the 600th would wait for ever
+            log.info("line %d %s", n, "é" * 60)
+        lost = dropped()
+        assert 0 < lost < 2000
+        first = _read(reader).splitlines()
+        assert len(first) >= 2000 - lost
+        log.info("again %s", "long " * 390)
+        told, again = _read(reader).splitlines()[-2:]
+        assert told.endswith(f"gateway.observe.log: {lost} log records were dropped: the log was not read")
+        assert again.endswith("long ")
+        log.info("and again")
+        assert len(_read(reader).splitlines()) == 1
+        assert dropped() == lost
+    os.close(reader)
+
+
+def test_a_reader_that_left_is_no_fault_of_the_gateway(capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w", encoding="utf-8")  # closing it fails
+    set_up("info", "console", stream)
+    os.close(reader)
+    logging.getLogger("gateway.test").info("nobody hears this")
+    assert dropped() == 1
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    assert capfd.readouterr().err == ""

@@ -10,19 +10,12 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from gateway.core.agreement import AgreementStatistics, OutputAgreement
 from gateway.core.batch_queue import QueueStatistics
 from gateway.observe.exposition import OPENMETRICS, TEXT, labels, prefers_openmetrics
 from gateway.observe.host import Host, HostUsage
-from gateway.observe.metrics import (
-    BACKEND_STATES,
-    GrpcView,
-    HttpView,
-    Metrics,
-    ModelView,
-    ReplicaView,
-    Sources,
-    build_labels,
-)
+from gateway.observe.metrics import Metrics, Sources, build_labels
+from gateway.observe.metrics_views import BACKEND_STATES, GrpcView, HttpView, ModelView, ReplicaView
 from gateway.observe.record import FAILURE_REASONS, Histogram, ModelStatistics, Recent
 
 EMPTY = QueueStatistics(0, 0, 0, 0, None)
@@ -59,6 +52,17 @@ CONTRACT = {
     "gateway_backend_attempts_total": ("counter", {"model", "backend", "outcome"}),
     "gateway_backend_inflight_batches": ("gauge", {"model", "backend"}),
     "gateway_retries_total": ("counter", {"model"}),
+    "gateway_retry_budget_rows": ("gauge", {"model"}),
+    "gateway_backend_slots": ("gauge", {"model", "backend"}),
+    "gateway_backend_latency_seconds": ("gauge", {"model", "backend"}),
+    "gateway_backend_ejections_total": ("counter", {"model", "backend", "cause"}),
+    "gateway_panic": ("gauge", {"model"}),
+    "gateway_hedges_total": ("counter", {"model", "outcome"}),
+    "gateway_poison_total": ("counter", {"model"}),
+    "gateway_quarantine_attempts_total": ("counter", {"model"}),
+    "gateway_agreement_batches_total": ("counter", {"model", "outcome"}),
+    "gateway_agreement_max_difference": ("gauge", {"model", "output", "measure"}),
+    "gateway_agreement_min_equal_rows": ("gauge", {"model", "output"}),
     "gateway_worker_restarts_total": ("counter", {"model", "backend"}),
     "gateway_event_loop_lag_seconds": ("histogram", {"process"}),
     "gateway_build_info": ("gauge", {"version", "python", "onnxruntime"}),
@@ -139,7 +143,9 @@ def test_a_fresh_model_shows_its_counters_at_zero() -> None:
 
 @pytest.mark.parametrize("openmetrics", [False, True])
 def test_every_contracted_family_has_its_type_and_labels(openmetrics: bool) -> None:
-    found = families(metrics(view(replicas=[ReplicaView("onnx-1", "ready", 1, 2)])), openmetrics)
+    replica = ReplicaView("onnx-1", "closed", 1, 2, ejections={"slow": 1})
+    agreement = AgreementStatistics({"agreed": 1}, (OutputAgreement("y", 0.5, 0.25, 0.75),))
+    found = families(metrics(replace(view(replicas=[replica]), agreement=agreement)), openmetrics)
     for name, (kind, label_names) in CONTRACT.items():
         family = found[name.removesuffix("_total")]
         assert family.type == kind, name
@@ -202,20 +208,20 @@ def test_queue_gauges_read_what_waits() -> None:
 
 
 def test_families_without_a_version_label_are_summed_over_versions() -> None:
-    first = view("m", "1", replicas=[ReplicaView("onnx-1", "ready", 2, 3)])
-    second = view("m", "2", replicas=[ReplicaView("onnx-1", "ready", 1, 3)])
+    first = view("m", "1", replicas=[ReplicaView("onnx-1", "closed", 2, 3)])
+    second = view("m", "2", replicas=[ReplicaView("onnx-1", "closed", 1, 3)])
     text = lines(metrics(first, second))
     assert 'gateway_rejected_total{model="m",reason="overloaded"} 2' in text
     assert 'gateway_retries_total{model="m"} 2' in text
-    assert 'gateway_backend_attempts_total{backend="onnx-1",model="m",outcome="success"} 2' in text
+    assert 'gateway_backend_attempts_total{backend="onnx-1",model="m",outcome="ok"} 2' in text
     assert 'gateway_backend_inflight_batches{backend="onnx-1",model="m"} 3' in text
     assert 'gateway_worker_restarts_total{backend="onnx-1",model="m"} 3' in text
 
 
 def test_a_backend_shows_one_state_as_1_and_the_others_as_0() -> None:
-    text = lines(metrics(view(replicas=[ReplicaView("onnx-1", "starting", 0)])))
+    text = lines(metrics(view(replicas=[ReplicaView("onnx-1", "unavailable", 0)])))
     for state in BACKEND_STATES:
-        wanted = int(state == "starting")
+        wanted = int(state == "unavailable")
         assert f'gateway_backend_state{{backend="onnx-1",model="m",state="{state}"}} {wanted}' in text
 
 
@@ -242,7 +248,7 @@ def test_many_models_add_samples_and_not_families() -> None:
     few = families(metrics(view()))
     many = families(metrics(*[view(f"model-{n}") for n in range(500)]))
     assert many.keys() == few.keys()
-    assert len(many) < 60
+    assert len(many) < 80
     assert len(many["nv_inference_count"].samples) == 500
 
 

@@ -95,7 +95,7 @@ def test_every_request_of_a_batch_is_charged_the_whole_batchs_compute_time() -> 
     assert statistics.compute_output_ns == 5 * 5
     assert statistics.queue_ns == 500_000_000
     assert statistics.batches == {r.value: int(r.value in {"full", "worker_free"}) for r in Reason}
-    assert statistics.attempts == {("onnx-1", "success"): 1, ("onnx-2", "success"): 1}
+    assert statistics.attempts == {("onnx-1", "ok"): 1, ("onnx-2", "ok"): 1}
     assert statistics.execute.cumulative()[-1] == 2
 
 

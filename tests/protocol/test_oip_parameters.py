@@ -14,6 +14,8 @@ from gateway.core.request import InferRequest, SequenceStep
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol.json_strict import MinusZero
 from gateway.protocol.oip_parameters import (
+    MAX_FORWARDED,
+    MAX_FORWARDED_BYTES,
     MAX_SEQUENCE_ID_BYTES,
     MAX_UINT64,
     NO_OPTIONS,
@@ -186,3 +188,59 @@ def test_anything_is_read_or_refused(parameters: dict[str, Any]) -> None:
         if isinstance(result, RequestOptions):
             assert result.stated_timeout_s >= 0
             assert 0 <= result.priority <= MAX_UINT64
+
+
+# -- a model on a remote server: what callers say goes there ---------------------------------------------------------
+
+OWN: dict[str, Any] = {"note": "x", "n": 3, "yes": True, "share": 1.5}
+
+
+def request_with(parameters: dict[str, Any], *, forwarded: bool = True) -> InferRequest:
+    request = InferRequest((), 1, 0, "key", (), None)
+    options = request_options(parameters, frozenset({"triton_enable_empty_final_response"}), forwarded=forwarded)
+    if options is not NO_OPTIONS:
+        options.apply(request)
+    return request
+
+
+def test_own_parameters_are_forwarded_only_where_asked_for_and_those_of_the_protocol_never() -> None:
+    said = {**OWN, "timeout": 5, "priority": 1, "binary_data_output": True, "triton_enable_empty_final_response": True}
+    assert dict(request_with(said).parameters) == OWN
+    local = request_with(said, forwarded=False)
+    assert (dict(local.parameters), local.key) == ({}, "key")
+    assert request_options({}, forwarded=True) is NO_OPTIONS
+    assert request_with({"timeout": 5}).key == "key"
+
+
+def test_requests_share_a_batch_only_with_those_that_say_the_same() -> None:
+    assert request_with(OWN).key == request_with(dict(reversed(OWN.items()))).key
+    different: list[dict[str, Any]] = [{"a": 1}, {"a": True}, {"a": 1.0}, {"a": "1"}, {"b": 1}, {"a": 1, "b": 1}]
+    assert len({request_with(said).key for said in different}) == len(different)
+
+
+def test_a_step_of_a_servers_sequence_runs_alone() -> None:
+    first, second = request_with({"sequence_id": 7}), request_with({"sequence_id": 7})
+    assert first.key != second.key
+    assert first.sequence == second.sequence == SequenceStep(7)
+    assert request_with({"sequence_id": 7}, forwarded=False).key == "key"
+
+
+@pytest.mark.parametrize("said", [OWN, {"sequence_id": 1}, {"sequence_id": 1, **OWN}, {"timeout": 1}, {}])
+def test_the_key_without_the_parameters_is_found_again(said: dict[str, Any]) -> None:
+    assert request_options(said, forwarded=True).plain_key(request_with(said)) == "key"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {f"p{n}": 1 for n in range(MAX_FORWARDED + 1)},
+        {"text": "x" * MAX_FORWARDED_BYTES},
+        {"x" * MAX_FORWARDED_BYTES: 1, "y": 1},
+        {"n": 2**63},
+        {"n": -(2**63) - 1},
+    ],
+)
+def test_what_is_forwarded_is_bounded(said: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"can be forwarded|must fit in 64 bits"):
+        request_options(said, forwarded=True)
+    assert request_options(said) is NO_OPTIONS

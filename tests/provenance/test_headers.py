@@ -52,6 +52,13 @@ def test_the_block_is_exactly_what_the_contract_shows() -> None:
     )
 
 
+def test_where_no_digest_is_known_none_is_named() -> None:
+    template = batch_template(model_header("digits", "3", ""), "triton-a:8000", 1, "a1f3-000042", 32, 1.43)
+    (name, value), *_ = pairs(finish(template, 17, 0.81, 2.4, UUID))
+    assert (name, value) == ("Inference-Model", '"digits";version="3"')
+    assert parse([(name, value)]).model == ModelReference("digits", "3", "")
+
+
 def test_a_split_request_lists_its_members_in_order() -> None:
     members = [Member("onnx-1", 1, "a1f3-000007", 64, 0), Member("onnx-2", 2, "a1f3-000008", 36, 12)]
     block = split_headers(
@@ -134,7 +141,8 @@ def test_names_in_any_case_and_repeated_fields_are_joined() -> None:
     ("name", "value"),
     [
         ("Inference-Model", '"digits'),
-        ("Inference-Model", '"digits";version="3"'),
+        ("Inference-Model", '"digits";digest="sha256:0"'),
+        ("Inference-Model", '"digits";version="3";digest=3'),
         ("Inference-Model", '"digits";version=3;digest="x"'),
         ("Inference-Model", '"a";version="1";digest="x", "b";version="1";digest="x"'),
         ("Inference-Model", '"a\\x"'),

@@ -14,6 +14,7 @@ from gateway.registry.reference import (
     Source,
     name_fault,
     parse,
+    parse_server,
     unservable,
 )
 
@@ -25,9 +26,15 @@ from gateway.registry.reference import (
         ("./m/digits.onnx", ModelFileSource("./m/digits.onnx", Path("m/digits.onnx"))),
         ("/abs/m", DirectorySource("/abs/m", Path("/abs/m"))),
         ("a:b", DirectorySource("a:b", Path("a:b"))),
-        ("http://h:8000", OipServerSource("http://h:8000")),
-        ("HTTPS://h", OipServerSource("HTTPS://h")),
-        ("grpc://h:8001", OipServerSource("grpc://h:8001")),
+        ("http://h:8000", OipServerSource("http://h:8000", "http", "h", 8000)),
+        (
+            "HTTPS://Node-1.Example.org./",
+            OipServerSource("HTTPS://Node-1.Example.org./", "https", "node-1.example.org", 443),
+        ),
+        ("grpc://h", OipServerSource("grpc://h", "grpc", "h", 8001)),
+        ("http://h", OipServerSource("http://h", "http", "h", 8000)),
+        ("grpcs://10.0.0.1:9", OipServerSource("grpcs://10.0.0.1:9", "grpcs", "10.0.0.1", 9)),
+        ("http://[0::1]:80", OipServerSource("http://[0::1]:80", "http", "::1", 80)),
         ("models:/digits@champion", RegistrySource("models:/digits@champion")),
         ("models:/digits/3", RegistrySource("models:/digits/3")),
     ],
@@ -49,9 +56,43 @@ def test_texts_that_name_no_source(text: str) -> None:
         parse(text)
 
 
-def test_servers_and_registries_are_known_but_not_servable_yet() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("http://", "http:///", "http://:80", "http://h:", "http://h:0", "http://h:65536", "http://h:8o"),
+        *("http://a b", "http://-a", "http://a..b", "http://a%2e", "http://é", "http://10.0.0", "http://1.2.3.256"),
+        *("http://[::g]", "http://[::1", "http://::1", "http://[::1]x", "http://" + "a" * 64, "http://h:123456789"),
+    ],
+)
+def test_urls_of_no_server(text: str) -> None:
+    with pytest.raises(ValueError, match=r"has (a host that is|no usable)"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["http://h/v2", "http://h:1/a", "grpc://h?x", "http://h#f", "http://h//"])
+def test_a_servers_url_ends_with_its_port(text: str) -> None:
+    with pytest.raises(ValueError, match=r"more than host and port; write for example (http|grpc)://host:800"):
+        parse(text)
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ValueError, match="user name or password") as caught:
+        parse("http://me:secret@h:8000")
+    assert "secret" not in str(caught.value)
+
+
+def test_two_spellings_of_one_server_have_one_url() -> None:
+    texts = ["http://H.example:8000", "http://h.example", "HTTP://h.example./", "http://h.example:08000"]
+    assert {parse_server(text).url for text in texts} == {"http://h.example:8000"}
+    assert parse_server("grpcs://[2001:DB8::1]").url == "grpcs://[2001:db8::1]:443"
+    assert [parse_server(f"{scheme}://h").encrypted for scheme in ("http", "https", "grpc", "grpcs")] == [
+        False, True, False, True,
+    ]  # fmt: skip
+
+
+def test_registries_are_known_but_not_servable_yet() -> None:
     assert unservable(parse("m")) is None
-    assert "not supported in this version" in str(unservable(parse("http://h")))
+    assert unservable(parse("http://h")) is None
     assert "not supported in this version" in str(unservable(parse("models:/a")))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gateway.protocol import ipc
+from gateway.workers.board import SEATS, Board
 from gateway.workers.process import EXIT_BAD_FRAME, Host, Hosted, Plan
 from gateway.workers.session import Session
 from gateway.workers.shm import Buffer, sealed_file
@@ -30,7 +31,9 @@ class Worker:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(PATIENCE_S)
         with theirs:
-            self.process = spawn("test", GENERATION, theirs)
+            board = Board()
+            self.process = spawn("test", GENERATION, theirs, board.fd)
+            board.release()
 
     def hear(self) -> tuple[int, int, memoryview]:
         return ipc.decode(memoryview(self.socket.recv(ipc.FRAME_LIMIT)), GENERATION)
@@ -138,21 +141,21 @@ def run_payload(generation: int) -> memoryview:
 
 def test_one_instance_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    host = Host("test", theirs, GENERATION)
+    host = Host("test", theirs, GENERATION, memoryview(bytearray(8 * SEATS)).cast("Q"))
     host._hosted[1] = Hosted(Session(matmul(), 1), 2)
     buffer = Buffer.create(1)
     host._buffers[1] = buffer
     inside: list[int] = []
     release = threading.Event()
 
-    def execute(plan: Plan, began: int, generation: int, identity: int) -> bytes:
+    def execute(plan: Plan, began: int, generation: int, identity: int, interrupt: object) -> bytes:
         inside.append(identity)
         assert release.wait(PATIENCE_S)
         return b"answer"
 
     monkeypatch.setattr("gateway.workers.process._execute", execute)
     payload = run_payload(host._generation)
-    runs = [threading.Thread(target=host._run, args=(n, payload, [])) for n in range(2)]
+    runs = [threading.Thread(target=host._run, args=(host._sit(), n, payload, [])) for n in range(2)]
     for thread in runs:
         thread.start()
     time.sleep(0.05)  # long enough for a second one to get in, if anything lets it
@@ -169,9 +172,10 @@ def test_one_instance_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 
 ORPHANING_PARENT = """
 import os, socket, sys
+from gateway.workers.board import Board
 from gateway.workers.spawn import spawn
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-process = spawn("orphan", 1, theirs)
+process = spawn("orphan", 1, theirs, Board().fd)
 os.set_inheritable(ours.fileno(), True)
 ours.recv(1000)
 print(process.pid, flush=True)

@@ -12,9 +12,10 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-__all__ = ["file_of_symbol", "files", "message", "pool", "services"]
+__all__ = ["DecodeError", "file_of_symbol", "files", "message", "pool", "services"]
 
 
 @cache

@@ -1,0 +1,159 @@
+"""A batch ↔ the messages of ModelInfer, for one model of one server.
+
+Requests carry raw tensors, written by hand; what describes them is remembered by their shapes. Answers may hold raw
+tensors (Triton) or typed ones (MLServer), for all outputs alike.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.backends.interface import Batch, Failure, Success
+from gateway.backends.remote_codec import (
+    REMEMBERED,
+    BatchForm,
+    Garbled,
+    Mismatch,
+    NotEncodable,
+    check_described,
+    form_of,
+    from_elements,
+    from_raw,
+    in_order,
+    parameters_of,
+    refusal,
+)
+from gateway.core.assembly import AssemblyError, write_parts
+from gateway.core.batchability import SignatureTensor
+from gateway.core.request import OutputTensor
+from gateway.core.tensor import element_count, pack_bytes
+from gateway.errors import GatewayError
+from gateway.protocol import oip_data
+from gateway.protocol.oip_grpc_request import CONTENTS
+from gateway.protocol.oip_plan import InputPlan
+from gateway.protocol.protobuf_wire import field, prefix, text, varint
+from gateway.protocol.schema import DecodeError, message
+
+
+class GrpcCodec:
+    """`server`: its name, for messages."""
+
+    def __init__(
+        self,
+        server: str,
+        model: str,
+        version: str,
+        inputs: Sequence[SignatureTensor],
+        outputs: Sequence[SignatureTensor],
+    ) -> None:
+        self._server = server
+        self._opening = text(1, model) + text(2, version)
+        self._inputs = inputs
+        self._outputs = outputs
+        self._known: dict[BatchForm, tuple[bytes, int]] = {}
+
+    def request(self, batch: Batch, timeout_us: int = 0) -> bytearray:
+        """The message with its prefix.
+
+        Raises:
+            NotEncodable: the batch has no form that the server takes.
+        """
+        described, raw_bytes = self._described(batch)
+        parameters = b"".join([_parameter(4, *item) for item in parameters_of(batch, timeout_us).items()])
+        length = len(described) + len(parameters) + raw_bytes
+        if length >= 2**31:
+            raise NotEncodable(f"a batch of {length} bytes is more than one message of gRPC may have")
+        found = bytearray(5 + length)
+        found[1:5] = length.to_bytes(4, "big")
+        at = 5 + len(described) + len(parameters)
+        found[5:at] = described + parameters
+        with memoryview(found) as view:
+            for given in batch.inputs:
+                before = prefix(7, given.nbytes)
+                start = at + len(before)
+                found[at:start] = before
+                at = start + given.nbytes
+                write_parts(given, view[start:at])
+        return found
+
+    def _described(self, batch: Batch) -> tuple[bytes, int]:
+        """Everything but parameters and raw tensors, and the bytes that the raw tensors take."""
+        form = form_of(batch)
+        known = self._known.get(form)
+        if known is None:
+            parts = [self._opening]
+            raw_bytes = 0
+            for given in batch.inputs:
+                tensor = self._inputs[given.index]
+                shape = b"".join([varint(dim) for dim in given.shape])
+                parts.append(field(5, text(1, tensor.name) + text(2, given.datatype.name) + field(3, shape)))
+                raw_bytes += len(prefix(7, given.nbytes)) + given.nbytes
+            parts += [field(6, text(1, self._outputs[place].name)) for place in batch.outputs]
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            known = self._known[form] = b"".join(parts), raw_bytes
+        return known
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def success(self, answer: memoryview, outputs: tuple[int, ...]) -> Success | Failure:
+        """The message of a call that ended with OK."""
+        try:
+            parsed = message("inference.ModelInferResponse").FromString(bytes(answer))
+            return self._read(parsed, [self._outputs[place] for place in outputs])
+        except (Mismatch, Garbled, GatewayError, AssemblyError, DecodeError) as error:
+            return refusal(self._server, error)
+
+    def _read(self, answer: Any, wanted: list[SignatureTensor]) -> Success:
+        items, raw = answer.outputs, answer.raw_output_contents
+        if len(raw) not in (0, len(items)):
+            raise Garbled
+        tensors = {tensor.name: tensor for tensor in wanted}
+        found: dict[str, OutputTensor] = {}
+        for place, item in enumerate(items):
+            tensor = tensors.get(item.name)
+            if tensor is None:
+                continue
+            if item.name in found:
+                raise Mismatch(f"output '{tensor.name}' twice")
+            shape = check_described(tensor, item.datatype, list(item.shape))
+            found[tensor.name] = (
+                from_raw(tensor, shape, raw[place]) if len(raw) else _from_typed(tensor, shape, item.contents)
+            )
+        return in_order(wanted, found)
+
+
+def _from_typed(tensor: SignatureTensor, shape: tuple[int, ...], contents: Any) -> OutputTensor:
+    held = CONTENTS.get(tensor.datatype.name)
+    if any(given.name != held for given, _ in contents.ListFields()):
+        raise Mismatch(f"output '{tensor.name}' in a form that {tensor.datatype} does not have")
+    values = list(getattr(contents, held)) if held else []
+    count = element_count(shape)
+    if len(values) != count:
+        raise Mismatch(f"output '{tensor.name}' with {len(values)} elements for shape {list(shape)}")
+    if tensor.datatype.kind == "bytes":
+        return OutputTensor(tensor.name, tensor.datatype, shape, pack_bytes(values))
+    if tensor.datatype.kind == "half":  # no elements: anything else had no field to come in
+        return OutputTensor(tensor.name, tensor.datatype, shape, b"")
+    return from_elements(
+        tensor, shape, oip_data.from_checked(InputPlan(0, tensor.name, tensor.datatype, shape, count), values)
+    )
+
+
+def _parameter(number: int, name: str, value: object) -> bytes:
+    """An entry of a map of InferParameter."""
+    return field(number, text(1, name) + field(2, _choice(name, value)))
+
+
+def _choice(name: str, value: object) -> bytes:
+    if value is True or value is False:
+        return b"\x08\x01" if value else b"\x08\x00"
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return b"\x10" + varint(value % 2**64) if value < 2**63 else b"\x28" + varint(value)
+    if isinstance(value, str):
+        return field(3, value.encode())
+    if isinstance(value, float):
+        return b"\x21" + struct.pack("<d", value)
+    raise NotEncodable(f"the request parameter '{name}' has no form in gRPC")

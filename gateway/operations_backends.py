@@ -1,0 +1,213 @@
+"""What operators see of backends, and what they can do with them: drain one, and put it back.
+
+Rules:
+  * a name is a backend's (`onnx-1`, `triton-a:8000`) or a server's, which means the server's replicas of every model;
+  * drained stays drained until it is undrained or leaves the configuration; nothing that happens to it changes that;
+  * the last backend that can serve a model is not drained unless that is insisted on; then nothing at all is changed;
+  * draining ends nothing: batches under way are answered, new ones go elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+from gateway.catalog import ServedVersion
+from gateway.core.fleet import Fleet, Member, MemberStatistics
+
+Action = Literal["drain", "undrain"]
+
+MAX_WAIT_S: Final = 600.0
+LOOK_S: Final = 0.02
+"""Between two looks at what is still under way, while somebody waits for it."""
+
+audit = logging.getLogger("gateway.audit")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendView:
+    """One backend of one model version, as `/api/backends` shows it; the field names are part of the interface."""
+
+    model: str
+    version: str
+    backend: str
+    server: str
+    """Name of the server it is on; empty for a worker of this machine."""
+    kind: str
+    """`onnx`: a worker of the gateway; `oip`: a remote server."""
+    url: str
+    zone: str
+    weight: float
+    state: str
+    """`closed` (in full use), `open` (ejected), `half_open` (being tried out), `ramp` (back with a growing share),
+    `unavailable`, `drained`."""
+    cause: str
+    """Why it is in this state, in words; empty where there is nothing to say."""
+    until: str | None
+    """When this state ends by itself: UTC, ISO 8601. None: it does not."""
+    seconds_left: float | None
+    slots: int
+    """Batches it is given at one time, at most."""
+    in_flight: int
+    latency_ms: float | None
+    """How long a batch like its latest would take now, by what was seen; None: nothing was."""
+    share: float
+    """Its part of the attempts of this model version in the last ten seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One backend of one model version that an action changed, or found as wanted."""
+
+    model: str
+    version: str
+    backend: str
+    state: str
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What an action did. `idle`: nothing is under way on the backends named, as far as it was waited for."""
+
+    action: Action
+    name: str
+    backends: Sequence[Changed]
+    idle: bool
+
+
+class UnknownBackend(Exception):
+    """No backend and no server has this name."""
+
+
+class LastBackend(Exception):
+    """A model would be left without a backend that can serve it."""
+
+
+def member_statistics(version: ServedVersion, now: float) -> list[tuple[Member, MemberStatistics]]:
+    """Every backend of a version with what is known of it now. `now`: monotonic seconds."""
+    found = []
+    for fleet in version.fleets:
+        found += zip(fleet.members, fleet.statistics(now).members, strict=True)
+    return found
+
+
+class Backends:
+    """The backends of every model that is served."""
+
+    def __init__(
+        self,
+        versions: Callable[[], Iterable[ServedVersion]],
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock`: the schedulers'; `wall_clock`: seconds since 1970, for people."""
+        self._versions = versions
+        self._now = clock
+        self._wall_clock = wall_clock
+
+    def views(self) -> list[BackendView]:
+        """By model, version and the order in which they came."""
+        return [view for version in self._versions() for view in self._of(version)]
+
+    def _of(self, version: ServedVersion) -> list[BackendView]:
+        now = self._now()
+        return [self._view(version, member, seen, now) for member, seen in member_statistics(version, now)]
+
+    def _view(self, version: ServedVersion, member: Member, seen: MemberStatistics, now: float) -> BackendView:
+        traits = member.replica.traits
+        left = max(0.0, seen.until - now) if seen.until is not None and math.isfinite(seen.until) else None
+        until = None if left is None else datetime.fromtimestamp(self._wall_clock() + left, UTC)
+        return BackendView(
+            model=version.name,
+            version=version.version,
+            backend=seen.name,
+            server=traits.server,
+            kind=traits.kind,
+            url=str(getattr(member.replica, "url", "")),
+            zone=traits.zone,
+            weight=traits.weight,
+            state=seen.state,
+            cause=cause_of(member, seen),
+            until=None if until is None else until.isoformat(timespec="milliseconds"),
+            seconds_left=None if left is None else round(left, 3),
+            slots=seen.slots,
+            in_flight=seen.in_flight,
+            latency_ms=round(seen.ewma_s * 1e3, 3) if seen.ewma_s > 0.0 else None,
+            share=round(seen.share, 4),
+        )
+
+    async def act(self, action: Action, name: str, model: str | None, *, force: bool, wait_s: float) -> Done:
+        """Drain or undrain what is called `name`, of all models or of `model`; wait until it is idle, at most `wait_s`.
+
+        Raises:
+            UnknownBackend: nothing of that name; the text says what there is.
+            LastBackend: a model would have nothing left; nothing was changed.
+        """
+        now = self._now()
+        found = self._named(name, model)
+        if action == "drain" and not force:
+            self._check_others(found, name, now)
+        for version, fleet, member in found:
+            fleet.force(member, "open" if action == "drain" else None, now)
+            version.kick()
+        audit.info("%s of backend %s, model %s, force %s", action, name, model or "any", force)
+        idle = await self._idle([member for _, _, member in found], wait_s if action == "drain" else 0.0)
+        return Done(action, name, [self._changed(*one) for one in found], idle)
+
+    def _named(self, name: str, model: str | None) -> list[tuple[ServedVersion, Fleet, Member]]:
+        every = [
+            (version, fleet, member)
+            for version in self._versions()
+            if model in (None, version.name)
+            for fleet in version.fleets
+            for member in fleet.members
+        ]
+        # Workers have no server: an empty name means nobody, not all of them.
+        found = [one for one in every if name and name in (one[2].replica.name, one[2].replica.traits.server)]
+        if not found:
+            names = sorted({member.replica.name for _, _, member in every})
+            of = f" of model '{model}'" if model is not None else ""
+            raise UnknownBackend(f"no backend{of} is named '{name}'; there are: {', '.join(names) or 'none'}")
+        return found
+
+    def _check_others(self, found: Sequence[tuple[ServedVersion, Fleet, Member]], name: str, now: float) -> None:
+        going = {member for _, _, member in found}
+        stranded = []
+        for version in dict.fromkeys(version for version, _, _ in found):
+            for fleet in version.fleets:
+                usable = [member for member in fleet.members if fleet.usable(member, now)]
+                if usable and going.issuperset(usable):
+                    stranded.append(f"{version.name} version {version.version}")
+        if stranded:
+            what = ", ".join(dict.fromkeys(stranded))
+            raise LastBackend(
+                f"'{name}' is all that can serve {what} now, and nothing was changed; bring up or undrain another "
+                "backend first, or insist with force=true (--force)"
+            )
+
+    async def _idle(self, members: Sequence[Member], wait_s: float) -> bool:
+        deadline = self._now() + wait_s
+        while any(member.replica.in_flight for member in members):
+            if self._now() >= deadline:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    def _changed(self, version: ServedVersion, fleet: Fleet, member: Member) -> Changed:
+        seen = dict(zip(fleet.members, fleet.statistics(self._now()).members, strict=True)).get(member)
+        state = "removed" if seen is None else seen.state
+        return Changed(version.name, version.version, member.replica.name, state, member.replica.in_flight)
+
+
+def cause_of(member: Member, seen: MemberStatistics) -> str:
+    """Why a backend is in its state: what the fleet says, or the replica itself where it is the one who knows."""
+    if seen.state == "unavailable":
+        return str(getattr(member.replica, "cause", "")) or seen.cause
+    return seen.cause

@@ -1,0 +1,170 @@
+"""What remote servers said of their models, the last time each of them said anything.
+
+Rules: an answer holds until the next one: a server that is down takes nothing away. A server that does not answer, and
+one that answers but lacks a model, are two things, and each says why. Nothing is asked for longer than `START_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from gateway.backends.remote_endpoint import RemoteError, RemoteModel
+from gateway.backends.remote_server import RemoteServer
+from gateway.config import Backend, ModelEntry
+from gateway.remote_sites import START_S, Site
+from gateway.remote_versions import Offer, advice
+
+log = logging.getLogger("gateway.backends")
+
+PARALLEL: Final = 8
+"""Questions under way at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One backend of one model."""
+
+    backend: Backend
+    site: Site
+    model: str
+    """The model's name there."""
+
+    @property
+    def pinned(self) -> str:
+        return self.backend.version or ""
+
+
+@dataclass(slots=True)
+class Redundant:
+    """One model and its backends."""
+
+    name: str
+    entry: ModelEntry
+    mixed: bool
+    """Whether its source is on disk; its versions are those found there then."""
+    lines: list[Line] = field(default_factory=list)
+
+    def sites(self) -> list[Site]:
+        return list(dict.fromkeys(line.site for line in self.lines))
+
+    def servers(self) -> list[tuple[Line, RemoteServer]]:
+        return [(line, server) for line in self.lines for server in line.site.servers.values()]
+
+
+Heard = tuple[RemoteServer, str, str]
+"""A server, the name of a model there, and the version asked for."""
+
+
+class Census:
+    """All that was heard."""
+
+    def __init__(self) -> None:
+        self._index: dict[RemoteServer, tuple[str, ...]] = {}
+        """Ready models, of servers that were asked for all they have."""
+        self._heard: dict[Heard, RemoteModel] = {}
+        self._causes: dict[RemoteServer, str] = {}
+        """Why a server did not answer when it was asked last; empty: it did."""
+        self._lacking: dict[Heard, str] = {}
+        """Why a server that answers said nothing of a model."""
+        self._advised: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Census servers={len(self._causes)} models={len(self._heard)}>"
+
+    def names(self, site: Site) -> list[str]:
+        """Ready models of all servers of a site, in the order in which they said them."""
+        return list(dict.fromkeys(name for server in site.servers.values() for name in self._index.get(server, ())))
+
+    def answers(self, server: RemoteServer) -> bool:
+        """Whether it answered when it was asked last."""
+        return self._causes.get(server) == ""
+
+    def known(self, server: RemoteServer, model: str, version: str) -> RemoteModel | None:
+        """What it said of a version; an empty `version`: of the model."""
+        return self._heard.get((server, model, version))
+
+    def forget(self, kept: Collection[RemoteServer]) -> None:
+        """Drop what is known of servers that are not among `kept`."""
+        self._index = {server: said for server, said in self._index.items() if server in kept}
+        self._causes = {server: said for server, said in self._causes.items() if server in kept}
+        self._heard = {key: said for key, said in self._heard.items() if key[0] in kept}
+        self._lacking = {key: said for key, said in self._lacking.items() if key[0] in kept}
+
+    async def refresh(self, sites: Iterable[Site], sources: Container[Site]) -> None:
+        """Ask the servers of `sites` whether they are there, and those of `sources` for all that they have."""
+        gate = asyncio.Semaphore(PARALLEL)
+
+        async def one(site: Site, server: RemoteServer) -> None:
+            async with gate:
+                try:
+                    async with asyncio.timeout(START_S):
+                        if site in sources:
+                            ready = dict.fromkeys(e.name for e in await server.index() if e.ready)
+                            self._index[server] = tuple(ready)
+                        elif not await server.ready():
+                            raise RemoteError(server.cause or "it is not ready")
+                    self._causes[server] = ""
+                except TimeoutError:
+                    self._causes[server] = f"no answer within {START_S:g} s"
+                except RemoteError as error:
+                    self._causes[server] = str(error)
+
+        await asyncio.gather(*[one(site, server) for site in sites for server in site.servers.values()])
+
+    async def ask(self, model: Redundant, *, unheard: bool = False) -> None:
+        """Hear of a model from those of its servers that answer; `unheard`: only where nothing is known yet."""
+        await asyncio.gather(
+            *[
+                self.hear(line, server, line.pinned)
+                for line, server in model.servers()
+                if self._causes.get(server) == "" and not (unheard and (server, line.model, line.pinned) in self._heard)
+            ]
+        )
+
+    async def hear(self, line: Line, server: RemoteServer, version: str) -> RemoteModel | None:
+        """What a server says of a version, now; None, and noted why, where it says nothing."""
+        try:
+            async with asyncio.timeout(START_S):
+                found = await server.model(line.model, version)
+        except (RemoteError, TimeoutError) as error:
+            self._lacking[server, line.model, version] = str(error) or f"no answer within {START_S:g} s"
+            if isinstance(error, RemoteError) and error.missing:
+                self._heard.pop((server, line.model, version), None)
+            return None
+        self._heard[server, line.model, version] = found
+        self._lacking.pop((server, line.model, version), None)
+        if (text := advice(line.backend, found)) and text not in self._advised:
+            self._advised.add(text)
+            log.warning("%s", text)
+        return found
+
+    def offer(self, line: Line, server: RemoteServer) -> Offer:
+        heard = self._heard.get((server, line.model, line.pinned))
+        return Offer(line.pinned, None if heard is None else heard.versions)
+
+    def offers(self, model: Redundant) -> list[Offer]:
+        return [self.offer(line, server) for line, server in model.servers()]
+
+    def unheard(self, model: Redundant) -> bool:
+        """Whether one of its servers that answer did not say yet what it has."""
+        return any(
+            self._causes.get(server) == "" and (server, line.model, line.pinned) not in self._heard
+            for line, server in model.servers()
+        )
+
+    def silent(self, site: Site) -> list[str]:
+        """Why servers of a site were not heard of yet, one text for each; empty where all were."""
+        if not site.servers:
+            return [site.cause or "its name does not resolve"]
+        return [cause for server in site.servers.values() if (cause := self._causes.get(server, "not asked yet"))]
+
+    def silence(self, model: Redundant) -> str:
+        causes = [f"{site.endpoint.url}: {cause}" for site in model.sites() for cause in self.silent(site)]
+        for line, server in model.servers():
+            if cause := self._lacking.get((server, line.model, line.pinned), ""):
+                causes.append(f"{server.endpoint.url}: {cause}")
+        return "; ".join(causes) or "none has it"

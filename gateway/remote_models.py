@@ -1,0 +1,451 @@
+"""Models of remote servers: which there are, what each is loaded with, and which replicas each has at every moment.
+
+A model's backends are what its entry of the configuration lists, or every server of the URLs among the sources whose
+index names it as ready. Two tasks of this file:
+- at start and at reload: ask all servers, a few at a time and not for long, and turn the answers into `WantedVersion`s;
+- from then on (`follow`): bring the replicas of every loaded version in line with the servers that there are. A server
+  that was down joins when it was heard of; one that left the configuration or the address list drains and goes.
+
+Rules: what a server said last holds until it says otherwise: one that is down takes nothing away. The first server that
+answers, in the order of the configuration, defines the signature of a version that is not on disk; a replica whose
+server shows another one stays unavailable and says so. All changes of replicas happen in one task at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from gateway.backends.interface import Traits
+from gateway.backends.remote import RemoteReplica
+from gateway.backends.remote_endpoint import RemoteModel
+from gateway.catalog import Catalog, ServedVersion
+from gateway.config import Backend, Config, ModelEntry
+from gateway.config_models import model_names
+from gateway.core.model import Artifact, ModelState
+from gateway.errors import ConfigError, Fault, GatewayError, ModelError
+from gateway.loading import LoadedModel, WantedVersion
+from gateway.registry.reference import OipServerSource, name_fault
+from gateway.remote_census import Census, Line, Redundant
+from gateway.remote_loaded import MixedLoaded, RemoteLoaded, RemoteSide, Wanted
+from gateway.remote_sites import START_S, Site, SiteKey, endpoint_of, key_of
+from gateway.remote_versions import (
+    ONLY,
+    asked_as,
+    facts_of,
+    signature_of,
+    version_order,
+    versions_of,
+)
+
+log = logging.getLogger("gateway.backends")
+
+REDISCOVERY_S: Final = 3.0
+"""Between two looks for servers that were never heard of."""
+
+
+class RemoteModels:
+    """All remote servers and the models on them."""
+
+    def __init__(self, config: Config, catalog: Catalog) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._sites: dict[SiteKey, Site] = {}
+        self._models: dict[str, Redundant] = {}
+        self.census = Census()
+        """What the servers said."""
+        self._attached: weakref.WeakSet[ServedVersion] = weakref.WeakSet()
+        """Versions that have, or may get, remote replicas."""
+        self._changing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self.on_discovered: Callable[[str], None] = lambda name: None
+        """Called with the name of a model that a server has which was down at start."""
+
+    def __repr__(self) -> str:
+        return f"<RemoteModels models={len(self._models)} sites={len(self._sites)}>"
+
+    @property
+    def configured(self) -> bool:
+        """Whether the configuration names any server."""
+        return any(_is_remote(self._config, entry) for entry in self._config.models)
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Ask all servers that the configuration names; those that do not answer in time are logged.
+
+        Raises:
+            ConfigError: a secret cannot be read, or a name is served from two places.
+        """
+        await self._take(self._config)
+        for site in self._sites.values():
+            for cause in self.census.silent(site):
+                log.warning("backend %s does not answer: %s; it joins when it does", site.endpoint.url, cause)
+        for model in self._models.values():
+            if self.census.unheard(model):
+                log.warning("model %s: not all backends have it: %s", model.name, self.census.silence(model))
+
+    def obstacle(self) -> str:
+        """Why there is no model at all, in words; empty if there is one."""
+        if self._models:
+            return ""
+        silent = [
+            f"{site.endpoint.url}: {cause}" for site in self._sites.values() for cause in self.census.silent(site)
+        ]
+        return "no server answers: " + "; ".join(silent) if silent else "no server has a model that is ready"
+
+    def names(self) -> list[str]:
+        """Models that are not on disk, in order."""
+        return sorted(name for name, model in self._models.items() if not model.mixed)
+
+    def settings(self) -> dict[str, object]:
+        """For each of `names`, what makes it another model when it changes."""
+        return {
+            name: (_settings(model.entry), tuple(versions_of(self.census.offers(model))))
+            for name, model in self._models.items()
+            if not model.mixed
+        }
+
+    async def wanted(self, name: str) -> list[WantedVersion]:
+        """The versions of a model that is not on disk; none if no server has it. Never raises for a server's sake:
+        what cannot be served says why when it is loaded."""
+        model = self._models.get(name)
+        if model is None or model.mixed:
+            return []
+        await self.census.ask(model)
+        versions = versions_of(self.census.offers(model))
+        if not versions:
+            return [self._broken(model, ONLY, ModelError(f"no backend answers: {self.census.silence(model)}"))]
+        return [await self._wanted_version(model, version, versions[-1]) for version in versions]
+
+    def mixed(self, name: str, loaded: LoadedModel) -> LoadedModel:
+        """What was loaded on workers, with room for the servers beside it, if the configuration names any."""
+        model = self._models.get(name)
+        return loaded if model is None or not model.mixed else MixedLoaded(loaded, RemoteSide())
+
+    def attach(self, version: ServedVersion) -> None:
+        """A version was loaded and is about to serve; its other replicas follow."""
+        if _side(version) is not None:
+            self._attached.add(version)
+            version.origin = partial(self._origin, version)
+            self._wake.set()
+
+    # -- following -----------------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Keep the replicas of all versions in line with the servers, until cancelled."""
+        while True:
+            unheard = any(map(self.census.silent, self._sites.values())) or self._some_lacking()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REDISCOVERY_S if unheard else None):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._look_again()
+            except Exception:
+                log.exception("bringing the backends in line failed; it is tried again")
+
+    def _some_lacking(self) -> bool:
+        """Whether a server answers, and did not say what it has of a model that it should have."""
+        return any(map(self.census.unheard, self._models.values()))
+
+    async def _look_again(self) -> None:
+        silent = [site for site in self._sites.values() if self.census.silent(site)]
+        for site in silent:
+            site.hint()
+        if silent or self._some_lacking():
+            before = set(self._models)
+            async with self._changing:
+                await self.census.refresh(silent, self._sources())
+                await self._compose(self._config)
+                await asyncio.gather(*[self.census.ask(model, unheard=True) for model in self._models.values()])
+            for name in sorted(self._models.keys() - before):
+                log.info("model %s is known now", name)
+                self.on_discovered(name)
+        await self.reconcile()
+
+    async def reload(self, config: Config) -> None:
+        """Take over another configuration's servers; the models are the caller's business, then `reconcile`.
+
+        Raises:
+            ConfigError: as `open`; nothing was changed then.
+        """
+        await self._take(config)
+
+    async def refresh(self) -> None:
+        """Ask all servers anew what they have."""
+        async with self._changing:
+            await self.census.refresh(self._sites.values(), self._sources())
+            await self._compose(self._config)
+            await asyncio.gather(*map(self.census.ask, self._models.values()))
+
+    async def reconcile(self) -> None:
+        """Add and remove replicas of all loaded versions until they are those that should be."""
+        async with self._changing:
+            await asyncio.gather(*map(self._settle, list(self._attached)))
+            await self._close_unused()
+
+    async def close(self) -> None:
+        async with self._changing:
+            sites, self._sites = self._sites, {}
+            await asyncio.gather(*[site.close() for site in sites.values()])
+
+    async def _settle(self, version: ServedVersion) -> None:
+        side = _side(version)
+        if side is None or not _serving(version):
+            return
+        model = self._models.get(version.name)
+        served = {version.version, *self._catalog.ready_versions(version.name)}
+        due = self._due(model, version.version, max(served, key=version_order)) if model is not None else []
+        leaving = []
+        inputs, outputs = signature_of(version.spec)
+        coming = {key: key.replica(inputs, outputs) for key in due if key not in side.replicas}
+        for replica in coming.values():
+            replica.set_warm_up(version.probe)
+        if leaving:  # whoever takes over is up to it before anybody leaves
+            await asyncio.gather(*[replica.verify(START_S) for replica in coming.values()])
+        if not _serving(version):  # unloaded meanwhile
+            await asyncio.gather(*[replica.close() for replica in coming.values()])
+            return
+        gone = [side.replicas.pop(key) for key in leaving if key in side.replicas]
+        for key, replica in coming.items():
+            side.replicas[key] = replica
+            version.add_replica(replica)
+            log.info("model %s: backend %s joins", version.name, replica.name)
+        for replica in gone:
+            log.info("model %s: backend %s leaves", version.name, replica.name)
+        await asyncio.gather(*[_retire(version, replica) for replica in gone])
+
+    def _due(self, model: Redundant, version: str, newest: str) -> list[Wanted]:
+        """The replicas that a version should have."""
+        due = []
+        for line, server in model.servers():
+            asked = asked_as(self.census.offer(line, server), version, newest)
+            if asked is not None:
+                backend = line.backend
+                host = backend.host or server.address or server.endpoint.host
+                traits = Traits("oip", backend.weight, backend.zone, host, server.name, backend.max_slots)
+                due.append(Wanted(server, line.model, asked, traits))
+        return due
+
+    async def _close_unused(self) -> None:
+        """Servers that left are closed, now that no replica is theirs."""
+        used = {line.site for model in self._models.values() for line in model.lines} | self._sources().keys()
+        for key, site in list(self._sites.items()):
+            await site.close_gone()
+            if site not in used:
+                del self._sites[key]
+                await site.close()
+        self.census.forget({server for site in self._sites.values() for server in site.servers.values()})
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    async def _take(self, config: Config) -> None:
+        async with self._changing:
+            endpoints = await asyncio.to_thread(_endpoints, config)
+            fresh = {key_of(e): Site(e, self._wake.set) for _, e in endpoints if key_of(e) not in self._sites}
+            await asyncio.gather(*[site.start() for site in fresh.values()])
+            before = self._sites, self._models
+            self._sites = self._sites | fresh
+            try:
+                asked = dict.fromkeys(self._sites[key_of(endpoint)] for _, endpoint in endpoints)
+                await self.census.refresh(asked, self._sources(config))
+                if faults := await self._compose(config):
+                    raise ConfigError(faults)
+                await asyncio.gather(*map(self.census.ask, self._models.values()))
+            except BaseException:
+                self._sites, self._models = before
+                for site in fresh.values():
+                    await site.close()
+                raise
+            self._config = config
+
+    async def _compose(self, config: Config) -> list[Fault]:
+        """`_models` anew, from the configuration and what the servers said last; returns the names that are served from
+        another place already, and are not served from here."""
+        endpoints = await asyncio.to_thread(_endpoints, config)
+        sites = {id(backend): self._sites.get(key_of(endpoint)) for backend, endpoint in endpoints}
+        on_disk = set(await asyncio.to_thread(model_names, config))
+        models: dict[str, Redundant] = {}
+        faults: list[Fault] = []
+        for entry in config.models:
+            if entry.backends and entry.name is not None:
+                model = models[entry.name] = Redundant(entry.name, entry, bool(entry.source))
+                for backend in entry.backends:
+                    if (site := sites.get(id(backend))) is not None:
+                        model.lines.append(Line(backend, site, backend.model or entry.name))
+        named = set(models)
+        for site, (index, entry) in self._sources(config).items():
+            backend = Backend(url=entry.source)
+            for name in self.census.names(site):
+                if entry.name not in (None, name):
+                    continue
+                if (wrong := name_fault(name)) is not None:
+                    log.warning("%s has a model that cannot be served: %s", entry.source, wrong)
+                elif name in on_disk or name in named:
+                    faults.append(_taken(config, index, entry, name))
+                else:
+                    models.setdefault(name, Redundant(name, entry, mixed=False)).lines.append(Line(backend, site, name))
+        self._models = models
+        return faults
+
+    def _sources(self, config: Config | None = None) -> dict[Site, tuple[int, ModelEntry]]:
+        """Sites all of whose models are wanted, each with the first entry that says so."""
+        config = config or self._config
+        found: dict[Site, tuple[int, ModelEntry]] = {}
+        for index, entry in enumerate(config.models):
+            if isinstance(config.source(entry), OipServerSource):
+                site = self._sites.get(key_of(endpoint_of(config, Backend(url=entry.source))))
+                if site is not None:
+                    found.setdefault(site, (index, entry))
+        return found
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    async def _wanted_version(self, model: Redundant, version: str, newest: str) -> WantedVersion:
+        heard: list[RemoteModel] = []
+        for line, server in model.servers():
+            offer = self.census.offer(line, server)
+            asked = asked_as(offer, version, newest) if offer.versions is not None else None
+            if asked is not None and (found := await self.census.hear(line, server, asked)) is not None:
+                heard.append(found)
+        try:
+            if not heard:
+                raise ModelError(f"no backend answers: {self.census.silence(model)}")
+            return self._settled(model, version, newest, heard)
+        except GatewayError as error:
+            return self._broken(model, version, error)
+
+    def _settled(self, model: Redundant, version: str, newest: str, heard: Sequence[RemoteModel]) -> WantedVersion:
+        """Raises ConfigError."""
+        settings = self._config.settings(model.entry)
+        facts = facts_of(settings, heard)
+        return WantedVersion(
+            name=model.name,
+            version=version,
+            read=partial(_artifact, model, version),
+            load=partial(self._load, model.name, version, newest, heard[0]),
+            digest_pin=None,
+            batching=settings.batching,
+            max_batch_size=facts.max_batch_size,
+            size_is_stated=facts.size_is_stated,
+            max_queue_delay_s=settings.max_queue_delay_s,
+            preferred_batch_sizes=settings.preferred_batch_sizes,
+            oversize=settings.oversize,
+            max_queue_rows=max(settings.max_queue_rows, facts.max_batch_size or 0),
+            max_queue_bytes=settings.max_queue_bytes,
+            deadline_s=settings.deadline_s,
+            stated_inputs=facts.stated_inputs,
+            stated_outputs=facts.stated_outputs,
+            resilience=settings.resilience,
+            platform=facts.platform,
+            forwards_parameters=True,
+            independent=facts.independent,
+            apart=facts.apart,
+            untried=facts.untried,
+        )
+
+    def _broken(self, model: Redundant, version: str, error: GatewayError) -> WantedVersion:
+        """A version whose load ends with `error`."""
+
+        def read() -> tuple[Artifact, bytes | None]:
+            raise error
+
+        async def load(artifact: Artifact) -> LoadedModel:
+            raise error
+
+        settings = self._config.settings(model.entry)
+        return WantedVersion(
+            model.name, version, read, load, None, settings.batching, None, False, 0.0, (), settings.oversize,
+            settings.max_queue_rows, settings.max_queue_bytes, settings.deadline_s,
+        )  # fmt: skip
+
+    async def _load(self, name: str, version: str, newest: str, first: RemoteModel, artifact: Artifact) -> LoadedModel:
+        """One replica, whose server answers; the others join once the version serves.
+
+        Raises:
+            ModelError: no server has it any more.
+        """
+        model = self._models.get(name)
+        causes = []
+        for wanted in self._due(model, version, newest) if model is not None else []:
+            if not self.census.answers(wanted.server):
+                continue
+            replica = wanted.replica(first.inputs, first.outputs)
+            cause = await replica.verify(START_S)
+            if not cause:
+                side = RemoteSide()
+                side.replicas[wanted] = replica
+                return RemoteLoaded(side, first.inputs, first.outputs)
+            causes.append(f"{replica.name}: {cause}")
+            await replica.close()
+        raise ModelError(f"no backend of {artifact.name} can be used: {'; '.join(causes) or 'none answers'}")
+
+    def _origin(self, version: ServedVersion) -> list[dict[str, Any]]:
+        """For people: what the servers of a version said of it."""
+        side = _side(version)
+        found = []
+        for wanted, replica in side.replicas.items() if side is not None else ():
+            heard = self.census.known(wanted.server, wanted.model, wanted.version)
+            found.append(
+                {
+                    "name": replica.name,
+                    "url": wanted.server.endpoint.url,
+                    "model": wanted.model,
+                    "version": wanted.version or None,
+                    "metadata": dict(heard.raw) if heard is not None else None,
+                }
+            )
+        return found
+
+
+def _serving(version: ServedVersion) -> bool:
+    return version.state is ModelState.READY
+
+
+async def _retire(version: ServedVersion, replica: RemoteReplica) -> None:
+    """It takes nothing more, answers what it has, and is closed."""
+    await version.remove_replica(replica)
+    await replica.close()
+
+
+def _side(version: ServedVersion) -> RemoteSide | None:
+    loaded = version.loaded
+    return loaded.side if isinstance(loaded, RemoteLoaded | MixedLoaded) else None
+
+
+def _is_remote(config: Config, entry: ModelEntry) -> bool:
+    return bool(entry.backends) or isinstance(config.source(entry), OipServerSource)
+
+
+def _endpoints(config: Config) -> list[tuple[Backend, Any]]:
+    """Every backend that the configuration names, with its endpoint; blocks on the disk. Raises ConfigError."""
+    backends = [backend for entry in config.models for backend in entry.backends]
+    backends += [
+        Backend(url=entry.source) for entry in config.models if isinstance(config.source(entry), OipServerSource)
+    ]
+    return [(backend, endpoint_of(config, backend)) for backend in backends]
+
+
+def _settings(entry: ModelEntry) -> str:
+    return entry.model_dump_json(exclude={"backends", "source"})
+
+
+def _artifact(model: Redundant, version: str) -> tuple[Artifact, bytes | None]:
+    """Stands for files that are not here."""
+    source = ", ".join(site.endpoint.url for site in model.sites())
+    return Artifact(model.name, version, source, (), "", b"", ""), None
+
+
+def _taken(config: Config, index: int, entry: ModelEntry, name: str) -> Fault:
+    line = config.model_lines[index] if index < len(config.model_lines) else 0
+    message = (
+        f"model '{name}' of {entry.source} is already served from another source; to serve it from both, give the "
+        "entry of the other one `backends` with this URL, instead of this source"
+    )
+    return Fault(config.file if line else "command line", line, f"models[{index}]", message)

@@ -1,0 +1,1 @@
+"""Deterministic simulation of the data path: see README.md."""
