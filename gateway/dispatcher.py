@@ -10,8 +10,8 @@ Rules:
   * no row goes to a replica that failed it while another one is usable, busy or not;
   * a batch that nobody waits for any more is cancelled, and that is nobody's fault;
   * the fleet hears of every attempt exactly twice: that it began, and how it ended.
-Invariants: a batch in `running` holds its replica's slot; every batch ends in exactly one call to the owner, except the
-slower one of a hedged pair, which ends in none.
+Invariants: a batch under way holds its replica's slot; at the end of each the owner is told its outcome or, where there
+is none to tell (its members wait again, or have another answer), that it is over.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterable
 from typing import Final
@@ -33,6 +34,7 @@ from gateway.observe.record import ModelStatistics
 log = logging.getLogger("gateway.dispatch")
 
 LOG_INTERVAL_S: Final = 1.0
+_KEY: Final = os.urandom(32)
 
 ORIGIN: Final[dict[Lane | None, Origin]] = {
     None: Origin.CLEAN,
@@ -74,7 +76,7 @@ class Failures:
 
     def denied(self, request: InferRequest, now: float) -> bool:
         """Whether it was found to break backends by itself lately."""
-        hit = self.denylist.denied(fingerprint(self._spec.name, self._spec.version, request), now)
+        hit = self.denylist.denied(fingerprint(_KEY, self._spec.name, self._spec.version, request), now)
         self.denies = len(self.denylist) > 0
         if hit:
             self._statistics.poison()
@@ -161,7 +163,7 @@ class Failures:
         self._statistics.poison(len(members))
         if self._spec.resilience.poison_denylist:
             for request in members:
-                self.denylist.deny(fingerprint(self._spec.name, self._spec.version, request), now)
+                self.denylist.deny(fingerprint(_KEY, self._spec.name, self._spec.version, request), now)
             self.denies = True
 
     # -- another attempt -------------------------------------------------------------------------------------------

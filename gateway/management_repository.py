@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
 from gateway import plan
@@ -38,6 +38,7 @@ from gateway.errors import (
 )
 from gateway.loading import WantedVersion
 from gateway.management_override import Override, overridden, read_override
+from gateway.management_servers import NoServers, Servers
 from gateway.protocol.model_config import ModelConfig
 from gateway.registry.reference import name_fault
 
@@ -59,54 +60,6 @@ _INDEX_STATE: Final = {
     ModelState.UNAVAILABLE: "UNAVAILABLE",
     ModelState.FAILED: "UNAVAILABLE",
 }
-
-
-class Servers(Protocol):
-    """The models that are not on disk: those of remote servers; `remote_models.RemoteModels` fits."""
-
-    @property
-    def configured(self) -> bool:
-        """Whether there are any servers to ask."""
-
-    def names(self) -> list[str]: ...
-
-    def settings(self) -> dict[str, object]:
-        """For each of `names`, what makes it another model when it changes."""
-
-    async def wanted(self, name: str) -> list[WantedVersion]: ...
-
-    async def refresh(self) -> None:
-        """Ask the servers anew what they have."""
-
-    async def reload(self, config: Config) -> None:
-        """Take over another configuration's servers. Raises ConfigError, and nothing was changed then."""
-
-    async def reconcile(self) -> None:
-        """Bring the replicas of what is loaded in line with the servers."""
-
-
-class NoServers:
-    """Fits `Servers`."""
-
-    configured = False
-
-    def names(self) -> list[str]:
-        return []
-
-    def settings(self) -> dict[str, object]:
-        return {}
-
-    async def wanted(self, name: str) -> list[WantedVersion]:
-        return []
-
-    async def refresh(self) -> None:
-        """There is nobody to ask."""
-
-    async def reload(self, config: Config) -> None:
-        """There is nothing to take over."""
-
-    async def reconcile(self) -> None:
-        """There is nothing to bring in line."""
 
 
 class Repository:

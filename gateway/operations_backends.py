@@ -92,7 +92,7 @@ class LastBackend(Exception):
 
 def member_statistics(version: ServedVersion, now: float) -> list[tuple[Member, MemberStatistics]]:
     """Every backend of a version with what is known of it now. `now`: monotonic seconds."""
-    found = []
+    found: list[tuple[Member, MemberStatistics]] = []
     for fleet in version.fleets:
         found += zip(fleet.members, fleet.statistics(now).members, strict=True)
     return found

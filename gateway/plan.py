@@ -115,7 +115,8 @@ def manifest_of(version: ServedVersion) -> dict[str, Any]:
         document["backends"] = backends
     if isinstance(version.scheduler, Ensemble):
         document["steps"] = [
-            {"model": name, "version": number, "digest": digest or None} for name, number, digest in version.scheduler.members()
+            {"model": name, "version": number, "digest": digest or None}
+            for name, number, digest in version.scheduler.members()
         ]
     return document
 

@@ -202,7 +202,7 @@ class RemoteModels:
         model = self._models.get(version.name)
         served = {version.version, *self._catalog.ready_versions(version.name)}
         due = self._due(model, version.version, max(served, key=version_order)) if model is not None else []
-        leaving = []
+        leaving = [key for key in side.replicas if key not in due]
         inputs, outputs = signature_of(version.spec)
         coming = {key: key.replica(inputs, outputs) for key in due if key not in side.replicas}
         for replica in coming.values():

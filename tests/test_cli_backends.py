@@ -35,7 +35,7 @@ LISTED = [
         cause="5 failures in a row: status 500 [boom]", until="2026-11-23T07:00:03.000+00:00", seconds_left=3.4,
         share=None, latency_ms=None,
     ),
-    backend("triton-a:8000", model="salary", server="triton-a:8000", kind="oip", state="drained", cause="by an operator"),
+    backend("triton-a:8000", model="salary", server="triton-a:8000", kind="oip", state="drained", cause="an operator"),
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_a_program_gets_every_field_of_every_backend(port: Port, capsys: Said) -
         "open", "5 failures in a row: status 500 [boom]", "2026-11-23T07:00:03.000+00:00", "1.0", "0", "-", "-", "oip",
         "rack-1", "http://triton-a:8000",
     ]  # fmt: skip
-    assert one == "salary\t3\ttriton-a:8000\tdrained\tby an operator\t-\t1.0\t0\t1.25\t0.5\toip\t-\t-\n"
+    assert one == "salary\t3\ttriton-a:8000\tdrained\tan operator\t-\t1.0\t0\t1.25\t0.5\toip\t-\t-\n"
 
 
 @pytest.mark.parametrize("width", [80, 120])

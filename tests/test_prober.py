@@ -236,13 +236,13 @@ async def test_a_full_backend_gives_its_permit_back_and_is_tried_when_it_has_roo
 @simulated
 async def test_callers_may_take_the_slot_before_a_trial_that_was_begun_does() -> None:
     trial = Trial("oip", "oip", slots=1)
-    member = trial.fleet.members[0]
+    member = tripped = trial.fleet.members[0]
     trial.trip(member)
     begin = trial.prober._begin
 
-    def begin_and_lose_the_slot(fleet: Fleet, who: Member) -> bool:
-        begun = begin(fleet, who)
-        if who is member and begun and not member.replica.in_flight:
+    def begin_and_lose_the_slot(fleet: Fleet, member: Member) -> bool:
+        begun = begin(fleet, member)
+        if member is tripped and begun and not member.replica.in_flight:
             member.replica.execute(_Stuck(), 1.0)
         return begun
 

@@ -366,18 +366,20 @@ async def test_who_is_left_of_several_was_not_alone(kind: Kind) -> None:
 
 
 @simulated
-async def test_a_row_that_two_servers_fail_on_alone_is_poison_though_both_saw_it_in_company_before() -> None:
-    bench = Bench(replicas=2, kinds=["oip", "oip"])
-    callers = [bench.send() for _ in range(4)]
-    bad = callers[1].numbers[0]
+@pytest.mark.parametrize("bad_at", range(8))
+async def test_a_row_that_two_servers_fail_on_alone_is_poison_though_both_saw_it_in_company_before(bad_at: int) -> None:
+    bench = Bench(replicas=2, kinds=["oip", "oip"], seed=bad_at)
+    callers = [bench.send() for _ in range(8)]
+    bad = callers[bad_at].numbers[0]
     bench.backend.respond = lambda batch: (
         batch.fail(FailureKind.BROKEN, sign=Sign.ANSWERED) if bad in batch.numbers else batch.reply()
     )
     await bench.finish()
-    assert [caller.answered for caller in callers] == [True, False, True, True]
-    assert isinstance(callers[1].error, PoisonRequest)
+    assert [caller.answered for caller in callers] == [at != bad_at for at in range(8)]
+    assert isinstance(callers[bad_at].error, PoisonRequest)
     alone = {batch.replica.name for batch in bench.backend.executed if batch.numbers == [bad]}
     assert len(alone) == 2
+    assert sum(batch.numbers == [bad] for batch in bench.backend.executed) == 2
 
 
 @simulated

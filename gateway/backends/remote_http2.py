@@ -25,6 +25,8 @@ MAX_HEAD_BYTES: Final = 65_536
 MAX_FRAME_BYTES: Final = 1 << 20
 """Largest frame that we take."""
 DEFAULT_TABLE: Final = 4096
+_PREFIX_BYTES: Final = 5
+"""Before each message of gRPC: whether it is compressed, and its length."""
 _REOPEN: Final = 1 << 29
 """Bytes received after which the connection's window is opened again."""
 _MAX_UNSENT: Final = 1 << 20
@@ -196,7 +198,8 @@ class Http2Connection(Connection):
             return
         self.answered = True
         self._message += _unpadded(flags, payload)
-        if len(self._message) > self.channel.max_bytes:
+        announced = int.from_bytes(self._message[1:5], "big") if len(self._message) >= _PREFIX_BYTES else 0
+        if max(announced, len(self._message) - _PREFIX_BYTES) > self.channel.max_bytes:
             self._break(f"an answer of more than {self.channel.max_bytes} bytes")
         elif flags & h2.END_STREAM:
             self._finish()
@@ -239,17 +242,17 @@ class Http2Connection(Connection):
         flaw = ""
         if not self._status:
             flaw = "an answer without a status"
-        elif code == 0 and len(message) < 5:
+        elif code == 0 and len(message) < _PREFIX_BYTES:
             flaw = "no message"
         elif message and message[0]:
             flaw = "a compressed message that nobody asked for"
-        elif code == 0 and int.from_bytes(message[1:5], "big") != len(message) - 5:
+        elif code == 0 and int.from_bytes(message[1:5], "big") != len(message) - _PREFIX_BYTES:
             flaw = "a message of another length than it says, or several"
         if flaw:
             self._break(flaw)
             return
         words = unquote(self._head.get("grpc-message", ""), errors="replace")
-        answer = GrpcAnswer(self._status, code, words, self._head, memoryview(message)[5:].toreadonly())
+        answer = GrpcAnswer(self._status, code, words, self._head, memoryview(message)[_PREFIX_BYTES:].toreadonly())
         # Answered before all was sent: the rest of it would be in the way of the next call.
         self.end(answer, keep=not self._last and not self._unsent and self._stream < h2.MAX_STREAM_ID - 2)
 

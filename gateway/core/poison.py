@@ -1,8 +1,8 @@
 """What is remembered of input that breaks replicas, and how much may be spent on finding it out.
 
-  * `fingerprint`: 128 bits that name an input of a model version. Keyed afresh in every process, so that nobody outside
-    can make two inputs meet. Only computed for a request that was found guilty, and for all requests while the
-    denylist holds something;
+  * `fingerprint`: 128 bits that name an input of a model version. Its key is secret and made afresh in every process,
+    so that nobody outside can make two inputs meet. Only computed for a request that was found guilty, and for all
+    requests while the denylist holds something;
   * `Denylist`: fingerprints that are refused unexecuted, 10 minutes, at most 10 000: a second hit costs no backend
     work. What is denied again meanwhile starts anew;
   * `QuarantineAllowance`: runs of suspects per second, apart from the retry budget, so that poison cannot use that up;
@@ -15,7 +15,6 @@ Rules: resilience notes §1.4. Time is an argument (monotonic seconds); everythi
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections import deque
 from dataclasses import dataclass
@@ -34,18 +33,19 @@ ALONE_S: Final = 60.0
 OUTAGE_FAILURES: Final = 64
 """Failed attempts in a row that mean an outage: more than the 63 runs in which a batch of 32 guilty rows is halved."""
 
-_KEY: Final = os.urandom(32)
 _HEAD: Final = struct.Struct("<BBQ")
 _ABSENT: Final = b"\xff"
 
 
-def fingerprint(model: str, version: str, request: InferRequest) -> bytes:
-    """16 bytes for what `request` asks of `version` of `model`: outputs, and inputs with datatype, shape and content.
+def fingerprint(key: bytes, model: str, version: str, request: InferRequest) -> bytes:
+    """16 bytes for what `request` asks of `version` of `model`: outputs, parameters that a backend sees, and inputs
+    with datatype, shape and content. `key`: up to 64 secret bytes.
 
     Equal for equal tensors, whether they came as JSON or as bytes. BYTES values are in binary form either way.
     """
-    digest = hashlib.blake2b(digest_size=16, key=_KEY)
-    for text in (model.encode(), version.encode()):
+    digest = hashlib.blake2b(digest_size=16, key=key)
+    parameters = repr(sorted(request.parameters.items())) if request.parameters else ""
+    for text in (model.encode(), version.encode(), parameters.encode()):
         digest.update(struct.pack("<Q", len(text)))
         digest.update(text)
     digest.update(struct.pack(f"<Q{len(request.outputs)}Q", len(request.outputs), *request.outputs))

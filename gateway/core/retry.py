@@ -14,7 +14,8 @@ Rules, in the order in which they are looked at:
     members on another replica first. If that succeeds the first replica is to blame, otherwise they are halved;
   * no answer (BROKEN, TIMEOUT): the same members once more elsewhere; after the second time each runs alone. A crash
     costs a restart, a run of one row milliseconds. If it was a worker of ours that died of this very batch, or had to
-    be killed, the second run is in quarantine already: whoever broke one must not take two along.
+    be killed, the second run is in quarantine already: whoever broke one must not take two along. If it was for lack of
+    memory, the second run is that of two halves.
 
 Guarantees, for the defaults and while some replica works:
   * every innocent batch-mate is answered;
@@ -190,7 +191,9 @@ def _after_silence(batch: FailedBatch) -> Verdict:
     if batch.max_attempts <= 1:
         return Verdict.FAIL_BACKEND
     again = batch.broken >= SINGLES_FROM
-    crashed = batch.sign is Sign.EXIT or (batch.same_build and batch.kind is FailureKind.TIMEOUT)
+    if batch.sign is Sign.MEMORY and not again and batch.members > 1:
+        return Verdict.HALVE
+    crashed = batch.sign in (Sign.EXIT, Sign.MEMORY) or (batch.same_build and batch.kind is FailureKind.TIMEOUT)
     if batch.lone and again and crashed:
         return Verdict.POISON
     if again and (batch.outage or (batch.lone and batch.broken >= batch.max_attempts)):

@@ -28,19 +28,19 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from gateway.protocol import ipc
 from gateway.workers.board import SEATS, Seat, adopt
 from gateway.workers.session import (
     RUNTIME_VERSION,
     Feed,
-    Interrupt,
     ModelRefusedError,
     Output,
     RunError,
     Session,
     clean_text,
+    new_interrupt,
 )
 from gateway.workers.shm import AreaError, Buffer, read_file
 
@@ -142,7 +142,7 @@ class Host:
 
     def _sit(self) -> Seat:
         with self._growing:
-            seat = Seat(self._board, len(self._seats), Interrupt())
+            seat = Seat(self._board, len(self._seats), new_interrupt())
             self._seats.append(seat)
         return seat
 
@@ -259,7 +259,7 @@ class Host:
         return buffer
 
 
-def _execute(plan: Plan, began: int, generation: int, identity: int, interrupt: Interrupt) -> bytes:
+def _execute(plan: Plan, began: int, generation: int, identity: int, interrupt: Any) -> bytes:
     """Run one batch and leave its outputs in the buffer; returns the RESULT frame. `began`: `perf_counter_ns`.
 
     Raises:

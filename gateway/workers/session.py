@@ -25,8 +25,6 @@ from gateway.core.batchability import SignatureTensor
 from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, element_count, pack_bytes, unpack_bytes
 from gateway.protocol.ipc import Signature
 
-Interrupt = RunOptions
-"""Ends the run it is given to; see `Session.run`."""
 RUNTIME_VERSION: Final[str] = onnxruntime.__version__
 TEXT_LIMIT: Final = 500
 MAX_OPTIONAL: Final = 64
@@ -71,6 +69,11 @@ class Output:
 
 
 Feed = Any  # numpy array, or OrtValue for BF16
+
+
+def new_interrupt() -> Any:
+    """What ends the run it is given to; see `Session.run`."""
+    return RunOptions()
 
 
 class Session:
@@ -134,7 +137,7 @@ class Session:
         """What `run` takes for these outputs."""
         return [self._output_names[index] for index in outputs]
 
-    def run(self, feeds: dict[str, Feed], names: list[str], interrupt: Interrupt | None = None) -> list[Any]:
+    def run(self, feeds: dict[str, Feed], names: list[str], interrupt: Any = None) -> list[Any]:
         """Execute. Returns raw values for `collect`, in the order of `names`. `interrupt`: setting its `terminate`
         ends the run before its next node, and every later one until it is unset.
 

@@ -106,6 +106,18 @@ def test_large_messages_wait_for_the_peers_windows_and_frames() -> None:
         assert found[0].message == b"done"
 
 
+def test_a_server_that_wants_no_table_is_told_that_ours_is_empty() -> None:
+    with open_connection(Http2Connection) as (connection, _):
+        exchange(connection, ASK, [frame(4, 0, 0, struct.pack(">HL", 1, 0)) + grpc_frames(1, b"x")])
+        exchange(connection, ASK, [grpc_frames(3, b"x")])
+        exchange(connection, ASK, [grpc_frames(5, b"x")])
+        blocks = [p for k, _, _, p in frames_sent(bytes(connection.transport.sent)) if k == 1]
+        assert [block.startswith(b"\x20") for block in blocks] == [False, True, False]
+        decoder = hpack.Decoder()
+        decoder.max_allowed_table_size = 0
+        assert decoder.decode(blocks[1])
+
+
 def goaway(last: int) -> bytes:
     return frame(7, 0, 0, struct.pack(">LL", last, 0))
 
@@ -161,6 +173,8 @@ FLAWS = [
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\2a") + frame(1, 5, 1, TAIL), "another length"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\1ab") + frame(1, 5, 1, TAIL), "another length"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\1\0\0" + bytes(2000)), "more than 1000 bytes"),
+    (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\xff\xff\xff\xff"), "more than 1000 bytes"),
+    (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\1" + bytes(1001)), "more than 1000 bytes"),
     (frame(1, 4, 1, b"\xff\xff\xff\xff\xff\xff\xff"), "breaks HTTP/2"),
     (frame(1, 0, 1, HEAD) + frame(0, 0, 1, b"x"), "breaks HTTP/2"),
     (frame(9, 4, 1, HEAD), "breaks HTTP/2"),

@@ -22,6 +22,8 @@ from gateway.core.poison import (
 from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import DATATYPE, DATATYPES, pack_bytes
 
+KEY = b"a secret of this process"
+
 
 def request(
     *inputs: InputTensor | None, outputs: tuple[int, ...] = (0,), request_id: str | None = None
@@ -34,7 +36,7 @@ def values(datatype: str, shape: tuple[int, ...], *elements: Any) -> InputTensor
 
 
 def mark(*inputs: InputTensor | None, outputs: tuple[int, ...] = (0,), model: str = "m", version: str = "1") -> bytes:
-    return fingerprint(model, version, request(*inputs, outputs=outputs))
+    return fingerprint(KEY, model, version, request(*inputs, outputs=outputs))
 
 
 ELEMENTS: dict[str, st.SearchStrategy[Any]] = {
@@ -85,7 +87,22 @@ def test_whatever_an_answer_depends_on_counts() -> None:
 
 def test_the_callers_id_does_not_count() -> None:
     one = values("FP32", (1, 1), 1.0)
-    assert fingerprint("m", "1", request(one, request_id="a")) == fingerprint("m", "1", request(one, request_id="b"))
+    assert fingerprint(KEY, "m", "1", request(one, request_id="a")) == fingerprint(
+        KEY, "m", "1", request(one, request_id="b")
+    )
+
+
+def test_what_a_backend_is_told_beside_the_tensors_is_part_of_it() -> None:
+    plain, told, same, other = (request(values("INT64", (1,), 1)) for _ in range(4))
+    told.parameters, same.parameters, other.parameters = {"b": 1, "a": "x"}, {"a": "x", "b": 1}, {"a": "y", "b": 1}
+    marks = [fingerprint(KEY, "m", "1", one) for one in (plain, told, same, other)]
+    assert marks[1] == marks[2]
+    assert len(set(marks)) == 3
+
+
+def test_nobody_can_make_one_without_the_key() -> None:
+    one = request(values("INT64", (1,), 1))
+    assert fingerprint(b"a", "m", "1", one) != fingerprint(b"b", "m", "1", one)
 
 
 def test_every_datatype_has_a_fingerprint() -> None:

@@ -13,7 +13,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -239,6 +239,7 @@ async def remote(
     model: dict[str, Any] | None = None,
     server: dict[str, Any] | None = None,
     proxied: Sequence[int] = (),
+    edit: Callable[[list[dict[str, Any]]], None] | None = None,
     profile: Profile | None = None,
     utilisation: float = UTILISATION,
     where: Where | None = None,
@@ -250,6 +251,7 @@ async def remote(
         model: further keys of the model's entry.
         server: further keys of the server's section.
         proxied: backends, by index, that the gateway reaches through a proxy only.
+        edit: changes the entries of the backends before the gateway reads them.
         profile: of the load; its rate is replaced unless it is 0.
         utilisation: of what the backends can do.
         where: the gateway's surroundings.
@@ -271,6 +273,8 @@ async def remote(
                 await proxies[n].start()
                 port = proxies[n].port
             entries.append({"name": backend.name, "url": f"{scheme}://127.0.0.1:{port}"})
+        if edit is not None:
+            edit(entries)
         entry = {"name": nonce.MODEL, "backends": entries, **(model or {})}
         gateway = GatewayServer(folder, [], {"server": server or {}, "models": [entry]}, where)
         stack.callback(gateway.close)

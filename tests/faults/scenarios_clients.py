@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from tests.faults.behaviour import Behaviour, Fault, Pace
+from tests.faults.checker import check
 from tests.faults.history import LEFT
 from tests.faults.load import Load, Profile
+from tests.faults.load_grpc import GrpcLoad
 from tests.faults.processes import resident_mib
 from tests.faults.registry import scenario
 from tests.faults.results import Result
@@ -171,4 +173,33 @@ async def mixed_rows(run: Run, result: Result) -> Result:
         await rig.heal()
         await rig.after(2.0)
         await rig.finish(result)
+    return result
+
+
+@scenario("12-grpc-clients", "gRPC clients beside HTTP ones while backends are killed", "every row gets its own answer")
+async def grpc_clients(run: Run, result: Result) -> Result:
+    async with remote(run, protocol="mixed", utilisation=0.4) as rig:
+        callers = GrpcLoad(rig.gateway.grpc_port)
+        callers.start()
+        await rig.before(2.0)
+        await rig.inject()
+        for n in range(4 if not run.quick else 1):
+            rig.backends[n % 3].kill()
+            await rig.hold(2.0, 0.8)
+            await rig.backends[n % 3].restart()
+            await rig.hold(3.0, 0.8)
+            result.injected += 1
+        await rig.heal()
+        await callers.stop()
+        await rig.finish(result)
+        verdict = check(callers.history, [backend.executions() for backend in rig.backends])
+        window = callers.history.window()
+        result.requests += window.requests
+        result.rows += window.rows
+        result.errors += window.errors
+        result.lost += verdict.lost
+        result.wrong += verdict.wrong
+        result.at_most("failed calls", window.errors, 0)
+        result.at_most("calls lost, wrong or unexplained", 0 if verdict.clean else 1, 0)
+        result.notes.append(f"{window.requests} calls, p99 {1000 * window.p99_s:.0f} ms, {callers.history.texts}")
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import time
@@ -16,7 +15,7 @@ from tests.faults.load import Profile
 from tests.faults.registry import scenario
 from tests.faults.results import Result
 from tests.faults.rig import PACE, Rig, Run, remote, workers
-from tests.faults.scenarios_workers import until_back, worker_pid
+from tests.faults.scenarios_workers import signal_worker, until_back
 
 EVERY_S: Final = 10.0
 ONE_BATCH_S: Final = PACE.time_s(64)
@@ -78,8 +77,7 @@ async def rolling_workers(run: Run, result: Result) -> Result:
 
         async def kill(index: int) -> str:
             name = f"onnx-{index + 1}"
-            pid = worker_pid(rig, name)
-            os.kill(pid, signal.SIGKILL)
+            pid = signal_worker(rig, name, signal.SIGKILL)
             await until_back(rig, name, pid)
             return name
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from tests.faults.behaviour import Behaviour
 from tests.faults.proxy import CLEAR, Toxic
 from tests.faults.registry import scenario
 from tests.faults.results import Result
 from tests.faults.rig import Rig, Run, remote
+from tests.faults.watch import USABLE
 
 
 async def toxic_network(run: Run, result: Result, protocol: str, toxic: Toxic, hold_s: float = 8.0) -> Result:
@@ -104,3 +106,31 @@ def _full_queue(port: int) -> Callable[[], None]:
             one.close()
 
     return close
+
+
+@scenario("29-tls", "one https backend speaks plain HTTP, one never answers the handshake", "refused; nothing in clear")
+async def tls(run: Run, result: Result) -> Result:
+    silent = socket.socket()
+    silent.bind(("127.0.0.1", 0))
+    silent.listen(128)  # it takes connections and says nothing
+
+    def to_https(entries: list[dict[str, Any]]) -> None:
+        entries[0]["url"] = str(entries[0]["url"]).replace("http:", "https:")
+        entries.append({"name": "silent", "url": f"https://127.0.0.1:{silent.getsockname()[1]}"})
+
+    try:
+        async with remote(run, edit=to_https, utilisation=0.4) as rig:
+            await rig.before(2.0)
+            await rig.inject()
+            await rig.hold(6.0, 2.0)
+            await rig.heal()
+            result.injected = 2
+            states = {backend.name: backend for backend in rig.gateway.backends()}
+            result.notes += [f"{name}: {states[name].state}, {states[name].cause}" for name in ("b1", "silent")]
+            usable = sum(states[name].state in USABLE for name in ("b1", "silent"))
+            result.at_most("backends without TLS that are used", usable, 0)
+            result.at_most("requests that reached it in clear", len(rig.backends[0].executions()), 0)
+            await rig.finish(result)
+    finally:
+        silent.close()
+    return result

@@ -14,7 +14,7 @@ from tests.faults.processes import processor_s
 from tests.faults.registry import scenario
 from tests.faults.results import Result
 from tests.faults.rig import Rig, Run, workers
-from tests.faults.scenarios_workers import until_back, worker_pid
+from tests.faults.scenarios_workers import signal_worker, until_back
 from tests.faults.servers import Where
 
 JUMPING_CLOCK: Final = """\
@@ -104,9 +104,9 @@ async def _logging(run: Run, result: Result, rig: Rig) -> Result:
     await rig.before(3.0)
     await rig.inject()
     for _ in range(2 if run.quick else 6):
-        os.kill(worker_pid(rig), signal.SIGKILL)  # each death is logged
+        pid = signal_worker(rig, "onnx-1", signal.SIGKILL)  # each death is logged
         result.injected += 1
-        await until_back(rig, "onnx-1", 0)
+        await until_back(rig, "onnx-1", pid)
         await rig.hold(1.0, 0.5)
     await rig.heal()
     await rig.finish(result)

@@ -176,7 +176,7 @@ async def test_datatypes_come_back_as_their_own_client_gets_them(place: Place, s
     (output,) = outcome.outputs
     assert (output.name, output.datatype.name, output.shape) == ("OUTPUT0", datatype, array.shape)
     assert bytes(output.data) == bytes(tensor_of(datatype, array).buffer or b"")
-    # tritonclient neither says to KServe that its body is JSON, nor reads KServe's typed tensors, nor sends FP16 as JSON.
+    # tritonclient does not tell KServe that its body is JSON, nor read its typed tensors, nor send FP16 as JSON.
     if place.maker == "triton" or (place.maker == "mlserver" and datatype != "FP16"):
         same = theirs(place, scheme, name, array, datatype)
         if datatype == "BYTES":

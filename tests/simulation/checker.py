@@ -55,9 +55,10 @@ CREDIT_S: Final = 10.0
 EPOCH: Final = 1000.0
 """Where the loop's clock starts."""
 SINKHOLES: Final = frozenset({"error", "reset", "refuse", "missing"})
-STREAK: Final = 6
-TRIALS: Final = 3
-SHORTEST_OPEN_S: Final = 0.5
+STREAK: Final = 5
+"""Failures in a row that eject."""
+SHORTEST_OPEN_S: Final = 0.8
+"""... the first time; twice as long each time after: so many trials fit into a time."""
 PROMPT: Final = frozenset({"calm", "one_bad", "dynamic"})
 PROMPT_S: Final = 2.0
 UNTAKEN: Final = 16
@@ -126,6 +127,8 @@ class Checker:
         self.idempotent = history.resilience.idempotent
         self.closed = False
         """Whether new requests are to be refused."""
+        self.condemned: set[int] = set()
+        """First nonces of requests that were told that they break replicas."""
         self.hedged = 0
         self.patience_s = NO_BACKEND_S if any(plan.kind == "onnx" for plan in history.replicas) else NO_REMOTE_S
         self.hedges = history.resilience.hedging > 0
@@ -152,8 +155,7 @@ class Checker:
 
     def _denied(self, item: Item, refused: bool) -> None:
         """The very bytes that broke replicas are refused unexecuted for a while, and no others."""
-        guilty = item.repeats is not None and isinstance(item.repeats.error or item.repeats.refused, PoisonRequest)
-        if guilty is not refused:
+        if (item.nonces[0] in self.condemned) is not refused:
             self.violated("denied", f"{item}, which repeats {item.repeats}, was {'' if refused else 'not '}refused")
 
     def refused(self, item: Item, error: Exception) -> None:
@@ -173,6 +175,8 @@ class Checker:
             return
         if item.error is not None:
             self._reason(item, item.error)
+            if isinstance(item.error, PoisonRequest):
+                self.condemned.add(item.nonces[0])
         elif item.left:
             self.violated("I1", f"{item} was answered although its caller had left")
         elif item.answer() != [answer_to(nonce) for nonce in item.nonces]:
@@ -359,7 +363,7 @@ class Checker:
             if not begun:
                 continue
             lasted_s = begun[-1].begun - begun[0].begun
-            bound = STREAK + run_slots(begun) + TRIALS * math.log2(1.0 + lasted_s / SHORTEST_OPEN_S)
+            bound = STREAK + run_slots(begun) + math.log2(1.0 + lasted_s / SHORTEST_OPEN_S)
             if len(begun) > bound:
                 self.violated(
                     "sinkhole",

@@ -41,7 +41,7 @@ class Control:
     """The function as it is → the broken one."""
     themes: tuple[str, ...] = ()
     """Histories to look at; empty: all."""
-    histories: int = 400
+    histories: int = 1500
     """... within which the checker must notice."""
 
     def noticed(self) -> int | None:
@@ -159,7 +159,7 @@ CONTROLS: Final[dict[str, Control]] = {
         "denied", "nobody remembers what broke replicas", Denylist, "denied", returning(False), ("poison",)
     ),
     "never_gives_up": Control(
-        "nobody", "nobody is told that no replica is left", Scheduler, "_give_up", returning(None)
+        "nobody", "nobody is told that no replica is left", Scheduler, "_give_up", returning(None), ("storm", "outage")
     ),
     "expired_are_sent": Control(
         "wasted", "rows past their deadline are sent", BatchQueue, "next_deadline", returning(None)

@@ -81,7 +81,6 @@ class Promise:
     """Every accepted request that is no poison, keeps its caller and is not in a hurry gets its answer."""
     calm: bool = False
     """No replica is ever charged with anything."""
-    in_order: bool = False
 
 
 @dataclass(slots=True)

@@ -172,7 +172,7 @@ class Player:
         replica.noticed()
         await self.scheduler.remove_replica(replica)
         self.world.note(f"{replica.name} is gone")
-        if replica.running:
+        if any(run.items for run in replica.running):
             self.checker.violated("I5", f"{replica.name} was removed and still executes {replica.running}")
 
     def _forced(self, replica: ScriptedReplica, what: str) -> None:

@@ -265,6 +265,8 @@ class ScriptedReplica:
             self._end(run, self._outcome(run, fate))
             if fate == "refuse" and self.plan.shy and self.up:
                 self.set_up(False)
+                if self.mode == "ok":  # it tries to connect again, and can
+                    self.restarts = self.world.loop.call_later(self.plan.restart_s, self._restarted)
 
     def _outcome(self, run: Run, fate: str) -> Success | Failure:
         if fate == "ok":

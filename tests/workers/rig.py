@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import struct
 import time
@@ -20,6 +21,8 @@ from gateway.backends.onnx import LoadedModel, LoadOptions, OnnxPool, OnnxReplic
 from gateway.core.model import Artifact
 from gateway.core.request import BatchInput, InputTensor
 from gateway.core.tensor import DATATYPE, Datatype
+from gateway.workers.board import Progress
+from gateway.workers.channel import Channel
 from gateway.workers.hosting import Instance
 from tests.fakes import PlainBatch
 from tests.live.models import ONNX_TYPE
@@ -72,6 +75,43 @@ def gather() -> bytes:
     node = helper.make_node("Gather", ["d", "x"], ["y"])
     weights = [numpy_helper.from_array(np.arange(4, dtype=np.float32), "d")]
     return model_bytes([node], [value("x", "INT64", ["n"])], [value("y", "FP32", ["n"])], weights)
+
+
+GRIND_WIDTH = 256
+
+
+def grind() -> bytes:
+    """[n, 256] FP32 → the same. Four hundred nodes: `LONG_ROWS` of them take seconds, each node milliseconds."""
+    names = ["x", *[f"h{n}" for n in range(400)]]
+    nodes = [helper.make_node("MatMul", [before, "w"], [after]) for before, after in itertools.pairwise(names)]
+    nodes.append(helper.make_node("Identity", [names[-1]], ["y"]))
+    weights = [numpy_helper.from_array(np.eye(GRIND_WIDTH, dtype=np.float32), "w")]
+    shape: list[int | str | None] = ["n", GRIND_WIDTH]
+    return model_bytes(nodes, [value("x", "FP32", shape)], [value("y", "FP32", shape)], weights)
+
+
+LONG_ROWS = 2000
+
+
+def long_batch() -> TestBatch:
+    return array_batch(np.ones((LONG_ROWS, GRIND_WIDTH), np.float32))
+
+
+def short_batch() -> TestBatch:
+    return array_batch(np.ones((1, GRIND_WIDTH), np.float32))
+
+
+async def executing(model: LoadedModel[OnnxReplica], count: int = 1) -> Channel:
+    """Wait until the process of the model's first instance executes `count` batches; returns its channel."""
+    channel = model.instances[0].channel
+    assert channel is not None
+
+    def busy() -> bool:
+        progress = channel._board.progress()
+        return sum(progress.get(identity) is Progress.EXECUTING for identity in channel.in_flight) == count
+
+    await until(busy, "executing")
+    return channel
 
 
 def artifact(content: bytes, name: str = "model", version: str = "1") -> Artifact:

@@ -21,25 +21,37 @@ from gateway.workers import supervision
 from gateway.workers.attempt import WarmUp
 from tests.workers.rig import (
     ROW,
+    TestBatch,
     alive,
     array_batch,
     artifact,
+    executing,
     floats,
     gather,
+    grind,
     identity,
     kinds,
     load_one,
+    long_batch,
     matmul,
     open_fds,
     pid_of,
     pool_of,
     run,
     serves,
+    short_batch,
     stop_process,
     until,
     worker_of,
     worker_pids,
 )
+
+
+def short_batch_on(replica: OnnxReplica) -> TestBatch:
+    batch = short_batch()
+    replica.execute(batch, 60.0)
+    return batch
+
 
 # --- Placement --------------------------------------------------------------------------------------------------------
 
@@ -141,21 +153,20 @@ async def test_a_closed_pool_loads_nothing() -> None:
 
 async def test_kill_9_mid_batch_is_seen_at_once_and_made_good() -> None:
     async with pool_of(2) as (pool, events):
-        model = await pool.load(artifact(matmul()), LoadOptions(instances=2))
+        model = await pool.load(artifact(grind()), LoadOptions(instances=2))
         replica, other = model.replicas
         flips: list[bool] = []
         replica.set_listener(lambda: flips.append(replica.available))
-        pid = pid_of(pool, "onnx-1")
-        await stop_process(pid)
-        batch = array_batch(ROW)
+        batch = long_batch()
         replica.execute(batch, 60.0)
+        pid = (await executing(model)).pid
         os.kill(pid, signal.SIGKILL)
         assert await batch.failure(FailureKind.BROKEN) == "worker onnx-1 died"
         assert (replica.available, replica.free_slots, replica.in_flight) == (False, 0, 0)
-        assert await serves(other)
+        await short_batch_on(other).success()
         await until(lambda: replica.available)
         assert flips == [False, True]
-        assert await serves(replica)
+        await short_batch_on(replica).success()
         assert pid_of(pool, "onnx-1") != pid
         await until(lambda: kinds(events)[-1] == "worker_ready")
         died = next(event for event in events if event.kind == "worker_died")
@@ -180,16 +191,16 @@ async def test_a_batch_for_a_dead_worker_is_not_sent() -> None:
 
 async def test_a_hanging_worker_times_out_and_takes_its_other_batches_along() -> None:
     async with pool_of(1) as (pool, events):
-        slow, other = await load_one(pool, matmul(), "slow"), await load_one(pool, matmul(), "other")
-        pid = pid_of(pool, "onnx-1")
-        await stop_process(pid)
-        hanging, along = array_batch(ROW), array_batch(ROW)
+        slow, other = await load_one(pool, grind(), "slow"), await load_one(pool, matmul(), "other")
+        hanging, along = long_batch(), array_batch(ROW)
+        slow.replicas[0].execute(hanging, 0.3)
+        pid = (await executing(slow)).pid
+        await stop_process(pid)  # so that the run does not end when it is told to
         other.replicas[0].execute(along, 60.0)
-        slow.replicas[0].execute(hanging, 0.05)
         assert "did not answer in time" in await hanging.failure(FailureKind.TIMEOUT)
-        await along.failure(FailureKind.BROKEN)
+        await along.failure(FailureKind.NOT_SENT)
         await until(lambda: slow.replicas[0].available and other.replicas[0].available)
-        assert await serves(slow.replicas[0])
+        await short_batch_on(slow.replicas[0]).success()
         assert not alive(pid)
         died = next(event for event in events if event.kind == "worker_died")
         assert died.text == "did not answer in time"
@@ -254,12 +265,11 @@ async def crash(model: LoadedModel[OnnxReplica]) -> None:
     replica = model.replicas[0]
     await until(lambda: replica.available, "available again")
     pid = worker_of(model.instances[0])
-    await stop_process(pid)
-    batch = array_batch(ROW)
+    batch = long_batch()
     replica.execute(batch, 60.0)
+    await executing(model)
     os.kill(pid, signal.SIGSEGV)
-    os.kill(pid, signal.SIGCONT)
-    await batch.outcome()
+    await batch.failure(FailureKind.BROKEN)
     await until(lambda: not alive(pid), "dead")
 
 
@@ -270,7 +280,7 @@ async def test_a_model_that_crashes_again_is_isolated_then_fails_then_recovers(
     monkeypatch.setattr(supervision, "RETRY_AFTER_S", 0.5)
     async with pool_of(2) as (pool, events):
         good = await pool.load(artifact(matmul(), "good"), LoadOptions(instances=2))
-        bad = await pool.load(artifact(matmul(), "bad"), LoadOptions(instances=2))
+        bad = await pool.load(artifact(grind(), "bad"), LoadOptions(instances=2))
         await crash(bad)
         assert bad.replicas[0].name == "onnx-1"
         await crash(bad)
@@ -289,7 +299,7 @@ async def test_a_model_that_crashes_again_is_isolated_then_fails_then_recovers(
         await until(lambda: "model_recovered" in kinds(events))
         await until(lambda: all(replica.available for replica in bad.replicas))
         assert not bad.failed
-        assert await serves(bad.replicas[0])
+        await short_batch_on(bad.replicas[0]).success()
         await crash(bad)
         await until(lambda: kinds(events).count("model_failed") == 2, "failed again on probation")
 
@@ -297,18 +307,18 @@ async def test_a_model_that_crashes_again_is_isolated_then_fails_then_recovers(
 @pytest.mark.usefixtures("_hasty")
 async def test_kills_from_outside_fail_no_model() -> None:
     async with pool_of(1) as (pool, events):
-        model = await load_one(pool, matmul())
+        model = await load_one(pool, grind())
         for _ in range(8):
             pid = worker_of(model.instances[0])
-            await stop_process(pid)
-            batch = array_batch(ROW)
+            batch = long_batch()
             model.replicas[0].execute(batch, 60.0)
+            await executing(model)
             os.kill(pid, signal.SIGKILL)
             await batch.failure(FailureKind.BROKEN)
             await until(lambda: model.replicas[0].available)
         assert not model.failed
         assert model.replicas[0].name == "onnx-1"
-        assert await serves(model.replicas[0])
+        await short_batch_on(model.replicas[0]).success()
         assert kinds(events).count("worker_died") == 8
 
 
@@ -448,7 +458,7 @@ async def test_closing_breaks_what_is_in_flight() -> None:
         batch = array_batch(ROW)
         model.replicas[0].execute(batch, 60.0)
         await pool.close(timeout_s=0.05)
-        assert await batch.failure(FailureKind.BROKEN) == "worker onnx-1 was stopped"
+        assert await batch.failure(FailureKind.NOT_SENT) == "worker onnx-1 was stopped"
 
 
 async def test_an_idle_pool_uses_no_processor_time() -> None:
