@@ -86,7 +86,7 @@ class Failures:
         """Decide on the members of `batch` who still wait, and tell the owner that it is over."""
         if ran(failure.kind) and failure.kind is not FailureKind.CANCELLED:
             self.outage.failed()
-            if failure.sign is Sign.EXIT or (
+            if failure.sign in (Sign.EXIT, Sign.MEMORY) or (
                 failure.kind is FailureKind.TIMEOUT and batch.replica.traits.kind == "onnx"  # it has to be killed
             ):
                 self.crashes.crashed(now)

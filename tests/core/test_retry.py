@@ -37,8 +37,21 @@ REFUSAL: End = (K.SUSPECT, S.ANSWERED)
 HANG: End = (K.TIMEOUT, S.NONE)
 GONE: End = (K.NOT_SENT, S.CONNECT)
 BUSY: End = (K.OVERLOAD, S.NONE)
+STARVED: End = (K.BROKEN, S.MEMORY)
 BYSTANDER: End = (K.BROKEN, S.BYSTANDER)
-ENDS = [CRASH, RESET, ANSWER_500, REFUSAL, (K.SUSPECT, S.NONE), HANG, GONE, BUSY, BYSTANDER, (K.BROKEN, S.MISMATCH)]
+ENDS = [
+    CRASH,
+    RESET,
+    ANSWER_500,
+    REFUSAL,
+    (K.SUSPECT, S.NONE),
+    HANG,
+    GONE,
+    BUSY,
+    BYSTANDER,
+    (K.BROKEN, S.MISMATCH),
+    STARVED,
+]
 
 
 @dataclass(frozen=True)
@@ -354,6 +367,9 @@ remote = partial(FailedBatch, same_build=False)
 
 RULES: list[tuple[str, FailedBatch, Verdict]] = [
     ("a crash is followed by quarantine", FailedBatch(8, 1, *CRASH), V.QUARANTINE),
+    ("too much for the memory there is: half as much", FailedBatch(8, 1, *STARVED), V.HALVE),
+    ("still too much: alone", FailedBatch(4, 2, *STARVED, lane=Lane.QUARANTINE), V.SINGLES),
+    ("alone, and still too much", FailedBatch(1, 3, *STARVED, lane=Lane.QUARANTINE), V.POISON),
     ("so is a worker that had to be killed", FailedBatch(8, 1, *HANG), V.QUARANTINE),
     ("a remote one that hangs by a retry", remote(8, 1, *HANG), V.RETRY),
     ("a reset too", remote(8, 1, *RESET), V.RETRY),
