@@ -2,7 +2,8 @@
 
 Start: log → ports bound (a taken port is known within milliseconds) → workers → models, loaded and warmed up →
 ready. Stop (first SIGTERM or SIGINT): ready goes 503 → the port closes, every answer says `Connection: close` →
-accepted requests are answered → workers end → exit 0. A second signal ends at once.
+accepted requests are answered → workers end → exit 0. A second signal ends at once. SIGUSR2: a fresh process takes
+the ports over first (app_takeover.py); this one stays ready while it answers what it has, and ends in the same way.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import logging
 import os
 import random
 import signal
+import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,6 +26,10 @@ import uvloop
 
 from gateway import plan, terminal
 from gateway.agreement_sampling import AgreementSamplers
+from gateway.app_files import connections_for, raise_file_limit
+from gateway.app_takeover import GRPC as GRPC_SOCKETS
+from gateway.app_takeover import HTTP as HTTP_SOCKETS
+from gateway.app_takeover import METRICS, Sockets, inherited, successor_serves, tell_ready
 from gateway.app_views import Views
 from gateway.backends.onnx import LoadOptions, OnnxPool, PoolEvent
 from gateway.catalog import Catalog, ServedVersion
@@ -101,6 +107,9 @@ class Gateway:
         self._delayed = False
         """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
         self._draining = False
+        self._handed_over = False
+        """Whether a successor serves the same ports."""
+        self._successor: asyncio.Task[None] | None = None
         self._loaded = False
         self._starting = asyncio.Lock()
         self._started = False
@@ -115,11 +124,14 @@ class Gateway:
         except ConfigError as error:
             terminal.show_faults(error)
             return EXIT_CONFIG
+        self._provide_files()
         self._build()
         self._catch_signals()
         try:
-            listener, grpc_listener = await self._listen()
-            await self.operations.start(self.config.server.host, self.config.server.metrics_port)
+            sockets = inherited(os.environ)
+            listener, grpc_listener = await self._listen(sockets)
+            if METRICS not in sockets:
+                await self.operations.start(self.config.server.host, self.config.server.metrics_port)
         except ConfigError as error:
             terminal.show_faults(error)
             return EXIT_CONFIG
@@ -127,11 +139,22 @@ class Gateway:
             terminal.show_error(str(error))
             return EXIT_BIND
         try:
-            return await self._serve(wanted, listener, grpc_listener, demo=demo)
+            return await self._serve(wanted, listener, grpc_listener, sockets.get(METRICS, ()), demo=demo)
         finally:
             await self.operations.close()
             await self.remotes.close()
             await self.pool.close()
+
+    def _provide_files(self) -> None:
+        """Have as many descriptors as we may, and no more connections than there are descriptors for."""
+        limit = raise_file_limit()
+        self.max_connections = connections_for(limit, self.config.server.limits.max_connections)
+        if self.max_connections < self.config.server.limits.max_connections:
+            log.warning(
+                "at most %d connections are taken on each data port, and not %d (server.limits.max_connections): the "
+                "system allows this process %d open files; raise that limit (ulimit -n, LimitNOFILE=)",
+                self.max_connections, self.config.server.limits.max_connections, limit,
+            )  # fmt: skip
 
     def _build(self) -> None:
         server = self.config.server
@@ -170,7 +193,7 @@ class Gateway:
             HttpLimits(
                 max_body_bytes=limits.max_body_bytes,
                 max_held_bytes=limits.max_held_bytes,
-                max_connections=limits.max_connections,
+                max_connections=self.max_connections,
                 max_connections_per_address=limits.max_connections_per_address,
                 header_timeout_s=limits.header_timeout_s,
                 idle_timeout_s=limits.idle_timeout_s,
@@ -202,7 +225,7 @@ class Gateway:
             self.services,
             Http2Limits(
                 max_held_bytes=limits.max_held_bytes,
-                max_connections=limits.max_connections,
+                max_connections=self.max_connections,
                 max_connections_per_address=limits.max_connections_per_address,
                 header_timeout_s=limits.header_timeout_s,
                 write_timeout_s=limits.write_timeout_s,
@@ -212,20 +235,35 @@ class Gateway:
             compression=server.compression.grpc,
         )
 
-    async def _listen(self) -> tuple[Listener, Listener]:
-        """Bind the two data ports."""
+    async def _listen(self, sockets: Sockets) -> tuple[Listener, Listener]:
+        """Bind the two data ports, as far as they were not inherited."""
         server, base = self.config.server, self.config.base
         http_tls = grpc_tls = None
         if server.tls is not None:
             client_ca = base / server.tls.client_ca if server.tls.client_ca is not None else None
             files = TlsFiles(base / server.tls.cert, base / server.tls.key, client_ca)
             http_tls, grpc_tls = context(files, HTTP), context(files, GRPC)
-        listener = await listen(server.host, server.http_port, self.http, tls=http_tls)
-        grpc = await listen(server.host, server.grpc_port, self.grpc, tls=grpc_tls, option="--grpc-port")
+        listener = await listen(
+            server.host, server.http_port, self.http, tls=http_tls, sockets=sockets.get(HTTP_SOCKETS, ())
+        )
+        grpc = await listen(
+            server.host,
+            server.grpc_port,
+            self.grpc,
+            tls=grpc_tls,
+            option="--grpc-port",
+            sockets=sockets.get(GRPC_SOCKETS, ()),
+        )
         return listener, grpc
 
     async def _serve(
-        self, wanted: Sequence[WantedVersion], listener: Listener, grpc_listener: Listener, *, demo: bool
+        self,
+        wanted: Sequence[WantedVersion],
+        listener: Listener,
+        grpc_listener: Listener,
+        metrics_sockets: Sequence[socket.socket],
+        *,
+        demo: bool,
     ) -> int:
         code = await self._load_models(wanted)
         if code is not None:
@@ -239,6 +277,11 @@ class Gateway:
         if self.remotes.configured or self._reread is not None:
             self._spawn(self.remotes.follow())
         await self.remotes.reconcile()
+        # Sockets that were handed over: nothing is accepted before it can be answered.
+        for inherited_listener in (listener, grpc_listener):
+            await inherited_listener.start()
+        if metrics_sockets:
+            await self.operations.start(self.config.server.host, self.config.server.metrics_port, metrics_sockets)
         terminal.show_started(
             self.catalog.versions(),
             self.config.server.host,
@@ -251,6 +294,8 @@ class Gateway:
         )
         if demo:
             self._spawn(self._show_demo(listener.port))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._take_over, listener, grpc_listener)
+        tell_ready(os.environ)
         await self._stopping.wait()
         await self._drain(listener, grpc_listener)
         return EXIT_OK
@@ -321,7 +366,9 @@ class Gateway:
 
     async def _drain(self, *listeners: Listener) -> None:
         server = self.config.server
-        self._draining = True
+        if self._successor is not None and not self._handed_over:
+            self._successor.cancel()
+        self._draining = not self._handed_over  # the ports serve on, and may be asked on a connection that we have
         self.repository.open = False
         if self._delayed:
             log.info("stopping: not ready any more, still serving for %g s", server.drain_delay_s)
@@ -331,7 +378,9 @@ class Gateway:
             listener.close()
         deadline = time.monotonic() + server.drain_timeout_s
         self.services.drain()
-        drains = (self.http.drain(server.drain_timeout_s), self.grpc.drain(server.drain_timeout_s))
+        # Once a successor serves there is no hurry: clients learn of the end from their next answer.
+        idle_s = server.drain_timeout_s / 2 if self._handed_over else 0.0
+        drains = (self.http.drain(server.drain_timeout_s - idle_s, idle_s), self.grpc.drain(server.drain_timeout_s))
         unanswered = sum(await asyncio.gather(*drains))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -349,6 +398,24 @@ class Gateway:
         loop.add_signal_handler(signal.SIGTERM, self._signalled, self.config.server.drain_delay_s > 0)
         loop.add_signal_handler(signal.SIGINT, self._signalled, False)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload()))
+        loop.add_signal_handler(signal.SIGUSR2, lambda: log.warning("SIGUSR2: not yet serving, nothing to hand over"))
+
+    def _take_over(self, listener: Listener, grpc_listener: Listener) -> None:
+        """SIGUSR2: have a successor take over the ports; see app_takeover.py."""
+        if self._stopping.is_set() or self._successor is not None:
+            log.warning("SIGUSR2: a successor is being started, or this process is ending, already")
+            return
+        fds = {HTTP_SOCKETS: listener.fds(), GRPC_SOCKETS: grpc_listener.fds(), METRICS: self.operations.fds()}
+        self._successor = asyncio.ensure_future(self._hand_over(fds))
+
+    async def _hand_over(self, fds: Mapping[str, Sequence[int]]) -> None:
+        serves = await successor_serves(fds)
+        self._successor = None
+        if not serves:
+            return
+        self._handed_over = True
+        await self.operations.stop_listening()
+        self._stopping.set()
 
     async def _reload(self) -> None:
         """SIGHUP: take over the models of the configuration as it is now; a bad one changes nothing."""
@@ -372,6 +439,10 @@ class Gateway:
             log.info("SIGHUP: the models of the configuration are served")
 
     def _signalled(self, delayed: bool) -> None:
+        if self._handed_over and not self._delayed:
+            self._delayed = True
+            log.info("stopping already: a successor serves")
+            return
         if self._stopping.is_set():
             log.warning("stopping at once")
             os._exit(EXIT_AT_ONCE)  # the workers see the end of their stream and follow

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from gateway.backends.interface import Replica
+from gateway.core.breaker_states import State
 from gateway.core.fleet import Fleet
 from gateway.core.model import Artifact, ModelSpec, ModelState
 from gateway.core.request import InputTensor
@@ -101,10 +103,21 @@ class ServedVersion:
 
     @property
     def ready(self) -> bool:
-        """Whether it can answer now: READY, and a replica is there for it, or the models of all its steps are."""
+        """Whether it can answer now: READY, and a replica is usable, or the models of all its steps are ready."""
         if isinstance(self.scheduler, Ensemble):
             return self.state is ModelState.READY and not self.scheduler.obstacle
-        return self.state is ModelState.READY and any(replica.available for replica in self.replicas)
+        return self.state is ModelState.READY and self._answerable()
+
+    def _answerable(self) -> bool:
+        """Whether any replica takes batches. One on trial counts where only clients' batches can prove it: whoever
+        sends none to what is not ready would never see it ready again."""
+        now = time.monotonic()
+        return any(
+            fleet.usable(member, now)
+            or (not fleet.sampled and member.replica.available and member.breaker.state is State.HALF_OPEN)
+            for fleet in self.fleets
+            for member in fleet.members
+        )
 
     @property
     def obstacle(self) -> str:

@@ -65,6 +65,8 @@ def find_model(config: Config, name: str) -> tuple[ModelEntry, FoundModel] | Non
         raise ConfigError(list(found.faults))
     (model,) = found.models
     check_batch_sizes(config, entry, model)
+    if entry.backends and (wrong := _mixed_fault(model)) is not None:
+        raise ConfigError(f"model '{name}': its entry has backends, which {wrong}")
     return entry, model
 
 

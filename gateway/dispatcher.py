@@ -29,14 +29,14 @@ from gateway.backends.interface import Replica
 from gateway.core import assembly
 from gateway.core.batch import FinishedBatch
 from gateway.core.batching import Reason
-from gateway.core.fleet import Fleet, FleetPolicy, Member
+from gateway.core.fleet import Fleet, FleetPolicy, Member, State
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Sign, Success
 from gateway.core.ragged import Ragged
 from gateway.core.request import InferRequest
 from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher_batch import Owner, RunningBatch
-from gateway.dispatcher_failures import Failures
+from gateway.dispatcher_failures import NEAR_S, Failures
 from gateway.dispatcher_hedges import Hedges
 from gateway.dispatcher_lanes import Lane, Lanes, Waiting
 from gateway.observe.record import ModelStatistics
@@ -154,23 +154,21 @@ class Dispatcher:
         """Batches under way."""
         return len(self._running)
 
-    def choose(self, now: float, rows: int) -> Member | None:
-        """Who should take the next batch from the queue; None: nobody can now."""
-        return self.fleet.choose(now, rows)
-
     def row_limit(self, member: Member, rows: int, now: float) -> int:
         """How many of `rows` rows of the queue may go there at once."""
-        if self.failures.crashes.alone(now):
+        if now < self.failures.crashes.alone_until:
             return 1
+        if member.breaker.state is State.CLOSED:
+            return rows
         return min(rows, self.fleet.row_limit(member, now))
 
     def step(self, request: InferRequest, now: float) -> float | None:
         """A step of a sequence: it goes where the sequence's other steps went, when the one before it is done. Returns
-        as `serve`."""
+        when to look again if nothing happens before."""
         step = request.sequence
-        if step is not None:
-            self.lanes.park(request, step.id)
-        return self.serve(now)
+        waiting = self.lanes.park(request, step.id if step is not None else None)
+        self._serve(waiting, now)
+        return waiting.not_before if waiting.live and waiting.not_before > now else None
 
     def dispatch(self, members: list[InferRequest], reason: Reason, member: Member) -> None:
         """Execute `members` (equal keys, not settled) from the queue on `member`, which can take them."""
@@ -184,6 +182,8 @@ class Dispatcher:
 
     def serve(self, now: float) -> float | None:
         """Send what can go now, in the order of the lanes. Returns when to look again if nothing happens before."""
+        if self.fleet.choose(now, 1) is None:
+            return None  # before anyone is free again, something happens
         lanes = self.lanes
         wake: float | None = None
         while (waiting := lanes.head(Lane.ISOLATED)) is not None and self._serve(waiting, now):
@@ -255,8 +255,6 @@ class Dispatcher:
             elif waiting.lane is Lane.SEQUENCE:
                 self._steps_running.add(waiting.place)
                 batch.place = waiting.place
-        if self.keeps_sequences and batch.replica.traits.kind == "oip":
-            batch.sequence, batch.parameters = members[0].sequence, members[0].parameters
         self.last_dispatched = now
         self.execute(batch, now)
         return batch
@@ -265,6 +263,8 @@ class Dispatcher:
         """Hand `batch` to its replica; the answer comes to `batch_done`."""
         member, members, rows = batch.member, batch.members, batch.rows
         batch.dispatched = now
+        if self.keeps_sequences and member.kind == "oip":
+            batch.sequence, batch.parameters = members[0].sequence, members[0].parameters
         self._running[batch] = None
         self.fleet.began(member, rows, now)
         try:
@@ -301,33 +301,43 @@ class Dispatcher:
             compute_s = (outcome.compute_input_ns + outcome.compute_infer_ns + outcome.compute_output_ns) / 1e9
             self.fleet.succeeded(batch.member, batch.rows, took_s, compute_s, now)
             self.failures.outage.succeeded()
-            if self._tells(batch, True):
+            if self.hedges is None or self._tells(self.hedges, batch, outcome):
                 self._succeeded(batch, outcome, took_s, compute_s, now)
             else:
                 self.statistics.attempt(batch.backend, "ok")
                 self._owner.batch_returned()
             return
+        if self._cut_short(batch, outcome, took_s, now):
+            outcome = Failure(FailureKind.CANCELLED, "its callers' deadlines passed")
         self.fleet.failed(batch.member, batch.rows, outcome, took_s, now)
         self.statistics.attempt(batch.backend, outcome.kind.value)
-        if self._tells(batch, False):
+        self.failures.watch(batch, outcome, now)
+        if self.hedges is None or self._tells(self.hedges, batch, outcome):
             self.failures.handle(batch, outcome, now)
         else:
             self._owner.batch_returned()
         self.fleet_changed()
 
-    def _tells(self, batch: RunningBatch, answered: bool) -> bool:
+    def _cut_short(self, batch: RunningBatch, failure: Failure, took_s: float, now: float) -> bool:
+        """Whether its time was up because its callers had no more, long before a replica has to be done: that says
+        nothing about the replica."""
+        return (
+            failure.kind is FailureKind.TIMEOUT
+            and batch.deadline <= now + NEAR_S
+            and took_s < self.fleet.patience_s(batch.member, batch.rows) - NEAR_S
+        )
+
+    def _tells(self, hedges: Hedges, batch: RunningBatch, outcome: Success | Failure) -> bool:
         """Whether what `batch` came to is its members' outcome: not if its twin was first, or is still under way and
         this one failed."""
-        if self.hedges is None:
-            return True
-        self.hedges.over(batch)
+        hedges.over(batch)
         twin = batch.twin
         if twin is not None:
             batch.twin = twin.twin = None
-            if not answered:
-                self.hedges.failed(batch, twin)
+            if isinstance(outcome, Failure):
+                hedges.failed(batch, twin, outcome)
                 return False
-            self.hedges.first(batch, twin)
+            hedges.first(batch, twin)
             if not twin.cancelled:
                 self.cancel(twin)
         return not batch.over

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 from gateway.backends.interface import Replica
 from gateway.core.batch import FinishedBatch
@@ -41,7 +41,7 @@ class RunningBatch:
 
     def __init__(self, sender: Sender, members: list[InferRequest], rows: int, reason: Reason, member: Member) -> None:
         first = members[0]
-        replica = cast("Replica", member.replica)
+        replica: Replica = member.replica
         self.sender = sender
         self.members = members
         self.rows = rows
@@ -66,8 +66,8 @@ class RunningBatch:
         """Who is to blame if these rows succeed here."""
         self.twin: RunningBatch | None = None
         """The same members on another replica, while both are under way."""
-        self.failed_twins: tuple[Member, ...] = ()
-        """Where the same members failed meanwhile."""
+        self.failed_twins: tuple[tuple[Member, Failure], ...] = ()
+        """Where the same members failed meanwhile, and how."""
         self.second = False
         """It was sent because its twin is late."""
         self.over = False

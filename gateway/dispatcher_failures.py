@@ -6,6 +6,7 @@ Rules:
   * a repeated execution is paid from the model's retry budget; short of credit, the highest priority goes first, then
     the earliest deadline, and the rest are told so. What was never executed is free, and quarantine has an allowance
     of its own;
+  * who was given up on (TIMEOUT) is not tried again if even the fastest replica would need longer than there is time;
   * a first retry goes at once. What no backend took while there is no other to ask goes after a pause with full jitter:
     a backend that takes nothing must not keep the loop busy.
 """
@@ -22,18 +23,28 @@ from gateway.core.fleet import Fleet, Member
 from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Sign
 from gateway.core.poison import CrashWatch, Denylist, OutageWatch, QuarantineAllowance, fingerprint
-from gateway.core.request import InferRequest
+from gateway.core.request import SETTLED, InferRequest
 from gateway.core.retry import FailedBatch, Verdict, after_failure, counts, needs_budget, pause_s, ran
 from gateway.core.retry import Lane as Origin
 from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher_batch import Owner, RunningBatch
 from gateway.dispatcher_lanes import Lane, Lanes, trouble_of
-from gateway.errors import BackendError, GatewayError, ModelError, Overloaded, PoisonRequest, RetryBudgetExhausted
+from gateway.errors import (
+    BackendError,
+    DeadlineExceeded,
+    GatewayError,
+    ModelError,
+    Overloaded,
+    PoisonRequest,
+    RetryBudgetExhausted,
+)
 from gateway.observe.record import ModelStatistics
 
 log = logging.getLogger("gateway.dispatch")
 
 LOG_INTERVAL_S: Final = 1.0
+NEAR_S: Final = 0.002
+"""Resolution of timers: what is due within it is due."""
 _KEY: Final = os.urandom(32)
 
 ORIGIN: Final[dict[Lane | None, Origin]] = {
@@ -82,20 +93,28 @@ class Failures:
             self._statistics.poison()
         return hit
 
-    def handle(self, batch: RunningBatch, failure: Failure, now: float) -> None:
-        """Decide on the members of `batch` who still wait, and tell the owner that it is over."""
+    def watch(self, batch: RunningBatch, failure: Failure, now: float) -> None:
+        """An attempt failed, whether or not that is its members' outcome."""
         if ran(failure.kind) and failure.kind is not FailureKind.CANCELLED:
             self.outage.failed()
             if failure.sign in (Sign.EXIT, Sign.MEMORY) or (
                 failure.kind is FailureKind.TIMEOUT and batch.replica.traits.kind == "onnx"  # it has to be killed
             ):
                 self.crashes.crashed(now)
+
+    def handle(self, batch: RunningBatch, failure: Failure, now: float) -> None:
+        """Decide on the members of `batch` who still wait, and tell the owner that it is over."""
         members = batch.alive
+        if failure.kind is FailureKind.CANCELLED:
+            members = self._in_time(members, 0.0, now)
         if not members:
             self._owner.batch_returned()
             return
-        self._remember(batch, members, failure)
-        verdict = after_failure(self._case(batch, members, failure, now))
+        for member, earlier in batch.failed_twins:
+            self._remember(batch, member, members, earlier)
+        self._remember(batch, batch.member, members, failure)
+        culprit, failure = _decisive(batch, failure)
+        verdict = after_failure(self._case(batch, culprit, members, failure, now))
         self._log(batch, members, failure, verdict, now)
         error = self._final_error(verdict, failure)
         if error is not None:
@@ -103,32 +122,33 @@ class Failures:
                 self._condemn(members, now)
             self._owner.batch_failed(members, error)
             return
-        self._again(batch, members, failure, verdict, now)
+        self._again(batch, culprit, members, failure, verdict, now)
         self._owner.batch_returned()
 
     @staticmethod
-    def _remember(batch: RunningBatch, members: list[InferRequest], failure: Failure) -> None:
+    def _remember(batch: RunningBatch, replica: Member, members: list[InferRequest], failure: Failure) -> None:
         taken = ran(failure.kind)
         broken = int(counts(failure.kind, failure.sign))
         # What a worker says of the input, every worker would say.
-        same_everywhere = failure.kind is FailureKind.SUSPECT and batch.replica.traits.kind == "onnx"
+        same_everywhere = failure.kind is FailureKind.SUSPECT and replica.kind == "onnx"
         alone = len(batch.members) == 1 and not _blameless(failure)
         for request in members:
             request.avoid = batch.backend
             trouble = trouble_of(request)
-            for replica in (*batch.failed_twins, batch.member):
-                if replica not in trouble.tried and not same_everywhere:
-                    trouble.tried = (*trouble.tried, replica)
-                if alone and replica not in trouble.alone:
-                    trouble.alone = (*trouble.alone, replica)
+            if replica not in trouble.tried and not same_everywhere:
+                trouble.tried = (*trouble.tried, replica)
+            if alone and replica not in trouble.alone:
+                trouble.alone = (*trouble.alone, replica)
             trouble.broken += broken
             trouble.refused = trouble.refused + 1 if _blameless(failure) else 0
             if not taken:
                 request.attempt -= 1
 
-    def _case(self, batch: RunningBatch, members: list[InferRequest], failure: Failure, now: float) -> FailedBatch:
+    def _case(
+        self, batch: RunningBatch, culprit: Member, members: list[InferRequest], failure: Failure, now: float
+    ) -> FailedBatch:
         resilience = self._spec.resilience
-        remote = batch.replica.traits.kind == "oip"
+        remote = culprit.kind == "oip"
         troubles = [trouble_of(request) for request in members]
         return FailedBatch(
             len(batch.members),  # those who left were executed too: who is left was not alone
@@ -169,12 +189,20 @@ class Failures:
     # -- another attempt -------------------------------------------------------------------------------------------
 
     def _again(
-        self, batch: RunningBatch, members: list[InferRequest], failure: Failure, verdict: Verdict, now: float
+        self,
+        batch: RunningBatch,
+        culprit: Member,
+        members: list[InferRequest],
+        failure: Failure,
+        verdict: Verdict,
+        now: float,
     ) -> None:
-        if needs_budget(verdict, failure.kind):
+        if failure.kind is FailureKind.TIMEOUT:
+            members = self._in_time(members, self._fleet.soonest_s(batch.rows, now), now)
+        if members and needs_budget(verdict, failure.kind):
             members = self._affordable(members, now)
-            if not members:
-                return
+        if not members:
+            return
         taken = ran(failure.kind)
         if taken:
             self._statistics.retry(len(members))
@@ -184,7 +212,7 @@ class Failures:
         if batch.lane is Lane.SEQUENCE:
             lanes.park(members[0], batch.place, pause, first=True)
         elif verdict is Verdict.HALVE:
-            polite = failure.kind is FailureKind.SUSPECT and batch.replica.traits.kind == "onnx"
+            polite = failure.kind is FailureKind.SUSPECT and culprit.kind == "onnx"
             lane = Lane.ISOLATED if polite and batch.lane is not Lane.QUARANTINE else Lane.QUARANTINE
             middle = (len(members) + 1) // 2
             for half in filter(None, (members[:middle], members[middle:])):
@@ -195,8 +223,9 @@ class Failures:
         elif verdict is Verdict.QUARANTINE or batch.isolated:
             lane = batch.lane if calm and batch.lane is not None else Lane.QUARANTINE
             # Whoever refused politely is to blame if the same rows succeed elsewhere; the rest was counted already.
-            refused_whole = failure.kind is FailureKind.SUSPECT and len(members) == len(batch.members)
-            suspects = batch.suspects if calm else batch.member if refused_whole else None
+            suspects = batch.suspects if calm else culprit if failure.kind is FailureKind.SUSPECT else None
+            if len(members) < len(batch.members):
+                suspects = None
             lanes.isolate(lane, members, _tried(members), suspects=suspects, not_before=pause, first=calm)
         else:
             lanes.retry(members, now, pause)
@@ -223,7 +252,18 @@ class Failures:
             f"model '{self._spec.name}': an attempt failed, and too many are being repeated already to repeat this one"
         )
         self._owner.batch_failed(by_rank[count:], error)
-        return [request for request in members if id(request) in chosen]
+        # The answer to one may have made another leave.
+        return [request for request in members if id(request) in chosen and request.state != SETTLED]
+
+    def _in_time(self, members: list[InferRequest], needed_s: float, now: float) -> list[InferRequest]:
+        """Those whose deadline leaves that long; the others are told."""
+        bound = now + max(needed_s, NEAR_S)
+        late = [request for request in members if request.deadline < bound]
+        if not late:
+            return members
+        text = f"Request timeout expired while model '{self._spec.name}' ran: no time is left for another attempt"
+        self._owner.batch_failed(late, DeadlineExceeded(text))
+        return [request for request in members if request.state != SETTLED]
 
     def _log(
         self, batch: RunningBatch, members: list[InferRequest], failure: Failure, verdict: Verdict, now: float
@@ -236,6 +276,12 @@ class Failures:
             "model %s: batch of %d requests on %s failed (%s: %s): %s",
             self._spec.name, len(members), batch.backend, failure.kind.value, failure.message, verdict.value,
         )  # fmt: skip
+
+
+def _decisive(batch: RunningBatch, failure: Failure) -> tuple[Member, Failure]:
+    """Of a batch and its twins, the last failure that means something for the members, and whose it was."""
+    failures = [*batch.failed_twins, (batch.member, failure)]
+    return next((found for found in reversed(failures) if not _blameless(found[1])), failures[-1])
 
 
 def _blameless(failure: Failure) -> bool:

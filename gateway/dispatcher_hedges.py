@@ -3,7 +3,8 @@
 Whether a batch may be hedged is decided in core/hedging.py; here it is carried out. The twin has the same members.
 Rules: the first answer is everybody's, the other attempt is cancelled and told nobody; while one of the two is under
 way, a failure of the other is nobody's; if both fail, both replicas have failed these rows. Only batches from the queue
-are hedged: whoever waited in a lane had a second attempt already.
+are hedged, and no steps of sequences: whoever waited in a lane had a second attempt already, and a step is executed
+once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 from gateway.core.fleet import Fleet, Member, State
 from gateway.core.hedging import Hedge, HedgeShare, Later, RunningAttempt, Surroundings, may_hedge
+from gateway.core.outcome import Failure, FailureKind
 from gateway.core.resilience import Resilience
 from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher_batch import RunningBatch
@@ -42,7 +44,8 @@ class Hedges:
     def began(self, batch: RunningBatch) -> None:
         """A batch from the queue was sent."""
         self.share.deposit(len(batch.members))
-        self._watched[batch] = None
+        if batch.members[0].sequence is None:
+            self._watched[batch] = None
 
     def over(self, batch: RunningBatch) -> None:
         self._watched.pop(batch, None)
@@ -65,7 +68,6 @@ class Hedges:
         self.share.spend(len(batch.alive))
         twin = RunningBatch(batch.sender, batch.members, batch.rows, batch.reason, other)
         twin.deadline, twin.attempt = batch.deadline, batch.attempt + 1
-        twin.parameters = batch.parameters
         twin.second = True
         batch.twin, twin.twin = twin, batch
         for request in batch.members:
@@ -77,9 +79,11 @@ class Hedges:
         twin.over = True
         self._statistics.hedge("won" if batch.second else "lost")
 
-    def failed(self, batch: RunningBatch, twin: RunningBatch) -> None:
+    def failed(self, batch: RunningBatch, twin: RunningBatch, failure: Failure) -> None:
         """`batch` failed while its twin is still under way: nothing is lost yet."""
-        twin.failed_twins = (*twin.failed_twins, batch.member)
+        twin.failed_twins = (*twin.failed_twins, (batch.member, failure))
+        if failure.kind is FailureKind.SUSPECT and batch.member.kind == "oip":
+            twin.suspects = batch.member
         if batch.second:
             self._statistics.hedge("failed")
 

@@ -147,7 +147,7 @@ class Lanes:
                 waiting.not_before = not_before
             self._put(waiting, [member])
 
-    def park(self, member: InferRequest, sequence: object, not_before: float = 0.0, *, first: bool = False) -> None:
+    def park(self, member: InferRequest, sequence: object, not_before: float = 0.0, *, first: bool = False) -> Waiting:
         """A step of `sequence`; `first`: it was there before and comes back."""
         waiting = self._sequences.get(sequence)
         if waiting is None:
@@ -157,6 +157,7 @@ class Lanes:
         self._put(waiting, [member])
         if first:
             waiting.members.insert(0, waiting.members.pop())
+        return waiting
 
     def _put(self, waiting: Waiting, members: list[InferRequest]) -> None:
         for member in members:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from gateway.backends.interface import Failure, Replica, Success
-from gateway.backends.one_shot import run_once
+from gateway.backends.interface import Failure, FailureKind, Replica, Success
+from gateway.backends.one_shot import TIMEOUT_S, run_once
 from gateway.core import batchability
 from gateway.core.batchability import SignatureTensor, Verdict
 from gateway.core.model import ModelSpec
@@ -28,6 +28,8 @@ PROOF_SEED: Final = 20_260_101
 """Proofs are repeatable."""
 TRIAL_RUNS: Final = 3
 """Two deaths may be a neighbour's doing in a shared worker; then the suspects get workers of their own."""
+SERVER_S: Final = 10.0
+"""How long a remote server is given for a run of made-up input: one that hangs must not hold up the start."""
 WORKER_BACK_S: Final = 60.0
 """How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
 
@@ -59,6 +61,8 @@ async def try_out(
         outcome = await run_patiently(loaded.replicas[0], tensors, _places(loaded, outputs))
         if isinstance(outcome, Success):
             return tensors, outcome
+        if outcome.kind is FailureKind.TIMEOUT and loaded.replicas[0].traits.kind == "oip":
+            break  # whatever it is asked
     return None
 
 
@@ -78,19 +82,22 @@ async def run_patiently(
     """
     why = ""
     for _ in range(TRIAL_RUNS):
-        outcome = await run_once(replica, inputs, outputs)
+        patience_s = SERVER_S if replica.traits.kind == "oip" else TIMEOUT_S
+        outcome = await run_once(replica, inputs, outputs, patience_s)
         if isinstance(outcome, Success) or replica.available:
             return outcome
         why = outcome.message
         back = asyncio.Event()
         replica.set_listener(back.set)
         try:
-            async with asyncio.timeout(WORKER_BACK_S):
+            async with asyncio.timeout(SERVER_S if replica.traits.kind == "oip" else WORKER_BACK_S):
                 while not replica.available:
                     back.clear()
                     await back.wait()
         except TimeoutError:
             break
+    if replica.traits.kind == "oip":
+        raise ModelError(f"the model's server {replica.name} was lost on a trial run: {why}")
     raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
 
 

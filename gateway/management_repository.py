@@ -50,6 +50,8 @@ MAX_GONE: Final = 1000
 """Models that do not serve any more, or could not be loaded, and are still known: clients can invent names."""
 MAX_SHOWN: Final = 10
 """Names of models in one message."""
+AGAIN_S: Final = 10.0
+"""Between two attempts to load a model that was found late."""
 PARALLEL: Final = 2
 """Models loaded at one time."""
 
@@ -131,7 +133,7 @@ class Repository:
             self._seen |= self._servers.settings()
         else:
             names, self._elsewhere = self._elsewhere, []
-        found = {name: await self._servers.wanted(name) for name in names}
+        found = dict(zip(names, await asyncio.gather(*map(self._servers.wanted, names)), strict=True))
         if lacking := [name for name, versions in found.items() if not versions]:
             choice = await asyncio.to_thread(self._choice)
             place = self._config.file or "command line"
@@ -140,14 +142,20 @@ class Repository:
         return [version for versions in found.values() for version in versions]
 
     async def discovered(self, name: str) -> None:
-        """A server that was down has this model: it is served too, unless clients choose what is."""
-        if self._mode == "explicit" or not self.open:
-            return
-        try:
-            await self._load_with_steps(name, None, ())
-            self._seen |= {key: value for key, value in self._servers.settings().items() if key == name}
-        except GatewayError as error:
-            log.error("%s", error)
+        """A server that was down has this model: it is served too, unless clients choose what is. Returns when it is,
+        or nobody has it any more."""
+        said = ""
+        while self._mode != "explicit" and self.open and not self._catalog.ready_versions(name):
+            if name not in self._servers.names():
+                return  # it left again
+            try:
+                await self._load_with_steps(name, None, ())
+                self._seen |= {key: value for key, value in self._servers.settings().items() if key == name}
+            except GatewayError as error:
+                if str(error) != said:
+                    log.error("%s; it is tried again", error)
+                said = str(error)
+                await asyncio.sleep(AGAIN_S)
 
     def _known_names(self) -> list[str]:
         """Every model that could be loaded, in order; blocks on the disk."""

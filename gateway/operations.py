@@ -15,6 +15,7 @@ import ipaddress
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ class Operations:
         self.port = 0
         """The port listened on, once started."""
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen; port 0 takes any free one.
+    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> None:
+        """Listen; port 0 takes any free one. `sockets`: listening already; then no port is bound.
 
         Raises:
             BindError: the address is taken, not ours, or not allowed.
@@ -130,13 +131,26 @@ class Operations:
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
+        sites: list[web.BaseSite] = [web.SockSite(runner, sock) for sock in sockets]
         try:
-            await web.TCPSite(runner, host, port).start()
+            for site in sites or [web.TCPSite(runner, host, port)]:
+                await site.start()
         except OSError as error:
             await runner.cleanup()
             raise BindError(host, port, _cause(error)) from None
         self._runner = runner
         self.port = runner.addresses[0][1]
+
+    def fds(self) -> list[int]:
+        """Descriptors of what is listened on, to hand over to another process."""
+        sites = self._runner.sites if self._runner is not None else ()
+        servers = [getattr(site, "_server", None) for site in sites]
+        return [sock.fileno() for server in servers if server is not None for sock in server.sockets]
+
+    async def stop_listening(self) -> None:
+        """Take no new connections; those that are open are served."""
+        for site in list(self._runner.sites) if self._runner is not None else ():
+            await site.stop()
 
     async def close(self) -> None:
         """Stop listening and end open connections."""

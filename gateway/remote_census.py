@@ -1,27 +1,31 @@
 """What remote servers said of their models, the last time each of them said anything.
 
 Rules: an answer holds until the next one: a server that is down takes nothing away. A server that does not answer, and
-one that answers but lacks a model, are two things, and each says why. Nothing is asked for longer than `START_S`.
+one that answers but lacks a model, are two things, and each says why. Nothing is asked for longer than `START_S`, and
+no server more than a few things at a time; one that leaves several in a row unanswered is not asked on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Collection, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gateway.backends.remote_endpoint import RemoteError, RemoteModel
 from gateway.backends.remote_server import RemoteServer
 from gateway.config import Backend, ModelEntry
 from gateway.remote_sites import START_S, Site
-from gateway.remote_versions import Offer, advice
+from gateway.remote_versions import MAX_VERSIONS, Offer, advice, usable_versions
 
 log = logging.getLogger("gateway.backends")
 
 PARALLEL: Final = 8
-"""Questions under way at one time."""
+"""Servers that are asked whether they are there at one time, and questions to one server about its models."""
+PATIENCE: Final = 3
+"""Questions in a row without an answer after which a server counts as silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,9 @@ class Census:
         self._lacking: dict[Heard, str] = {}
         """Why a server that answers said nothing of a model."""
         self._advised: set[str] = set()
+        self._gates: weakref.WeakKeyDictionary[RemoteServer, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+        self._unanswered: weakref.WeakKeyDictionary[RemoteServer, int] = weakref.WeakKeyDictionary()
+        """Questions about models in a row that a server left without an answer."""
 
     def __repr__(self) -> str:
         return f"<Census servers={len(self._causes)} models={len(self._heard)}>"
@@ -105,9 +112,10 @@ class Census:
                         if site in sources:
                             ready = dict.fromkeys(e.name for e in await server.index() if e.ready)
                             self._index[server] = tuple(ready)
-                        elif not await server.ready():
-                            raise RemoteError(server.cause or "it is not ready")
+                        else:
+                            await server.connect()
                     self._causes[server] = ""
+                    self._unanswered[server] = 0
                 except TimeoutError:
                     self._causes[server] = f"no answer within {START_S:g} s"
                 except RemoteError as error:
@@ -126,14 +134,14 @@ class Census:
         )
 
     async def hear(self, line: Line, server: RemoteServer, version: str) -> RemoteModel | None:
-        """What a server says of a version, now; None, and noted why, where it says nothing."""
-        try:
-            async with asyncio.timeout(START_S):
-                found = await server.model(line.model, version)
-        except (RemoteError, TimeoutError) as error:
-            self._lacking[server, line.model, version] = str(error) or f"no answer within {START_S:g} s"
-            if isinstance(error, RemoteError) and error.missing:
-                self._heard.pop((server, line.model, version), None)
+        """What a server says of a version, now; None, and noted why, where it says nothing. A server that is silent is
+        not asked."""
+        async with self._gates.setdefault(server, asyncio.Semaphore(PARALLEL)):
+            if cause := self._causes.get(server, ""):
+                self._lacking[server, line.model, version] = cause
+                return None
+            found = await self._asked(line, server, version)
+        if found is None:
             return None
         self._heard[server, line.model, version] = found
         self._lacking.pop((server, line.model, version), None)
@@ -141,6 +149,32 @@ class Census:
             self._advised.add(text)
             log.warning("%s", text)
         return found
+
+    async def _asked(self, line: Line, server: RemoteServer, version: str) -> RemoteModel | None:
+        try:
+            async with asyncio.timeout(START_S):
+                found = await server.model(line.model, version)
+            usable = usable_versions(found.versions)
+            if found.versions and not usable:
+                raise RemoteError(f"none of the versions of '{line.model}' that it lists has a usable name")
+            if len(usable) == MAX_VERSIONS < len(found.versions):
+                log.warning("%s lists %d versions of '%s'; the newest %d are served", server.endpoint.url,
+                            len(found.versions), line.model, MAX_VERSIONS)  # fmt: skip
+        except (RemoteError, TimeoutError) as error:
+            self._lacking[server, line.model, version] = str(error) or f"no answer within {START_S:g} s"
+            self._note_silence(server, error)
+            if isinstance(error, RemoteError) and error.missing:
+                self._heard.pop((server, line.model, version), None)
+            return None
+        self._unanswered[server] = 0
+        return replace(found, versions=usable)
+
+    def _note_silence(self, server: RemoteServer, error: RemoteError | TimeoutError) -> None:
+        """A server that went away, or answers nothing any more, is not waited for again and again."""
+        late = isinstance(error, TimeoutError) or error.late
+        self._unanswered[server] = self._unanswered.get(server, 0) + 1 if late else 0
+        if self._unanswered[server] >= PATIENCE or (isinstance(error, RemoteError) and error.connect):
+            self._causes[server] = str(error) or f"no answer within {START_S:g} s"
 
     def offer(self, line: Line, server: RemoteServer) -> Offer:
         heard = self._heard.get((server, line.model, line.pinned))

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -25,23 +25,17 @@ from gateway.backends.interface import Traits
 from gateway.backends.remote import RemoteReplica
 from gateway.backends.remote_endpoint import RemoteModel
 from gateway.catalog import Catalog, ServedVersion
-from gateway.config import Backend, Config, ModelEntry
+from gateway.config import Config
 from gateway.config_models import model_names
 from gateway.core.model import Artifact, ModelState
-from gateway.errors import ConfigError, Fault, GatewayError, ModelError
+from gateway.errors import ConfigError, GatewayError, ModelError
 from gateway.loading import LoadedModel, WantedVersion
-from gateway.registry.reference import OipServerSource, name_fault
-from gateway.remote_census import Census, Line, Redundant
+from gateway.remote_census import Census, Redundant
+from gateway.remote_composition import Composition, Origin, compose, is_remote, origins
 from gateway.remote_loaded import MixedLoaded, RemoteLoaded, RemoteSide, Wanted
-from gateway.remote_sites import START_S, Site, SiteKey, endpoint_of, key_of
-from gateway.remote_versions import (
-    ONLY,
-    asked_as,
-    facts_of,
-    signature_of,
-    version_order,
-    versions_of,
-)
+from gateway.remote_sites import START_S, Site, SiteKey
+from gateway.remote_versions import ONLY, asked_as, signature_of, version_order, versions_of
+from gateway.remote_wanted import broken_version, settings_of, wanted_version
 
 log = logging.getLogger("gateway.backends")
 
@@ -55,14 +49,21 @@ class RemoteModels:
     def __init__(self, config: Config, catalog: Catalog) -> None:
         self._config = config
         self._catalog = catalog
+        self._origins: list[Origin] = []
+        """The servers that `_config` names."""
         self._sites: dict[SiteKey, Site] = {}
         self._models: dict[str, Redundant] = {}
         self.census = Census()
         """What the servers said."""
         self._attached: weakref.WeakSet[ServedVersion] = weakref.WeakSet()
         """Versions that have, or may get, remote replicas."""
+        self._warned: dict[str, str] = {}
+        """What was last said of names that are not served, by whatever it was about."""
         self._changing = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._following: asyncio.Task[Any] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        """Replicas that left and still answer what they had taken."""
         self.on_discovered: Callable[[str], None] = lambda name: None
         """Called with the name of a model that a server has which was down at start."""
 
@@ -72,7 +73,7 @@ class RemoteModels:
     @property
     def configured(self) -> bool:
         """Whether the configuration names any server."""
-        return any(_is_remote(self._config, entry) for entry in self._config.models)
+        return any(is_remote(self._config, entry) for entry in self._config.models)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class RemoteModels:
     def settings(self) -> dict[str, object]:
         """For each of `names`, what makes it another model when it changes."""
         return {
-            name: (_settings(model.entry), tuple(versions_of(self.census.offers(model))))
+            name: (settings_of(self._config, model), tuple(versions_of(self.census.offers(model))))
             for name, model in self._models.items()
             if not model.mixed
         }
@@ -120,7 +121,8 @@ class RemoteModels:
         await self.census.ask(model)
         versions = versions_of(self.census.offers(model))
         if not versions:
-            return [self._broken(model, ONLY, ModelError(f"no backend answers: {self.census.silence(model)}"))]
+            why = ModelError(f"no backend answers: {self.census.silence(model)}")
+            return [broken_version(self._config, model, ONLY, why)]
         return [await self._wanted_version(model, version, versions[-1]) for version in versions]
 
     def mixed(self, name: str, loaded: LoadedModel) -> LoadedModel:
@@ -130,7 +132,10 @@ class RemoteModels:
 
     def attach(self, version: ServedVersion) -> None:
         """A version was loaded and is about to serve; its other replicas follow."""
-        if _side(version) is not None:
+        side = _side(version)
+        if side is not None:
+            for replica in side.replicas.values():
+                replica.max_rows = version.spec.policy.max_batch_size
             self._attached.add(version)
             version.origin = partial(self._origin, version)
             self._wake.set()
@@ -138,7 +143,8 @@ class RemoteModels:
     # -- following -----------------------------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Keep the replicas of all versions in line with the servers, until cancelled."""
+        """Keep the replicas of all versions in line with the servers, until cancelled or closed."""
+        self._following = asyncio.current_task()
         while True:
             unheard = any(map(self.census.silent, self._sites.values())) or self._some_lacking()
             with contextlib.suppress(TimeoutError):
@@ -156,13 +162,11 @@ class RemoteModels:
 
     async def _look_again(self) -> None:
         silent = [site for site in self._sites.values() if self.census.silent(site)]
-        for site in silent:
-            site.hint()
         if silent or self._some_lacking():
             before = set(self._models)
             async with self._changing:
-                await self.census.refresh(silent, self._sources())
-                await self._compose(self._config)
+                await self.census.refresh(silent, self._listing(self._origins))
+                self._adopt(await self._compose(self._config, self._origins))
                 await asyncio.gather(*[self.census.ask(model, unheard=True) for model in self._models.values()])
             for name in sorted(self._models.keys() - before):
                 log.info("model %s is known now", name)
@@ -180,8 +184,8 @@ class RemoteModels:
     async def refresh(self) -> None:
         """Ask all servers anew what they have."""
         async with self._changing:
-            await self.census.refresh(self._sites.values(), self._sources())
-            await self._compose(self._config)
+            await self.census.refresh(self._sites.values(), self._listing(self._origins))
+            self._adopt(await self._compose(self._config, self._origins))
             await asyncio.gather(*map(self.census.ask, self._models.values()))
 
     async def reconcile(self) -> None:
@@ -191,9 +195,12 @@ class RemoteModels:
             await self._close_unused()
 
     async def close(self) -> None:
-        async with self._changing:
-            sites, self._sites = self._sites, {}
-            await asyncio.gather(*[site.close() for site in sites.values()])
+        """Waits for nobody: whatever is being asked or changed meanwhile finds its servers closed."""
+        tasks = [*self._retiring, *([self._following] if self._following is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*[site.close() for site in self._sites.values()])
 
     async def _settle(self, version: ServedVersion) -> None:
         side = _side(version)
@@ -206,6 +213,7 @@ class RemoteModels:
         inputs, outputs = signature_of(version.spec)
         coming = {key: key.replica(inputs, outputs) for key in due if key not in side.replicas}
         for replica in coming.values():
+            replica.max_rows = version.spec.policy.max_batch_size
             replica.set_warm_up(version.probe)
         if leaving:  # whoever takes over is up to it before anybody leaves
             await asyncio.gather(*[replica.verify(START_S) for replica in coming.values()])
@@ -219,7 +227,10 @@ class RemoteModels:
             log.info("model %s: backend %s joins", version.name, replica.name)
         for replica in gone:
             log.info("model %s: backend %s leaves", version.name, replica.name)
-        await asyncio.gather(*[_retire(version, replica) for replica in gone])
+            # One that hangs must not hold up what happens to the others.
+            task = asyncio.ensure_future(_retire(version, replica))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
 
     def _due(self, model: Redundant, version: str, newest: str) -> list[Wanted]:
         """The replicas that a version should have."""
@@ -234,76 +245,59 @@ class RemoteModels:
         return due
 
     async def _close_unused(self) -> None:
-        """Servers that left are closed, now that no replica is theirs."""
-        used = {line.site for model in self._models.values() for line in model.lines} | self._sources().keys()
+        """Servers that left are closed; those that still answer what a replica had taken, when that is over."""
+        used = {origin.key for origin in self._origins}
         for key, site in list(self._sites.items()):
             await site.close_gone()
-            if site not in used:
+            if key not in used:
                 del self._sites[key]
-                await site.close()
+                await site.leave()
         self.census.forget({server for site in self._sites.values() for server in site.servers.values()})
 
     # -- asking --------------------------------------------------------------------------------------------------
 
     async def _take(self, config: Config) -> None:
         async with self._changing:
-            endpoints = await asyncio.to_thread(_endpoints, config)
-            fresh = {key_of(e): Site(e, self._wake.set) for _, e in endpoints if key_of(e) not in self._sites}
-            await asyncio.gather(*[site.start() for site in fresh.values()])
-            before = self._sites, self._models
+            found = await asyncio.to_thread(origins, config)
+            fresh: dict[SiteKey, Site] = {}
+            for origin in found:
+                if origin.key not in self._sites and origin.key not in fresh:
+                    fresh[origin.key] = Site(origin.endpoint, self._wake.set)
+            before = self._sites
             self._sites = self._sites | fresh
             try:
-                asked = dict.fromkeys(self._sites[key_of(endpoint)] for _, endpoint in endpoints)
-                await self.census.refresh(asked, self._sources(config))
-                if faults := await self._compose(config):
-                    raise ConfigError(faults)
-                await asyncio.gather(*map(self.census.ask, self._models.values()))
+                await asyncio.gather(*[site.start() for site in fresh.values()])
+                asked = dict.fromkeys(self._sites[origin.key] for origin in found)
+                await self.census.refresh(asked, self._listing(found))
+                made = await self._compose(config, found)
+                if made.taken:
+                    raise ConfigError(made.taken)
+                await asyncio.gather(*map(self.census.ask, made.models.values()))
             except BaseException:
-                self._sites, self._models = before
+                self._sites = before
                 for site in fresh.values():
                     await site.close()
                 raise
-            self._config = config
+            self._config, self._origins = config, found
+            self._adopt(made)
 
-    async def _compose(self, config: Config) -> list[Fault]:
-        """`_models` anew, from the configuration and what the servers said last; returns the names that are served from
-        another place already, and are not served from here."""
-        endpoints = await asyncio.to_thread(_endpoints, config)
-        sites = {id(backend): self._sites.get(key_of(endpoint)) for backend, endpoint in endpoints}
-        on_disk = set(await asyncio.to_thread(model_names, config))
-        models: dict[str, Redundant] = {}
-        faults: list[Fault] = []
-        for entry in config.models:
-            if entry.backends and entry.name is not None:
-                model = models[entry.name] = Redundant(entry.name, entry, bool(entry.source))
-                for backend in entry.backends:
-                    if (site := sites.get(id(backend))) is not None:
-                        model.lines.append(Line(backend, site, backend.model or entry.name))
-        named = set(models)
-        for site, (index, entry) in self._sources(config).items():
-            backend = Backend(url=entry.source)
-            for name in self.census.names(site):
-                if entry.name not in (None, name):
-                    continue
-                if (wrong := name_fault(name)) is not None:
-                    log.warning("%s has a model that cannot be served: %s", entry.source, wrong)
-                elif name in on_disk or name in named:
-                    faults.append(_taken(config, index, entry, name))
-                else:
-                    models.setdefault(name, Redundant(name, entry, mixed=False)).lines.append(Line(backend, site, name))
-        self._models = models
-        return faults
+    async def _compose(self, config: Config, found: list[Origin]) -> Composition:
+        on_disk = await asyncio.to_thread(model_names, config)
+        return compose(config, found, self._sites, self.census, on_disk)
 
-    def _sources(self, config: Config | None = None) -> dict[Site, tuple[int, ModelEntry]]:
-        """Sites all of whose models are wanted, each with the first entry that says so."""
-        config = config or self._config
-        found: dict[Site, tuple[int, ModelEntry]] = {}
-        for index, entry in enumerate(config.models):
-            if isinstance(config.source(entry), OipServerSource):
-                site = self._sites.get(key_of(endpoint_of(config, Backend(url=entry.source))))
-                if site is not None:
-                    found.setdefault(site, (index, entry))
-        return found
+    def _adopt(self, made: Composition) -> None:
+        """From now on these are the models; what of the servers is left out is said, once."""
+        self._models = made.models
+        texts = {url: f"{url} has models that cannot be served: {wrong}" for url, wrong in made.unusable.items()}
+        texts |= {f"{fault.where} {fault.message}": str(fault) for fault in made.taken}
+        for place, text in texts.items():
+            if self._warned.get(place) != text:
+                log.warning("%s", text)
+        self._warned = texts
+
+    def _listing(self, found: list[Origin]) -> set[Site]:
+        """Sites whose models are those that they list."""
+        return {self._sites[origin.key] for origin in found if origin.listed}
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -317,53 +311,10 @@ class RemoteModels:
         try:
             if not heard:
                 raise ModelError(f"no backend answers: {self.census.silence(model)}")
-            return self._settled(model, version, newest, heard)
+            load = partial(self._load, model.name, version, newest, heard[0])
+            return wanted_version(self._config, model, version, heard, load)
         except GatewayError as error:
-            return self._broken(model, version, error)
-
-    def _settled(self, model: Redundant, version: str, newest: str, heard: Sequence[RemoteModel]) -> WantedVersion:
-        """Raises ConfigError."""
-        settings = self._config.settings(model.entry)
-        facts = facts_of(settings, heard)
-        return WantedVersion(
-            name=model.name,
-            version=version,
-            read=partial(_artifact, model, version),
-            load=partial(self._load, model.name, version, newest, heard[0]),
-            digest_pin=None,
-            batching=settings.batching,
-            max_batch_size=facts.max_batch_size,
-            size_is_stated=facts.size_is_stated,
-            max_queue_delay_s=settings.max_queue_delay_s,
-            preferred_batch_sizes=settings.preferred_batch_sizes,
-            oversize=settings.oversize,
-            max_queue_rows=max(settings.max_queue_rows, facts.max_batch_size or 0),
-            max_queue_bytes=settings.max_queue_bytes,
-            deadline_s=settings.deadline_s,
-            stated_inputs=facts.stated_inputs,
-            stated_outputs=facts.stated_outputs,
-            resilience=settings.resilience,
-            platform=facts.platform,
-            forwards_parameters=True,
-            independent=facts.independent,
-            apart=facts.apart,
-            untried=facts.untried,
-        )
-
-    def _broken(self, model: Redundant, version: str, error: GatewayError) -> WantedVersion:
-        """A version whose load ends with `error`."""
-
-        def read() -> tuple[Artifact, bytes | None]:
-            raise error
-
-        async def load(artifact: Artifact) -> LoadedModel:
-            raise error
-
-        settings = self._config.settings(model.entry)
-        return WantedVersion(
-            model.name, version, read, load, None, settings.batching, None, False, 0.0, (), settings.oversize,
-            settings.max_queue_rows, settings.max_queue_bytes, settings.deadline_s,
-        )  # fmt: skip
+            return broken_version(self._config, model, version, error)
 
     async def _load(self, name: str, version: str, newest: str, first: RemoteModel, artifact: Artifact) -> LoadedModel:
         """One replica, whose server answers; the others join once the version serves.
@@ -410,42 +361,13 @@ def _serving(version: ServedVersion) -> bool:
 
 async def _retire(version: ServedVersion, replica: RemoteReplica) -> None:
     """It takes nothing more, answers what it has, and is closed."""
-    await version.remove_replica(replica)
-    await replica.close()
+    try:
+        await version.remove_replica(replica)
+        await replica.close()
+    except Exception:
+        log.exception("taking the backend %s of model %s out of service failed", replica.name, version.name)
 
 
 def _side(version: ServedVersion) -> RemoteSide | None:
     loaded = version.loaded
     return loaded.side if isinstance(loaded, RemoteLoaded | MixedLoaded) else None
-
-
-def _is_remote(config: Config, entry: ModelEntry) -> bool:
-    return bool(entry.backends) or isinstance(config.source(entry), OipServerSource)
-
-
-def _endpoints(config: Config) -> list[tuple[Backend, Any]]:
-    """Every backend that the configuration names, with its endpoint; blocks on the disk. Raises ConfigError."""
-    backends = [backend for entry in config.models for backend in entry.backends]
-    backends += [
-        Backend(url=entry.source) for entry in config.models if isinstance(config.source(entry), OipServerSource)
-    ]
-    return [(backend, endpoint_of(config, backend)) for backend in backends]
-
-
-def _settings(entry: ModelEntry) -> str:
-    return entry.model_dump_json(exclude={"backends", "source"})
-
-
-def _artifact(model: Redundant, version: str) -> tuple[Artifact, bytes | None]:
-    """Stands for files that are not here."""
-    source = ", ".join(site.endpoint.url for site in model.sites())
-    return Artifact(model.name, version, source, (), "", b"", ""), None
-
-
-def _taken(config: Config, index: int, entry: ModelEntry, name: str) -> Fault:
-    line = config.model_lines[index] if index < len(config.model_lines) else 0
-    message = (
-        f"model '{name}' of {entry.source} is already served from another source; to serve it from both, give the "
-        "entry of the other one `backends` with this URL, instead of this source"
-    )
-    return Fault(config.file if line else "command line", line, f"models[{index}]", message)

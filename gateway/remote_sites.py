@@ -7,6 +7,7 @@ only after nobody uses it any more, which `RemoteModels` knows.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -86,6 +87,7 @@ class Site:
             name = backend_name(self.endpoint, address, several)
             server = self.servers[address] = RemoteServer(self.endpoint, address, name)
             server.owned = False  # it also answers questions while no model has a replica there
+            server.on_connect_failed = self._addresses.hint
         if self.servers:
             self.cause = ""
 
@@ -95,21 +97,27 @@ class Site:
         self._gone += [self.servers.pop(address) for address in removed if address in self.servers]
         self._changed()
 
-    def hint(self) -> None:
-        """A server of it cannot be reached: its name may mean others by now."""
-        self._addresses.hint()
-
     async def close_gone(self) -> None:
-        """Close the servers that left; nobody uses them any more."""
+        """Close the servers that left. One that a replica still uses closes with its last one."""
         gone, self._gone = self._gone, []
         for server in gone:
-            await server.close()
+            server.owned = True
+            if not server.used:
+                await server.close()
 
-    async def close(self) -> None:
+    async def leave(self) -> None:
+        """It is not wanted any more; otherwise as `close_gone`."""
         await self._addresses.close()
         self._gone += self.servers.values()
         self.servers = {}
         await self.close_gone()
+
+    async def close(self) -> None:
+        """Close everything, whoever uses it."""
+        await self._addresses.close()
+        gone, self._gone = [*self._gone, *self.servers.values()], []
+        self.servers = {}
+        await asyncio.gather(*[server.close() for server in gone])
 
     def __repr__(self) -> str:
         return f"<Site {self.endpoint.label} servers={len(self.servers)}>"

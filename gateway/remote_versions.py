@@ -8,6 +8,7 @@ a proof. What keeps state between requests, and what may not run twice, is never
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,9 @@ from gateway.errors import ConfigError
 
 ONLY: Final = "1"
 """The version's number where no server says any."""
+MAX_VERSIONS: Final = 100
+"""Of one model; the newest are served."""
+_VERSION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 UNKNOWN_PLATFORM: Final = "unknown"
 
 
@@ -34,6 +38,12 @@ class Offer:
 def version_order(version: str) -> tuple[int, str]:
     """Sorts as versions do: numbers by value, behind everything else."""
     return (int(version) if version.isdecimal() else -1, version)
+
+
+def usable_versions(listed: Iterable[str]) -> tuple[str, ...]:
+    """Those that are fit for URLs, headers and labels; at most `MAX_VERSIONS`, the newest."""
+    found = sorted({version for version in listed if _VERSION.fullmatch(version)}, key=version_order)
+    return tuple(found[-MAX_VERSIONS:])
 
 
 def versions_of(offers: Iterable[Offer]) -> list[str]:

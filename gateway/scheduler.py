@@ -18,45 +18,38 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
 
 from gateway.backends.interface import Replica
 from gateway.core.admission import Rejected, admit, admit_beside, admit_in_order, admit_to_level, deadline_of
 from gateway.core.arrival_order import ArrivalOrder, Told
 from gateway.core.batch import FinishedBatch
-from gateway.core.batch_queue import BatchQueue, QueueStatistics
-from gateway.core.batching import Dispatch, WaitUntil, decide, one_at_a_time, patience_s
+from gateway.core.batch_queue import BatchQueue, Group, QueueStatistics
+from gateway.core.batching import Dispatch, Reason, WaitUntil, decide, in_time, one_at_a_time, patience_s
 from gateway.core.duration import in_words
-from gateway.core.fleet import Fleet, Member
+from gateway.core.fleet import Member
 from gateway.core.model import ModelSpec
 from gateway.core.policy_queue import PolicyQueue
 from gateway.core.request import RUNNING, SETTLED, InferRequest
-from gateway.dispatcher import Dispatcher, Observer
+from gateway.dispatcher import Dispatcher
 from gateway.errors import (
     Cancelled,
     DeadlineExceeded,
     GatewayError,
-    NoBackend,
     PoisonRequest,
     QueueTimeout,
     Refused,
 )
 from gateway.observe.record import ModelStatistics
 from gateway.observe.request_trace import ModelTracer
+from gateway.scheduler_replicas import NO_BACKEND_S, NO_REMOTE_S, BackendWatch, FleetAccess
+from gateway.scheduler_timer import TIMER_SLACK_S, Timer, earlier
+
+__all__ = ["NO_BACKEND_S", "NO_REMOTE_S", "TIMER_SLACK_S", "Scheduler"]
 
 log = logging.getLogger("gateway.scheduler")
 
-NO_BACKEND_S: Final = 5.0
-"""How long requests wait for a worker to come back before they are refused. A worker is back within a second;
-this leaves room for a large model to load."""
-NO_REMOTE_S: Final = 1.0
-"""The same where all replicas are remote servers: nobody here is about to start one (resilience notes §1.6)."""
 
-TIMER_SLACK_S: Final = 0.0005
-"""uvloop rounds timers to milliseconds; without this one could fire just before its instant, and again."""
-
-
-class Scheduler:
+class Scheduler(FleetAccess):
     """Queue, dispatcher and timer of one model version."""
 
     def __init__(
@@ -92,16 +85,13 @@ class Scheduler:
         self._pumping = False
         self._let_more_in = False
         """Whether the pump should let the loop turn once more before it decides."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_instant = 0.0
+        self._timer = Timer(self._loop, clock, self._pump)
         self._closed: GatewayError | None = None
         self._idle = asyncio.Event()
-        self._no_backend_since: float | None = None
-        self._hopeless: GatewayError | None = None
-        """What those who wait were told when no replica was left to wait for."""
+        self._watch = BackendWatch(self._dispatcher, self._loop, clock, self.fail_waiting)
         for replica in replicas:
             self._join(replica)
-        self._look_at_backends(clock())
+        self._watch.look(clock())
 
     # -- what callers do -----------------------------------------------------------------------------------------
 
@@ -129,7 +119,7 @@ class Scheduler:
             self._accept(part)
 
     def _admit(self, request: InferRequest) -> None:
-        if self._closed is not None or self._hopeless is not None:
+        if self._closed is not None or self._watch.hopeless is not None:
             self._refuse()
         dispatcher = self._dispatcher
         if dispatcher.failures.denies:
@@ -140,7 +130,7 @@ class Scheduler:
             rejected = self._why_not(request)
         if rejected is None:
             return
-        if self._pumping and dispatcher.choose(self._now(), 1) is not None:
+        if self._pumping and dispatcher.fleet.choose(self._now(), 1) is not None:
             # Who came in this very turn only waits because nothing was handed out yet: that is no reason to refuse.
             self._let_more_in = False
             self._pump()
@@ -151,9 +141,9 @@ class Scheduler:
 
     def _refuse(self) -> None:
         """Raises what newcomers are told, unless it was for want of a backend and one has become usable by itself."""
-        if self._no_backend_since is not None:
-            self._look_at_backends(self._now())
-        refusal = self._closed or self._hopeless
+        if self._watch.since is not None:
+            self._watch.look(self._now())
+        refusal = self._closed or self._watch.hopeless
         if refusal is not None:
             self.statistics.reject(refusal.reason)
             raise type(refusal)(str(refusal))
@@ -206,52 +196,24 @@ class Scheduler:
     def fail_waiting(self, error: GatewayError) -> None:
         """Settle everyone who waits with `error`, and who comes back from a failed batch later, until a replica is
         available again (no backend came back, or the model failed for good)."""
-        self._hopeless = error
+        self._watch.hopeless = error
         for request in [*self._queue.waiting(), *self._dispatcher.lanes]:
             if request.state != SETTLED:  # the answer to one may have made another leave
                 self.statistics.reject(error.reason)
                 self._settle(request, error)
 
     def reopen(self) -> None:
-        self._closed = self._hopeless = self._no_backend_since = None
+        self._closed = None
+        self._watch.forget()
         self.kick()
 
     @property
-    def fleets(self) -> tuple[Fleet, ...]:
-        """What is known of the replicas; one here. Whoever changes something in it calls `kick` afterwards."""
-        return (self._dispatcher.fleet,)
-
-    @property
     def dispatchers(self) -> tuple[Dispatcher, ...]:
-        """Who sends the batches of each of `fleets`: lanes, budget, hooks."""
         return (self._dispatcher,)
-
-    @property
-    def retry_budget_rows(self) -> float:
-        """How many more requests may be executed again just now."""
-        return self._dispatcher.budget.available(self._now())
-
-    @property
-    def on_executed(self) -> Observer | None:
-        """Told of every batch that succeeded, before its members are; one batch at a time, in this turn of the loop."""
-        return self._dispatcher.on_executed
-
-    @on_executed.setter
-    def on_executed(self, observer: Observer | None) -> None:
-        self._dispatcher.on_executed = observer
-
-    @property
-    def on_fleet_changed(self) -> Callable[[], None] | None:
-        """Told whenever an attempt failed, or a replica came, went or flipped: `Fleet.next_wake` may have changed."""
-        return self._dispatcher.on_fleet_changed
-
-    @on_fleet_changed.setter
-    def on_fleet_changed(self, changed: Callable[[], None] | None) -> None:
-        self._dispatcher.on_fleet_changed = changed
 
     def kick(self) -> None:
         """Look again: something about the replicas may have changed."""
-        self._look_at_backends(self._now())
+        self._watch.look(self._now())
         self._pump_soon()
 
     def add_replica(self, replica: Replica) -> None:
@@ -278,9 +240,7 @@ class Scheduler:
 
     def stop(self) -> None:
         """Disarm the timer; the queue must be empty."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
 
     def queue_statistics(self) -> QueueStatistics:
         return self._queue.statistics()
@@ -314,60 +274,70 @@ class Scheduler:
         queue, dispatcher = self._queue, self._dispatcher
         now = self._now()
         self._expire(now)  # first: rows of a caller whose time is up never reach a replica
+        deadline, choose, limit = queue.next_deadline(), dispatcher.fleet.choose, self._rows
         wake = dispatcher.serve(now) if dispatcher.lanes.count else None
         while queue.count:
             if dispatcher.running and self._one_at_a_time():
                 patient_until = dispatcher.last_dispatched + patience_s(dispatcher.run_s)
                 if now < patient_until:
-                    wake = _earlier(wake, patient_until)
+                    wake = earlier(wake, patient_until)
                     break
-            member = dispatcher.choose(now, min(queue.rows, self._rows))
+            member = choose(now, min(queue.rows, limit))
             if member is None:
                 break
             decision = decide(queue, self._policy, now, dispatcher.execute_s)
             if not isinstance(decision, Dispatch):
                 if isinstance(decision, WaitUntil):
-                    wake = _earlier(wake, decision.instant)
+                    wake = earlier(wake, decision.instant)
                 break
             group = decision.group
             if dispatcher.keeps_sequences and (head := group.head()) is not None and head.sequence is not None:
-                wake = _earlier(wake, dispatcher.step(queue.take(group, 1)[0], now))
+                wake = earlier(wake, dispatcher.step(queue.take(group, 1)[0], now))
                 continue
-            members = queue.take(group, dispatcher.row_limit(member, decision.rows, now))
-            if members:
-                dispatcher.dispatch(members, decision.reason, member)
+            self._send(decision, member, now, deadline)
         waiting = bool(queue.count or dispatcher.lanes.count)
         if waiting:
-            wake = _earlier(wake, self._change_of_backends(now))
+            wake = earlier(wake, self._change_of_backends(now))
         if dispatcher.hedges is not None:
-            wake = _earlier(wake, dispatcher.hedges.send(now, waiting))
-        self._arm(wake)
+            wake = earlier(wake, dispatcher.hedges.send(now, waiting))
+        self._timer_for(wake, deadline)
+
+    def _send(self, decision: Dispatch, member: Member, now: float, deadline: float | None) -> None:
+        """`deadline`: the earliest of anybody here."""
+        group, reason, dispatcher = decision.group, decision.reason, self._dispatcher
+        rows = dispatcher.row_limit(member, decision.rows, now)
+        if deadline is not None and now + member.time.predict_s(min(rows, group.rows)) > deadline:
+            member, rows, reason = self._in_time(group, member, rows, reason, now)
+        members = self._queue.take(group, rows)
+        if members:
+            dispatcher.dispatch(members, reason, member)
+
+    def _in_time(
+        self, group: Group, member: Member, rows: int, reason: Reason, now: float
+    ) -> tuple[Member, int, Reason]:
+        """Somebody's deadline is near: who takes how many rows instead, so that it is met if it can be."""
+        head = group.head()
+        if head is None:
+            return member, rows, reason
+        fleet = self._dispatcher.fleet
+        member = fleet.in_time(member, head.rows, now, head.deadline)
+        rows = min(rows, self._dispatcher.row_limit(member, rows, now))
+        fit = in_time(group, rows, now, member.time.predict_s)
+        return (member, fit, Reason.DEADLINE) if fit < min(rows, group.rows) else (member, rows, reason)
 
     def _change_of_backends(self, now: float) -> float | None:
         """Somebody waits: the instant at which something about the replicas changes by itself."""
-        if self._no_backend_since is None and not self._dispatcher.reachable(now):
-            self._look_at_backends(now)
+        if self._watch.since is None:
+            self._watch.look(now)
         return self._dispatcher.fleet.next_wake(now)
 
     def _one_at_a_time(self) -> bool:
         return one_at_a_time(self._dispatcher.run_s, self._queue.rows, self._rows)
 
-    def _arm(self, wake: float | None) -> None:
-        deadline = self._queue.next_deadline()
-        if deadline is not None and (wake is None or deadline < wake):
-            wake = deadline
-        if wake is None:
-            return
-        if self._timer is not None:
-            if self._timer_instant <= wake:
-                return  # fires early enough; it looks again then
-            self._timer.cancel()
-        self._timer_instant = wake
-        self._timer = self._loop.call_later(max(0.0, wake - self._now()) + TIMER_SLACK_S, self._timer_fired)
-
-    def _timer_fired(self) -> None:
-        self._timer = None
-        self._pump()
+    def _timer_for(self, wake: float | None, deadline: float | None) -> None:
+        wake = earlier(wake, deadline)
+        if wake is not None:
+            self._timer.arm(wake)
 
     def _expire(self, now: float) -> None:
         """Settle whose time is up, one by one: each is out of the queue before anyone else is told anything."""
@@ -450,7 +420,9 @@ class Scheduler:
         for request in members:
             if request.state != SETTLED:
                 spent_s = self._now() - request.received
-                if isinstance(error, Refused):
+                if isinstance(error, DeadlineExceeded):
+                    self.statistics.fail("OTHER", spent_s=spent_s)
+                elif isinstance(error, Refused):
                     self.statistics.reject(error.reason, spent_s=spent_s)
                 else:
                     self.statistics.fail("BACKEND", spent_s=spent_s)
@@ -458,8 +430,8 @@ class Scheduler:
         self._after_batch()
 
     def batch_returned(self) -> None:
-        if self._hopeless is not None:
-            self.fail_waiting(self._hopeless)
+        if self._watch.hopeless is not None:
+            self.fail_waiting(self._watch.hopeless)
         if self._levels is not None:
             for request in self._dispatcher.lanes:
                 if not request.attempt:  # nobody took it: it waits as it did before
@@ -515,31 +487,8 @@ class Scheduler:
         self._dispatcher.fleet.availability_changed(member, now)
         self._dispatcher.fleet_changed()
         if self._dispatcher.reachable(now):
-            self._hopeless = None
+            self._watch.hopeless = None
         self.kick()
-
-    def _look_at_backends(self, now: float) -> None:
-        """Start, or stop, to count how long nobody could take a batch."""
-        if self._dispatcher.reachable(now):
-            if self._no_backend_since is not None:
-                self._no_backend_since = self._hopeless = None
-        elif self._no_backend_since is None:
-            self._no_backend_since = now
-            patience_s = NO_BACKEND_S if self._dispatcher.has_workers else NO_REMOTE_S
-            self._loop.call_later(patience_s, self._give_up, now)
-
-    def _give_up(self, since: float) -> None:
-        if self._no_backend_since == since:
-            self._look_at_backends(self._now())  # one may have become usable by itself
-        if self._no_backend_since == since:
-            self.fail_waiting(NoBackend(f"model '{self.spec.name}': no backend is available; retry later"))
-
-
-def _earlier(one: float | None, other: float | None) -> float | None:
-    """Of two instants; None is never."""
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
 
 
 def _nobody_listens() -> None:

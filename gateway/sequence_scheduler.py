@@ -25,19 +25,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, cast
+from typing import cast
 
 from gateway.backends.interface import Replica
 from gateway.backends.slotted import Slots, SlottedReplica
 from gateway.core.admission import deadline_of
 from gateway.core.batch_queue import BatchQueue, QueueStatistics
 from gateway.core.duration import in_words
-from gateway.core.fleet import Fleet
 from gateway.core.model import ModelSpec
 from gateway.core.request import QUEUED, SETTLED, InferRequest, SequenceStep
 from gateway.core.sequence_tensors import SequenceTensors
 from gateway.core.sequencing import OpenSequence, SequenceRoom, admit_step
-from gateway.dispatcher import Dispatcher, Observer
+from gateway.dispatcher import Dispatcher
 from gateway.errors import (
     BackendError,
     Cancelled,
@@ -50,14 +49,13 @@ from gateway.errors import (
 from gateway.observe.record import ModelStatistics
 from gateway.observe.request_trace import ModelTracer
 from gateway.scheduler import Scheduler
+from gateway.scheduler_replicas import FleetAccess
+from gateway.scheduler_timer import Timer
 
 log = logging.getLogger("gateway.scheduler")
 
-TIMER_SLACK_S: Final = 0.0005
-"""As in scheduler.py: a timer must not fire just before its instant, and again."""
 
-
-class SequenceScheduler:
+class SequenceScheduler(FleetAccess):
     """The intake of one version of a sequence model; fits `intake.Intake`."""
 
     def __init__(
@@ -95,8 +93,7 @@ class SequenceScheduler:
         """Every accepted step by its sequence, as its caller sent it; those that a lane has are RUNNING here."""
         self._closed: GatewayError | None = None
         self._idle = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_instant = 0.0
+        self._timer = Timer(self._loop, clock, self._time_is_up)
 
     def _with_slots(self, replicas: list[Replica], lane: int) -> list[Replica]:
         place = self._tensors.ready_place
@@ -223,39 +220,8 @@ class SequenceScheduler:
             lane.reopen()
 
     @property
-    def fleets(self) -> tuple[Fleet, ...]:
-        """One for each lane. Whoever changes something in one calls `kick` afterwards."""
-        return tuple(fleet for lane in self._lanes for fleet in lane.fleets)
-
-    @property
     def dispatchers(self) -> tuple[Dispatcher, ...]:
-        """Who sends the batches of each of `fleets`."""
         return tuple(dispatcher for lane in self._lanes for dispatcher in lane.dispatchers)
-
-    @property
-    def retry_budget_rows(self) -> float:
-        """How many more steps may be executed again just now."""
-        return sum(lane.retry_budget_rows for lane in self._lanes)
-
-    @property
-    def on_executed(self) -> Observer | None:
-        """As `Scheduler.on_executed`, of every lane."""
-        return self._lanes[0].on_executed
-
-    @on_executed.setter
-    def on_executed(self, observer: Observer | None) -> None:
-        for lane in self._lanes:
-            lane.on_executed = observer
-
-    @property
-    def on_fleet_changed(self) -> Callable[[], None] | None:
-        """As `Scheduler.on_fleet_changed`, of every lane."""
-        return self._lanes[0].on_fleet_changed
-
-    @on_fleet_changed.setter
-    def on_fleet_changed(self, changed: Callable[[], None] | None) -> None:
-        for lane in self._lanes:
-            lane.on_fleet_changed = changed
 
     def kick(self) -> None:
         for lane in self._lanes:
@@ -294,9 +260,7 @@ class SequenceScheduler:
                 return
 
     def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
         for lane in self._lanes:
             lane.stop()
 
@@ -449,18 +413,10 @@ class SequenceScheduler:
 
     def _arm(self) -> None:
         instants = [at for at in (self._queue.next_deadline(), self._room.next_idle()) if at is not None]
-        if not instants:
-            return
-        wake = min(instants)
-        if self._timer is not None:
-            if self._timer_instant <= wake:
-                return  # fires early enough; it looks again then
-            self._timer.cancel()
-        self._timer_instant = wake
-        self._timer = self._loop.call_later(max(0.0, wake - self._now()) + TIMER_SLACK_S, self._timer_fired)
+        if instants:
+            self._timer.arm(min(instants))
 
-    def _timer_fired(self) -> None:
-        self._timer = None
+    def _time_is_up(self) -> None:
         now = self._now()
         while (request := self._queue.expired(now)) is not None:
             if request.state != QUEUED:

@@ -65,7 +65,7 @@ class Desk:
         for member in members:
             member.state = RUNNING
             member.deadline = member.deadline or self.now + 30.0
-        chosen = self.dispatcher.choose(self.now, len(members))
+        chosen = self.dispatcher.fleet.choose(self.now, len(members))
         assert chosen is not None
         self.dispatcher.dispatch(members, Reason.FULL, chosen)
         return self.backend.executed[-1]
@@ -114,7 +114,7 @@ async def test_no_two_batches_have_the_same_id() -> None:
 async def test_batches_go_where_nothing_is_under_way() -> None:
     desk = Desk(replicas=3)
     assert {desk.run(requests(1)).replica.name for _ in range(3)} == {"onnx-1", "onnx-2", "onnx-3"}
-    assert desk.dispatcher.choose(desk.now, 1) is None
+    assert desk.dispatcher.fleet.choose(desk.now, 1) is None
 
 
 @simulated

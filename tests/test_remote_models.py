@@ -5,128 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import struct
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gateway import plan, remote_models, remote_sites
 from gateway.backends.remote_addresses import Addresses
-from gateway.catalog import Catalog, ServedVersion
-from gateway.config import Backend, Config, ModelEntry, ModelSettings, Server
-from gateway.core.batch import FinishedBatch
-from gateway.core.model import Artifact, ModelState
-from gateway.core.request import InferRequest
+from gateway.config import Backend, Config, ModelEntry, Server
+from gateway.core.model import ModelState
 from gateway.errors import ConfigError
-from gateway.loading import LoadedModel
-from gateway.management_repository import Repository
-from gateway.protocol.oip_json import RequestDecoder
 from gateway.remote_loaded import MixedLoaded
-from gateway.remote_models import RemoteModels
 from tests.backends.oip_server import refused_port, serving
-from tests.ingress.oip_bench import NumberModel
+from tests.remote_bench import double, rig, until, url
 
-PATIENCE_S = 30.0
 SECRET = "Bearer very-secret"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_models, "REDISCOVERY_S", 0.02)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """The bound is only there so that a failing test ends."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def _load(artifact: Artifact, settings: ModelSettings) -> LoadedModel:
-    return NumberModel()
-
-
-class Rig:
-    """What the gateway makes of a configuration, without ports."""
-
-    def __init__(self, config: Config) -> None:
-        self.catalog = Catalog()
-        self.remotes = RemoteModels(config, self.catalog)
-        self.repository = Repository(config, self.catalog, self._load, self.remotes)
-        self.catalog.on_ready = self.remotes.attach
-        self.remotes.on_discovered = lambda name: self.tasks.append(
-            asyncio.ensure_future(self.repository.discovered(name))
-        )
-        self.tasks: list[asyncio.Future[None]] = []
-
-    async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel:
-        return self.remotes.mixed(artifact.name, NumberModel())
-
-    async def start(self) -> list[ServedVersion]:
-        """Returns what could not be loaded."""
-        wanted = self.repository.initial()
-        await self.remotes.open()
-        failed = await self.catalog.load_all([*wanted, *await self.repository.initial_remote()])
-        self.repository.open = True
-        await self.remotes.reconcile()
-        self.tasks.append(asyncio.ensure_future(self.remotes.follow()))
-        return failed
-
-    def version(self, name: str = "double", version: str | None = None) -> ServedVersion:
-        return self.catalog.find(name, version)
-
-    def backends(self, name: str = "double", version: str | None = None) -> dict[str, bool]:
-        return {replica.name: replica.available for replica in self.version(name, version).replicas}
-
-    async def all_available(self, count: int, name: str = "double") -> None:
-        await until(lambda: sum(self.backends(name).values()) == count)
-
-    async def ask(
-        self, number: float = 3.0, name: str = "double", **parameters: Any
-    ) -> tuple[FinishedBatch, list[float]]:
-        found = self.version(name)
-        document = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [number, 0.5]}]}
-        request = RequestDecoder(found.spec).decode(json.dumps({**document, "parameters": parameters}).encode())
-        done: asyncio.Future[InferRequest] = asyncio.get_running_loop().create_future()
-        request.received = asyncio.get_running_loop().time()
-        request.settle = done.set_result
-        assert found.scheduler is not None
-        found.scheduler.submit(request)
-        async with asyncio.timeout(PATIENCE_S):
-            settled = await done
-        if settled.error is not None:
-            raise settled.error
-        data = bytes(settled.batch.outputs[0].data)[8 * settled.row : 8 * settled.row + 8]
-        return settled.batch, list(struct.unpack("<2f", data))
-
-    async def close(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        for name in self.catalog.names():
-            await self.catalog.unload(name)
-        await self.remotes.close()
-
-
-@asynccontextmanager
-async def rig(*entries: ModelEntry, **keys: Any) -> AsyncIterator[Rig]:
-    found = Rig(Config(models=entries, **keys))
-    try:
-        yield found
-    finally:
-        await found.close()
-
-
-def url(server: Any, scheme: str = "http") -> str:
-    return f"{scheme}://127.0.0.1:{server.port}"
-
-
-def double(*backends: Backend, **keys: Any) -> ModelEntry:
-    return ModelEntry.model_validate({"name": "double", "backends": backends, **keys})
 
 
 # -- discovery --------------------------------------------------------------------------------------------------------

@@ -381,3 +381,29 @@ async def test_a_mate_that_leaves_because_of_a_deadline_is_counted_once() -> Non
     first.reply()
     await bench.finish()  # compares the counters with the callers
     assert isinstance(two.error, Cancelled)
+
+
+@simulated
+async def test_a_batch_is_cut_so_that_the_most_urgent_is_answered_in_time() -> None:
+    bench = Bench()
+    (member,) = bench.scheduler.fleets[0].members
+    for _ in range(100):
+        for rows in (1, 8):
+            member.time.observe(rows, 0.1 * rows, bench.loop.time())
+    hurried = [bench.send(timeout_s=0.45)]
+    callers = [bench.send() for _ in range(7)]
+    batch = await bench.backend.expect_batch(rows=4)
+    assert batch.numbers[0] == hurried[0].numbers[0]
+    await asyncio.sleep(0.4)
+    batch.reply()
+    rest = await bench.backend.expect_batch(rows=4)
+    rest.reply()
+    bench.send(timeout_s=0.05)  # nobody can help it: the others need not run in smaller batches for that
+    callers += [bench.send() for _ in range(3)]
+    whole = await bench.backend.expect_batch(rows=4)
+    await asyncio.sleep(0.4)
+    whole.reply()
+    await bench.finish()
+    assert hurried[0].answered
+    assert all(caller.answered for caller in callers)
+    assert bench.statistics.batches["deadline"] == 1

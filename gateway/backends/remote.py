@@ -22,7 +22,15 @@ from gateway.backends.interface import Batch, Failure, FailureKind, Sign, Succes
 from gateway.backends.one_shot import run_once
 from gateway.backends.remote_codec import NotEncodable
 from gateway.backends.remote_connections import Exchange
-from gateway.backends.remote_endpoint import Endpoint, IndexEntry, RemoteError, RemoteModel, RemoteTls, ServerInfo
+from gateway.backends.remote_endpoint import (
+    Endpoint,
+    IndexEntry,
+    RemoteError,
+    RemoteModel,
+    RemoteTls,
+    ServerInfo,
+    Unreadable,
+)
 from gateway.backends.remote_outcome import not_sent
 from gateway.backends.remote_queries import signature_fault
 from gateway.backends.remote_server import QUERY_S, RemoteServer, RemoteServerStatistics
@@ -50,6 +58,8 @@ RESERVE_S: Final = 0.005
 LATE_S: Final = 0.02
 """A timer that fires so much too late says that this process was held up, not the server: answers that have arrived
 are read first."""
+NEAR_S: Final = 0.1
+"""A server that says sooner before the deadline that it has passed has not kept to it."""
 WARM_UP_S: Final = 10.0
 DRAIN_S: Final = 30.0
 """Longest that closing waits for batches in flight."""
@@ -107,7 +117,8 @@ class _Attempt:
     def _answered(self, result: Any) -> None:
         self._exchange = None
         wire, deadline = self._replica.wire, self.batch.deadline
-        if deadline < self._due and wire is not None and wire.out_of_time(result) and self._timer is not None:
+        near = deadline < self._due and deadline - time.monotonic() < NEAR_S
+        if near and wire is not None and wire.out_of_time(result) and self._timer is not None:
             # The server kept to the deadline that it was told: nobody's fault. Whoever owns the batch is about to see
             # the same.
             self._timer.cancel()
@@ -144,6 +155,7 @@ class RemoteReplica:
         "_verifying",
         "inputs",
         "loop",
+        "max_rows",
         "model",
         "name",
         "outputs",
@@ -176,6 +188,8 @@ class RemoteReplica:
         self.name = name or server.name
         self.verified = False
         """Whether the server was last seen to have the model, with this signature."""
+        self.max_rows = 0
+        """Of the largest batch that it may get: a server that takes less does not fit; 0: not known yet."""
         self.wire: Wire | None = None
         self.loop = asyncio.get_running_loop()
         self._cause = "not verified yet"
@@ -275,7 +289,12 @@ class RemoteReplica:
     async def verify(self, timeout_s: float = QUERY_S) -> str:
         """Ask whether the server has the model and it fits; returns why not, empty: it is available now."""
         async with self._verifying:
-            cause = await self._fault(timeout_s)
+            try:
+                cause = await self._fault(timeout_s)
+            except Exception as error:
+                # Whatever a server says must not end the loop that would take it back.
+                _log.exception("an answer of %s could not be read", self.name)
+                cause = f"{self.name}: what it says of the model could not be read: {type(error).__name__}"
             if cause:
                 self._unverified(cause)
             elif not self._closed:
@@ -286,15 +305,15 @@ class RemoteReplica:
     async def _fault(self, timeout_s: float) -> str:
         server = self.server
         try:
-            found = await server.model(self.model, self.version, timeout_s, config=False)
-            cause = signature_fault(self.inputs, self.outputs, found)
+            found = await server.model(self.model, self.version, timeout_s)
+            cause = signature_fault(self.inputs, self.outputs, found, self.max_rows)
             if cause:
                 return f"{self.name}: {cause}"
             if not await server.model_ready(self.model, self.version, timeout_s):
                 return f"{self.name}: model '{self.model}' is not ready"
         except RemoteError as error:
             # No answer is no news of the model; whether the server is there is the server's business.
-            return "" if self.verified and not error.missing else str(error)
+            return "" if self.verified and not error.missing and not isinstance(error, Unreadable) else str(error)
         if not self.verified or self.wire is None:
             info = server.info or ServerInfo("", "")
             names = (self.model, self.version)

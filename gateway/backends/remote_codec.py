@@ -21,6 +21,8 @@ from gateway.core.tensor import MAX_RANK, element_count, unpack_bytes
 from gateway.errors import GatewayError
 
 MAX_DIM: Final = 2**63 - 1
+MAX_STRINGS: Final = 1 << 20
+"""In one tensor of an answer: each of them is looked at."""
 REMEMBERED: Final = 256
 """Request heads remembered per model before starting afresh."""
 BatchForm = tuple[tuple[Any, ...], tuple[int, ...]]
@@ -32,6 +34,10 @@ class Mismatch(Exception):
 
 class Garbled(Exception):
     """An answer that is not one: it cannot be read."""
+
+
+class Astray(Exception):
+    """An answer to another question."""
 
 
 class NotEncodable(Exception):
@@ -52,6 +58,12 @@ def parameters_of(batch: Batch, timeout_us: int) -> dict[str, object]:
     if timeout_us > 0:
         found["timeout"] = timeout_us
     return found
+
+
+def check_version(asked: str, answered: object) -> None:
+    """Raises Mismatch: one version was asked for, and another says that it answered."""
+    if asked and answered and answered != asked:
+        raise Mismatch(f"the answer of another version than {asked}")
 
 
 def check_described(tensor: SignatureTensor, datatype: Any, shape: Any) -> tuple[int, ...]:
@@ -83,6 +95,8 @@ def from_raw(tensor: SignatureTensor, shape: tuple[int, ...], data: bytes | memo
         fits = count * datatype.itemsize == len(data)
     else:
         try:
+            if count > MAX_STRINGS:
+                raise Mismatch(f"output '{tensor.name}' with {count} strings, more than {MAX_STRINGS}")
             fits = len(unpack_bytes(data, count)) == count
         except ValueError:
             fits = False
@@ -119,4 +133,6 @@ def refusal(server: str, error: Exception) -> Failure:
         return mismatch(f"{server} answered with {error}")
     if isinstance(error, (AssemblyError, GatewayError)):
         return mismatch(f"{server} answered with data that does not fit its description")
+    if isinstance(error, Astray):
+        return broken(f"{server} gave the answer to another question")
     return broken(f"{server} gave an answer that cannot be read")

@@ -13,6 +13,7 @@ nothing, since acknowledgements may be late; it counts as broken.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
@@ -28,6 +29,12 @@ from gateway.core.outcome import Failure
 IDLE_S: Final = 60.0
 """Longest that a connection is kept unused."""
 SWEEP_S: Final = 15.0
+MAX_TOLD_BYTES: Final = 2 << 20
+"""Of an answer to a question that is no inference: reading it holds everybody else up."""
+OUT_OF: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""What this process or machine lacks, not the server."""
+OUT_OF_PAUSE_S: Final = 0.05
+"""Before a batch is handed back for lack of them: it comes back at once otherwise, and finds them lacking."""
 TLS_FACTOR: Final = 4
 """A TLS handshake takes two more round trips and some computing than the connection below it."""
 _KEEPALIVE: Final = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 5000))
@@ -51,11 +58,15 @@ class Watcher(Protocol):
 class Exchange:
     """One request and its answer. `done` is called once, unless it was abandoned before."""
 
-    __slots__ = ("connection", "done", "request")
+    __slots__ = ("connection", "done", "max_bytes", "request", "tag")
 
-    def __init__(self, request: Any, done: Done) -> None:
+    def __init__(self, request: Any, done: Done, max_bytes: int) -> None:
         self.request = request
         self.done: Done | None = done
+        self.max_bytes = max_bytes
+        """Of the answer."""
+        self.tag = ""
+        """What the request calls itself, where it does."""
         self.connection: Connection | None = None
 
     def abandon(self) -> None:
@@ -97,9 +108,9 @@ class Channel:
     def connections(self) -> int:
         return len(self._open)
 
-    def begin(self, request: Any, done: Done) -> Exchange:
-        """Send one whole request. `done` is never called from inside."""
-        exchange = Exchange(request, done)
+    def begin(self, request: Any, done: Done, max_bytes: int = 0) -> Exchange:
+        """Send one whole request. `done` is never called from inside. `max_bytes`: of the answer; 0: the endpoint's."""
+        exchange = Exchange(request, done, max_bytes or self.max_bytes)
         connection = self._take()
         if connection is not None:
             connection.send(exchange)
@@ -110,9 +121,14 @@ class Channel:
         return exchange
 
     async def ask(self, request: Any, timeout_s: float) -> Any:
-        """Like `begin`, for those who wait: the answer or a `Failure`. Raises TimeoutError."""
+        """Like `begin`, for those who wait: the answer, a small one, or a `Failure`. Raises TimeoutError."""
         answer: asyncio.Future[Any] = self._loop.create_future()
-        exchange = self.begin(request, answer.set_result)
+
+        def take(result: Any) -> None:
+            if not answer.done():  # it may have been given up, and the exchange not yet
+                answer.set_result(result)
+
+        exchange = self.begin(request, take, MAX_TOLD_BYTES)
         try:
             async with asyncio.timeout(timeout_s):
                 return await answer
@@ -141,7 +157,7 @@ class Channel:
         now = self._loop.time()
         while self._idle:
             connection = self._idle.pop()
-            if now < connection.idle_until and connection.usable:
+            if now < connection.idle_until and connection.usable and connection.silent():
                 return connection
             connection.drop()
         return None
@@ -175,6 +191,10 @@ class Channel:
             raise
         except (OSError, TlsError, ValueError) as error:
             text = f"no connection to {self.name}: {_fault(error, self._endpoint)}"
+            if isinstance(error, OSError) and error.errno in OUT_OF:
+                await asyncio.sleep(OUT_OF_PAUSE_S)
+                exchange.settle(not_sent(text))
+                return
             self.watcher.connect_failed(text)
             exchange.settle(not_connected(text))
             return
@@ -236,6 +256,7 @@ class Connection(asyncio.Protocol):
         """Whether the peer closed before it had a byte of the request."""
         self.answered = False
         """Whether a byte of the answer to the exchange under way has come."""
+        self.max_bytes = channel.max_bytes
         self.idle_until = 0.0
         self.idle_s = IDLE_S
         self.dropped = False
@@ -249,11 +270,16 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange) -> None:
         self.exchange = exchange
+        self.max_bytes = exchange.max_bytes
         exchange.connection = self
         self.answered = False
         self._acked = self._bytes_acked()
         self.write(exchange.request)
         exchange.request = None
+
+    def silent(self) -> bool:
+        """Whether nothing has come that is not read yet; asked before an unused connection is used again."""
+        return True
 
     def write(self, request: Any) -> None:
         """Begin to send a request."""

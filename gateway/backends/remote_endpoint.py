@@ -131,16 +131,26 @@ class RemoteError(Exception):
 
     `missing`: the server lives and says that it does not have this model, or not now."""
 
-    def __init__(self, text: str, *, missing: bool = False, connect: bool = False) -> None:
+    def __init__(self, text: str, *, missing: bool = False, connect: bool = False, late: bool = False) -> None:
         super().__init__(text)
         self.missing = missing
         self.connect = connect
         """No connection could be made."""
+        self.late = late
+        """There was no answer in time."""
 
 
-def said(content: bytes | str, secrets: Sequence[str] = ()) -> str:
-    """A server's own words as they may be shown: one line, printable, bounded, none of `secrets` in it."""
-    text = content if isinstance(content, str) else content[: 8 * MAX_TEXT].decode(errors="replace")
+class Unreadable(RemoteError):
+    """There is an answer, and nothing can be done with it."""
+
+
+def said(content: object, secrets: Sequence[str] = ()) -> str:
+    """A server's own words as they may be shown: one line, printable, bounded, none of `secrets` in it. `content`:
+    bytes, or what stands in a document; of that, only text and numbers are words."""
+    if isinstance(content, (bytes, bytearray)):
+        text = content[: 8 * MAX_TEXT].decode(errors="replace")
+    else:
+        text = str(content) if isinstance(content, (str, int, float)) else ""
     for secret in secrets:
         if secret:
             text = text.replace(secret, "***")

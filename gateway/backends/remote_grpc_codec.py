@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from gateway.backends.interface import Batch, Failure, Success
 from gateway.backends.remote_codec import (
@@ -18,6 +18,7 @@ from gateway.backends.remote_codec import (
     Mismatch,
     NotEncodable,
     check_described,
+    check_version,
     form_of,
     from_elements,
     from_raw,
@@ -36,6 +37,18 @@ from gateway.protocol.oip_plan import InputPlan
 from gateway.protocol.protobuf_wire import field, prefix, text, varint
 from gateway.protocol.schema import DecodeError, message
 
+MAX_PARTS: Final = 1024
+"""Fields of an answer: outputs, raw tensors, and what is said of the whole."""
+MAX_DESCRIBED_BYTES: Final = 1 << 20
+"""Of an answer, beside its raw tensors."""
+MAX_TYPED_BYTES: Final = 16 << 20
+"""Of an answer whose tensors are typed: an element of one byte becomes an object of Python."""
+_LENGTH_GIVEN: Final = 2
+_VARINT: Final = 0
+_FIXED: Final = {1: 8, 5: 4}
+"""Bytes of wire types of a fixed size."""
+_RAW: Final = 6 << 3 | _LENGTH_GIVEN
+
 
 class GrpcCodec:
     """`server`: its name, for messages."""
@@ -49,6 +62,7 @@ class GrpcCodec:
         outputs: Sequence[SignatureTensor],
     ) -> None:
         self._server = server
+        self._version = version
         self._opening = text(1, model) + text(2, version)
         self._inputs = inputs
         self._outputs = outputs
@@ -101,15 +115,17 @@ class GrpcCodec:
     def success(self, answer: memoryview, outputs: tuple[int, ...]) -> Success | Failure:
         """The message of a call that ended with OK."""
         try:
-            parsed = message("inference.ModelInferResponse").FromString(bytes(answer))
-            return self._read(parsed, [self._outputs[place] for place in outputs])
+            described, raw = parted(answer)
+            parsed = message("inference.ModelInferResponse").FromString(described)
+            return self._read(parsed, raw, [self._outputs[place] for place in outputs])
         except (Mismatch, Garbled, GatewayError, AssemblyError, DecodeError) as error:
             return refusal(self._server, error)
 
-    def _read(self, answer: Any, wanted: list[SignatureTensor]) -> Success:
-        items, raw = answer.outputs, answer.raw_output_contents
+    def _read(self, answer: Any, raw: list[memoryview], wanted: list[SignatureTensor]) -> Success:
+        items = answer.outputs
         if len(raw) not in (0, len(items)):
             raise Garbled
+        check_version(self._version, answer.model_version)
         tensors = {tensor.name: tensor for tensor in wanted}
         found: dict[str, OutputTensor] = {}
         for place, item in enumerate(items):
@@ -123,6 +139,51 @@ class GrpcCodec:
                 from_raw(tensor, shape, raw[place]) if len(raw) else _from_typed(tensor, shape, item.contents)
             )
         return in_order(wanted, found)
+
+
+def parted(answer: memoryview) -> tuple[bytes, list[memoryview]]:
+    """A ModelInferResponse without its raw tensors, and those, which stay where they are.
+
+    The library is given no more than what it may make of it is worth: a few bytes can stand for a large object.
+
+    Raises:
+        Garbled: it is none, or too long or many-parted to be read while others wait.
+    """
+    described: list[memoryview] = []
+    raw: list[memoryview] = []
+    at, length = 0, 0
+    while at < len(answer):
+        start = at
+        tag, at = _number(answer, at)
+        if tag & 7 == _LENGTH_GIVEN:
+            size, at = _number(answer, at)
+            end = at + size
+        elif tag & 7 == _VARINT:
+            _, end = _number(answer, at)
+        else:
+            end = at + _FIXED.get(tag & 7, len(answer))
+        if end > len(answer) or len(described) + len(raw) >= MAX_PARTS:
+            raise Garbled
+        if tag == _RAW:
+            raw.append(answer[at:end])
+        else:
+            described.append(answer[start:end])
+            length += end - start
+        at = end
+    if length > (MAX_DESCRIBED_BYTES if raw else MAX_TYPED_BYTES):
+        raise Garbled
+    return b"".join(described), raw
+
+
+def _number(data: memoryview, at: int) -> tuple[int, int]:
+    """A varint, and where it ends. Raises Garbled."""
+    value = shift = 0
+    for octet in data[at : at + 10]:
+        value |= (octet & 0x7F) << shift
+        shift += 7
+        if octet < 0x80:
+            return value, at + shift // 7
+    raise Garbled
 
 
 def _from_typed(tensor: SignatureTensor, shape: tuple[int, ...], contents: Any) -> OutputTensor:

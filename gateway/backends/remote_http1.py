@@ -2,6 +2,8 @@
 
 Rules: redirects are not followed, answers are not compressed. An answer is whole, framed by Content-Length or chunks,
 and within the bounds, or it is no answer (one that only ends with the connection could have been cut anywhere).
+Only an answer can end a question's exchange that came after it: a connection on which anything waits to be read is not
+used again. Trailers are read and forgotten.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from gateway.backends.remote_connections import IDLE_S, Channel, Connection
 from gateway.backends.remote_outcome import broken
 
 MAX_HEAD_BYTES: Final = 65_536
+MAX_READ_BYTES: Final = 262_144
+"""That arrive at one time."""
 
 
 class HttpAnswer(NamedTuple):
     status: int
     headers: dict[bytes, bytes]
     """Names in lower case; the last of several."""
-    body: bytes
+    body: bytes | bytearray
+    tag: str = ""
+    """What the request called itself."""
 
     def header(self, name: bytes) -> str:
         """Empty where there is none."""
@@ -44,13 +50,23 @@ class Http1Connection(Connection):
     def _begin(self) -> None:
         self._status = 0
         self._headers: dict[bytes, bytes] = {}
-        self._body: list[bytes] = []
+        self._body = bytearray()
         self._head_bytes = 0
         self._field_bytes = 0
-        self._body_bytes = 0
+        self._quiet_bytes = 0
+        """Received since the parser last had something to tell."""
         self._complete = False
         self._keep = False
         self._fault = ""
+
+    def silent(self) -> bool:
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False  # words that nobody asked for, or the end
 
     def write(self, request: Any) -> None:
         self._begin()
@@ -63,19 +79,25 @@ class Http1Connection(Connection):
         self.answered = True
         if not self._status:
             self._head_bytes += len(data)
+        told = self._field_bytes + len(self._body)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fault = self._fault or "an answer that is not HTTP"
+            if self._complete:
+                self._keep = False  # what follows an answer takes nothing from it
+            else:
+                self._fault = self._fault or "an answer that is not HTTP"
         if not self._status and self._head_bytes > MAX_HEAD_BYTES:
             self._fault = f"an answer with a head of more than {MAX_HEAD_BYTES} bytes"
+        self._quiet_bytes = self._quiet_bytes + len(data) if told == self._field_bytes + len(self._body) else 0
+        if self._quiet_bytes > MAX_HEAD_BYTES + MAX_READ_BYTES and not self._complete:
+            self._fault = self._fault or "an answer that goes on and says nothing"
         if self._fault:
             self.end(broken(f"{self.channel.name} gave {self._fault}"), keep=False)
         elif self._complete:
-            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-            self._body = []
+            body, self._body = self._body, bytearray()
             keep = self._keep and not self.transport.get_write_buffer_size()
-            self.end(HttpAnswer(self._status, self._headers, body), keep=keep)
+            self.end(HttpAnswer(self._status, self._headers, body, self.exchange.tag), keep=keep)
 
     # -- what the parser calls ---------------------------------------------------------------------------------
 
@@ -89,7 +111,7 @@ class Http1Connection(Connection):
         self._field_bytes += len(name) + len(value)
         if self._field_bytes > MAX_HEAD_BYTES:
             self._fault = f"an answer with more than {MAX_HEAD_BYTES} bytes of header fields"
-        else:
+        elif not self._status:
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
@@ -98,7 +120,7 @@ class Http1Connection(Connection):
         self._status = self._parser.get_status_code()
         headers = self._headers
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > self.channel.max_bytes:
+        if length.isdigit() and int(length[-20:]) > self.max_bytes:
             self._fault = self._too_large()
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             self._fault = "an answer with a content coding that nobody asked for"
@@ -108,12 +130,10 @@ class Http1Connection(Connection):
     def on_body(self, data: bytes) -> None:
         if self._complete or self._fault:
             return
-        self._body_bytes += len(data)
-        if self._body_bytes > self.channel.max_bytes:
+        self._body += data
+        if len(self._body) > self.max_bytes:
             self._fault = self._too_large()
-            self._body = []
-        else:
-            self._body.append(data)
+            self._body = bytearray()
 
     def on_message_complete(self) -> None:
         if self._complete:
@@ -126,7 +146,7 @@ class Http1Connection(Connection):
         self._keep = self._parser.should_keep_alive()
 
     def _too_large(self) -> str:
-        return f"an answer of more than {self.channel.max_bytes} bytes"
+        return f"an answer of more than {self.max_bytes} bytes"
 
 
 def _idle_s(value: bytes) -> float:

@@ -2,8 +2,10 @@
 
 Rules (RFC 9113, gRPC over HTTP/2): several calls take several connections, like HTTP/1.1's, so a lost connection never
 concerns more than one; streams are numbered on. Windows are opened wide, since the bound on an answer is ours. Header
-blocks use no dynamic table on the way out. Everything that belongs to no open stream is read and forgotten; what breaks
-the protocol ends the connection. Told apart exactly: REFUSED_STREAM and a GOAWAY below our stream mean that nothing was
+blocks use no dynamic table on the way out. What belongs to a stream that is over is read and forgotten; what belongs to
+one that is not begun, and whatever else breaks the protocol, ends the connection, so no answer can be there before its
+question. Every frame costs a little of an allowance that data in either direction fill up: floods of frames, of
+whatever kind, run into its end. Told apart exactly: REFUSED_STREAM and a GOAWAY below our stream mean that nothing was
 processed.
 """
 
@@ -18,7 +20,7 @@ from gateway.backends.remote_connections import Channel, Connection
 from gateway.backends.remote_outcome import broken, not_sent
 from gateway.core.outcome import Failure, FailureKind, Sign
 from gateway.protocol import http2_frames as h2
-from gateway.protocol.hpack_blocks import EMPTY_TABLE, Blocks, metadata_literal
+from gateway.protocol.hpack_blocks import EMPTY_TABLE, HARD_FACTOR, Blocks, metadata_literal
 from gateway.protocol.http2_frames import ConnectionFault, ErrorCode
 
 MAX_HEAD_BYTES: Final = 65_536
@@ -29,8 +31,19 @@ _PREFIX_BYTES: Final = 5
 """Before each message of gRPC: whether it is compressed, and its length."""
 _REOPEN: Final = 1 << 29
 """Bytes received after which the connection's window is opened again."""
-_MAX_UNSENT: Final = 1 << 20
-"""Bytes of control frames that may wait for a peer that does not read."""
+FRAMES: Final = 2000
+"""Frames that a peer may send for one call, besides those that its data pay for."""
+_PAID_BY_DATA: Final = 8
+"""A frame is paid for by so many bits' worth of bytes received: 256 of them."""
+_PAID_BY_US: Final = 8
+"""Frames that the peer may send for each frame of data from us: it opens its windows."""
+MAX_BLOCKS: Final = 16
+"""Header blocks of one call, most of them interim."""
+_SIZES: Final = {h2.RST_STREAM: 4, h2.PING: 8, h2.WINDOW_UPDATE: 4, h2.PRIORITY: 5}
+"""Frames of a fixed size."""
+_OK: Final = 200
+_ODD_LENGTH: Final = "a message of another length than it says, or several"
+_OF_STREAMS: Final = frozenset({h2.DATA, h2.HEADERS, h2.RST_STREAM, h2.CONTINUATION})
 _PREFACE: Final = (
     h2.PREFACE
     + h2.settings(
@@ -77,7 +90,7 @@ class Http2Connection(Connection):
 
     def __init__(self, channel: Channel, sock: socket.socket) -> None:
         super().__init__(channel, sock)
-        self._blocks = Blocks(MAX_HEAD_BYTES)
+        self._blocks = Blocks(MAX_HEAD_BYTES // HARD_FACTOR)
         self._before_block = b""
         self._received = bytearray()
         self._stream = -1
@@ -97,6 +110,10 @@ class Http2Connection(Connection):
         self._status = 0
         self._head: dict[str, str] = {}
         self._message = bytearray()
+        self._allowance = FRAMES
+        self._blocks_left = MAX_BLOCKS
+        self._result: tuple[Any, bool] | None = None
+        """How the call ended, and whether the connection may be kept; told when all that was received is read."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -120,6 +137,7 @@ class Http2Connection(Connection):
             piece, self._unsent = self._unsent[:size], self._unsent[size:]
             self._window -= size
             self._stream_window -= size
+            self._allowance += _PAID_BY_US
             flags = 0 if self._unsent else h2.END_STREAM
             frames += [h2.frame_head(size, h2.DATA, flags, self._stream), piece]
         return frames
@@ -133,34 +151,55 @@ class Http2Connection(Connection):
     def data_received(self, data: bytes) -> None:
         received = self._received
         received += data
+        try:
+            at = self._read(received)
+        except (ValueError, IndexError, struct.error, ConnectionFault) as fault:
+            received.clear()
+            what = str(fault) if isinstance(fault, _Refused) else "an answer that breaks HTTP/2"
+            result = (broken(f"{self.channel.name} gave {what}"), False)
+            if self._result is not None:
+                result = self._result[0], False  # that was before
+            self.end(result[0], keep=False)
+            return
+        del received[:at]
+        if self._result is not None:
+            # Not before all is read: whoever is told may begin the next call at once, which nothing here can be for.
+            (answer, keep), self._result = self._result, None
+            self.end(answer, keep=keep and not self._last)
+
+    def _read(self, received: bytearray) -> int:
+        """Act on every whole frame; returns where the rest begins."""
         at, size = 0, len(received)
-        while size - at >= h2.FRAME_HEAD_BYTES and not self.dropped:
+        while size - at >= h2.FRAME_HEAD_BYTES:
             upper, lower, kind, flags, stream = h2.unpack_head(received, at)
             length = upper << 16 | lower
             if length > MAX_FRAME_BYTES:
-                self._break("a frame larger than allowed")
-                return
+                raise _Refused("a frame larger than allowed")
             if size - at < h2.FRAME_HEAD_BYTES + length:
                 break
+            self._allowance -= 1
+            if self._allowance < 0:
+                raise _Refused("more frames than an answer needs")
             at += h2.FRAME_HEAD_BYTES
             payload = bytes(memoryview(received)[at : at + length])
             at += length
-            try:
-                self._act(kind, flags, stream & h2.MAX_STREAM_ID, payload)
-            except (ValueError, IndexError, struct.error, ConnectionFault):
-                self._break("an answer that breaks HTTP/2")
-                return
-        del received[:at]
-        if self.transport.get_write_buffer_size() > _MAX_UNSENT and self.exchange is None:
-            self.drop()
+            self._act(kind, flags, stream & h2.MAX_STREAM_ID, payload)
+            if self.dropped:
+                break
+        return at
 
-    def _break(self, what: str) -> None:
-        self._received.clear()
-        self.end(broken(f"{self.channel.name} gave {what}"), keep=False)
-
-    def _act(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+    def _check(self, kind: int, stream: int, payload: bytes) -> None:
         if self._block is not None and kind != h2.CONTINUATION:
             raise ValueError("a header block was interrupted")
+        if len(payload) != _SIZES.get(kind, len(payload)):
+            raise ValueError("a frame of a wrong size")
+        if kind in _OF_STREAMS and not (stream & 1 and stream <= self._stream):
+            raise ValueError("a frame of a stream that was not begun")
+        if kind == h2.PUSH_PROMISE:
+            raise ValueError("a push that was switched off")
+
+    def _act(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        self._check(kind, stream, payload)
         if kind == h2.DATA:
             self._on_data(flags, stream, payload)
         elif kind == h2.HEADERS:
@@ -183,11 +222,9 @@ class Http2Connection(Connection):
             self._on_goaway(struct.unpack_from(">L", payload)[0] & h2.MAX_STREAM_ID)
         elif kind == h2.WINDOW_UPDATE:
             self._on_window(stream, struct.unpack_from(">L", payload)[0] & h2.MAX_WINDOW)
-        elif kind == h2.PUSH_PROMISE:
-            raise ValueError("a push that was switched off")
 
     def _ours(self, stream: int) -> bool:
-        return self.exchange is not None and stream == self._stream
+        return self.exchange is not None and self._result is None and stream == self._stream
 
     def _on_data(self, flags: int, stream: int, payload: bytes) -> None:
         self._taken += len(payload)
@@ -196,12 +233,19 @@ class Http2Connection(Connection):
             self._taken = 0
         if not self._ours(stream):
             return
-        self.answered = True
-        self._message += _unpadded(flags, payload)
-        announced = int.from_bytes(self._message[1:5], "big") if len(self._message) >= _PREFIX_BYTES else 0
-        if max(announced, len(self._message) - _PREFIX_BYTES) > self.channel.max_bytes:
-            self._break(f"an answer of more than {self.channel.max_bytes} bytes")
-        elif flags & h2.END_STREAM:
+        if not self._status:
+            raise ValueError("data before a head")
+        self._allowance += len(payload) >> _PAID_BY_DATA
+        content = _unpadded(flags, payload)
+        message = self._message
+        if self._status == _OK:  # what comes with another one is no message
+            message += content
+        announced = int.from_bytes(message[1:5], "big") if len(message) >= _PREFIX_BYTES else 0
+        if announced > self.max_bytes:
+            raise _Refused(f"an answer of more than {self.max_bytes} bytes")
+        if len(message) > _PREFIX_BYTES + announced:
+            raise _Refused(_ODD_LENGTH)
+        if flags & h2.END_STREAM:
             self._finish()
 
     def _on_block(self, flags: int) -> None:
@@ -211,15 +255,22 @@ class Http2Connection(Connection):
         if not flags & h2.END_HEADERS:
             return
         self._block = None
+        self._blocks_left -= 1
+        if self._blocks_left < 0:
+            raise _Refused("more heads than an answer needs")
         head = self._fields(bytes(block))
         if not self._ours(stream):
             return
         self.answered = True
-        if ":status" in head:
+        if bool(self._status) is (":status" in head):
+            raise ValueError("no status, or a second one")
+        if not self._status:
             status = head[":status"]
             if len(status) != 3 or not status.isdigit():
                 raise ValueError("no status")
             if status.startswith("1"):
+                if first & h2.END_STREAM:
+                    raise ValueError("an interim head at the end")
                 return
             self._status = int(status)
         self._head.update(head)
@@ -239,37 +290,29 @@ class Http2Connection(Connection):
         message, text = self._message, self._head.get("grpc-status", "")
         self._message = bytearray()
         code = int(text) if text.isdigit() and len(text) <= 3 else -1
-        flaw = ""
-        if not self._status:
-            flaw = "an answer without a status"
-        elif code == 0 and len(message) < _PREFIX_BYTES:
-            flaw = "no message"
-        elif message and message[0]:
-            flaw = "a compressed message that nobody asked for"
-        elif code == 0 and int.from_bytes(message[1:5], "big") != len(message) - _PREFIX_BYTES:
-            flaw = "a message of another length than it says, or several"
-        if flaw:
-            self._break(flaw)
-            return
+        well = self._status == _OK and code == 0
+        if well and len(message) < _PREFIX_BYTES:
+            raise _Refused("no message")
+        if message and message[0]:
+            raise _Refused("a compressed message that nobody asked for")
+        if well and int.from_bytes(message[1:5], "big") != len(message) - _PREFIX_BYTES:
+            raise _Refused(_ODD_LENGTH)
         words = unquote(self._head.get("grpc-message", ""), errors="replace")
         answer = GrpcAnswer(self._status, code, words, self._head, memoryview(message)[_PREFIX_BYTES:].toreadonly())
         # Answered before all was sent: the rest of it would be in the way of the next call.
-        self.end(answer, keep=not self._last and not self._unsent and self._stream < h2.MAX_STREAM_ID - 2)
+        self._result = answer, not self._unsent and self._stream < h2.MAX_STREAM_ID - 2
 
     def _on_reset(self, stream: int, error: int) -> None:
         if not self._ours(stream):
             return
         name = self.channel.name
-        if error == ErrorCode.REFUSED_STREAM and not self.answered:
+        refused = error == ErrorCode.REFUSED_STREAM and not self.answered
+        result = broken(f"{name} reset the stream (error {error})")
+        if refused:
             result = not_sent(f"{name} refused the stream")
         elif error == ErrorCode.ENHANCE_YOUR_CALM:
             result = Failure(FailureKind.OVERLOAD, f"{name} asked for calm", Sign.ANSWERED)
-        elif self._head.get("grpc-status") and error == ErrorCode.NO_ERROR:
-            return
-        else:
-            result = broken(f"{name} reset the stream (error {error})")
-        refused = error == ErrorCode.REFUSED_STREAM and not self.answered
-        self.end(result, keep=refused and not self._last and not self._unsent)
+        self._result = result, refused and not self._unsent
 
     def _on_settings(self, payload: bytes) -> None:
         for key, value in h2.settings_of(payload):
@@ -291,8 +334,8 @@ class Http2Connection(Connection):
         self._last = True
         if self.exchange is None:
             self.drop()
-        elif self._stream > last and not self.answered:
-            self.end(not_sent(f"{self.channel.name} is going away and did not take the call"), keep=False)
+        elif self._stream > last and not self.answered and self._result is None:
+            self._result = not_sent(f"{self.channel.name} is going away and did not take the call"), False
 
     def _on_window(self, stream: int, more: int) -> None:
         if not stream:
@@ -300,6 +343,10 @@ class Http2Connection(Connection):
         elif stream == self._stream:
             self._stream_window += more
         self._send_more()
+
+
+class _Refused(ValueError):
+    """Within HTTP/2, but no answer that is taken; the text says what it was."""
 
 
 def _unpadded(flags: int, payload: bytes) -> bytes:

@@ -9,6 +9,7 @@ Servers say "unknown model" with several statuses, so their words are looked at,
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Final
 
 from gateway.core.outcome import Failure, FailureKind, Sign
@@ -18,6 +19,8 @@ _MISSING: Final = re.compile(
     r"unknown model|model .{0,300}(is )?not (ready|found|loaded)|no available version|not at ready state", re.IGNORECASE
 )
 """Triton, MLServer, KServe and OpenVINO Model Server, whatever the status."""
+
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 Reading = tuple[FailureKind, Sign]
 
@@ -66,9 +69,27 @@ def _failure(kind: FailureKind, sign: Sign, what: str, text: str, retry_after_s:
     return Failure(kind, f"{what}: {text}" if text else what, sign, after)
 
 
-def seconds(text: str) -> float:
-    """`Retry-After` in its form of seconds; 0.0 for anything else (dates are of the wall clock, which may jump)."""
-    return float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) else 0.0
+def retry_after_s(text: str, date: str = "") -> float:
+    """`Retry-After`: seconds, or a date, which is held against the server's own `Date`, so no clock of ours counts.
+    0.0 for anything else."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
+        return float(text)
+    until, now = _instant(text), _instant(date)
+    return max((until - now).total_seconds(), 0.0) if until is not None and now is not None else 0.0
+
+
+def _instant(text: str) -> datetime | None:
+    """In the one form of RFC 9110 §5.6.7 that may be sent."""
+    found = re.fullmatch(
+        r"[A-Z][a-z]{2}, ([0-9]{2}) ([A-Z][a-z]{2}) ([0-9]{4}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) GMT", text
+    )
+    if found is None or found[2] not in _MONTHS:
+        return None
+    day, year, hour, minute, second = (int(found[place]) for place in (1, 3, 4, 5, 6))
+    try:
+        return datetime(year, _MONTHS.index(found[2]) + 1, day, hour, minute, second, tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def milliseconds(text: str) -> float:

@@ -7,13 +7,23 @@ servers have without a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import orjson
 
+from gateway.backends.remote_codec import MAX_DIM
 from gateway.backends.remote_connections import Channel
-from gateway.backends.remote_endpoint import Endpoint, IndexEntry, RemoteError, RemoteModel, ServerInfo, said
+from gateway.backends.remote_endpoint import (
+    Endpoint,
+    IndexEntry,
+    RemoteError,
+    RemoteModel,
+    ServerInfo,
+    Unreadable,
+    said,
+)
 from gateway.backends.remote_http1 import HttpAnswer
 from gateway.backends.remote_http2 import GrpcAnswer, GrpcRequest
 from gateway.backends.remote_outcome import of_status
@@ -33,6 +43,10 @@ from gateway.protocol.schema import DecodeError, message
 MAX_MODELS: Final = 10_000
 MAX_TENSORS: Final = 256
 MAX_NAME: Final = 1024
+MAX_VERSION: Final = 128
+MAX_LISTED: Final = 1000
+"""Versions and extensions that are looked at."""
+MAX_INT32: Final = 2**31 - 1
 _CONFIGURATION: Final = "model_configuration"
 """Extension of the protocol."""
 
@@ -105,7 +119,7 @@ class HttpQueries:
         try:
             return orjson.loads(answer.body)
         except orjson.JSONDecodeError:
-            raise RemoteError(f"{self._channel.name} did not answer with JSON: is it an inference server?") from None
+            raise Unreadable(f"{self._channel.name} did not answer with JSON: is it an inference server?") from None
 
     async def _ask(self, method: str, path: str, timeout_s: float) -> HttpAnswer:
         request = http_head(self._endpoint, method, path)
@@ -130,7 +144,7 @@ class GrpcQueries:
             if error.missing:
                 return ServerInfo("", "")
             raise
-        return ServerInfo(found.name, found.version, tuple(found.extensions))
+        return _info({"name": found.name, "version": found.version, "extensions": [*found.extensions]})
 
     async def index(self, timeout_s: float) -> tuple[IndexEntry, ...]:
         found = await self._call("RepositoryIndex", timeout_s)
@@ -173,14 +187,14 @@ class GrpcQueries:
         try:
             return message(f"inference.{method}Response").FromString(bytes(answer.message))
         except DecodeError:
-            raise RemoteError(f"{self._channel.name} answered with a message that cannot be read") from None
+            raise Unreadable(f"{self._channel.name} answered with a message that cannot be read") from None
 
 
 async def _asked(channel: Channel, request: Any, timeout_s: float) -> Any:
     try:
         answer = await channel.ask(request, timeout_s)
     except TimeoutError:
-        raise RemoteError(f"{channel.name} gave no answer within {timeout_s:g} s") from None
+        raise RemoteError(f"{channel.name} gave no answer within {timeout_s:g} s", late=True) from None
     if isinstance(answer, Failure):
         raise RemoteError(answer.message, connect=answer.sign is Sign.CONNECT)
     return answer
@@ -191,25 +205,23 @@ async def _asked(channel: Channel, request: Any, timeout_s: float) -> Any:
 
 def _object(document: Any) -> Mapping[str, Any]:
     if not isinstance(document, dict):
-        raise RemoteError("the server answered with something else than a JSON object")
+        raise Unreadable("the server answered with something else than a JSON object")
     return document
 
 
 def _info(document: Mapping[str, Any]) -> ServerInfo:
     extensions = document.get("extensions")
     listed = tuple([e for e in extensions if isinstance(e, str)]) if isinstance(extensions, list) else ()
-    return ServerInfo(said(str(document.get("name", ""))), said(str(document.get("version", ""))), listed)
+    return ServerInfo(said(document.get("name", "")), said(document.get("version", "")), listed[:MAX_LISTED])
 
 
 def _index(items: list[Any]) -> tuple[IndexEntry, ...]:
     found = []
     for item in items[:MAX_MODELS]:
         name = item.get("name") if isinstance(item, dict) else None
-        if isinstance(name, str) and 0 < len(name) <= MAX_NAME:
-            ready = str(item.get("state")).rpartition(".")[2] == "READY"  # MLServer's gRPC says State.READY
-            version = item.get("version")
-            text = said(str(item.get("reason") or ""))
-            found.append(IndexEntry(name, version if isinstance(version, str) else "", ready, text))
+        if _is_name(name):
+            ready = said(item.get("state")).rpartition(".")[2] == "READY"  # MLServer's gRPC says State.READY
+            found.append(IndexEntry(name, _version(item.get("version")), ready, said(item.get("reason"))))
     return tuple(found)
 
 
@@ -222,58 +234,74 @@ def described(metadata: Mapping[str, Any], config: Mapping[str, Any] | None, nam
     stated = config or {}
     policy = stated.get("model_transaction_policy")
     if isinstance(policy, dict) and policy.get("decoupled") is True:
-        raise RemoteError(f"model '{name}' answers one request with many (decoupled), which is not served")
+        raise Unreadable(f"model '{name}' answers one request with many (decoupled), which is not served")
     batching = stated.get("dynamic_batching")
     delay = batching.get("max_queue_delay_microseconds") if isinstance(batching, dict) else 0
     rows = stated.get("max_batch_size", 0) if config is not None else None
     inputs = stated.get("input")
-    optional = {item.get("name") for item in (inputs if isinstance(inputs, list) else ()) if _is_optional(item)}
+    optional = {item["name"] for item in (inputs if isinstance(inputs, list) else ()) if _is_optional(item)}
     versions = metadata.get("versions")
     return RemoteModel(
         name,
         version,
-        tuple([str(v) for v in versions]) if isinstance(versions, list) else (),
-        said(str(metadata.get("platform") or "")),
+        tuple([v for v in map(_version, versions[:MAX_LISTED]) if v]) if isinstance(versions, list) else (),
+        said(metadata.get("platform")),
         _tensors(metadata.get("inputs"), "input", optional),
         _tensors(metadata.get("outputs"), "output", set()),
-        rows if type(rows) is int and rows >= 0 else None,
+        rows if type(rows) is int and 0 <= rows <= MAX_INT32 else None,
         False,
         bool(stated.get("sequence_batching")),
-        int(delay) if isinstance(delay, (int, str)) and str(delay).isdigit() else 0,
+        min(_whole(delay) or 0, MAX_INT32),
         metadata,
     )
 
 
 def _is_optional(item: Any) -> bool:
-    return isinstance(item, dict) and item.get("optional") is True
+    return isinstance(item, dict) and item.get("optional") is True and isinstance(item.get("name"), str)
+
+
+def _is_name(name: object) -> TypeGuard[str]:
+    """Names get into messages, logs and headers."""
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+
+
+def _version(value: object) -> str:
+    """Empty: it is none that can be asked for."""
+    text = str(value) if type(value) in (str, int) else ""
+    return text if len(text) <= MAX_VERSION and text.isprintable() else ""
+
+
+def _whole(value: object) -> int | None:
+    """Servers write integers of 64 bits as numbers or as text."""
+    if type(value) is str and re.fullmatch("-?[0-9]{1,19}", value):
+        value = int(value)
+    return value if type(value) is int and abs(value) <= MAX_DIM else None
 
 
 def _tensors(items: Any, role: str, optional: set[Any]) -> tuple[SignatureTensor, ...]:
     if items is None:
         return ()
     if not isinstance(items, list) or len(items) > MAX_TENSORS:
-        raise RemoteError(f"the server lists the model's {role}s in a form that cannot be read")
+        raise Unreadable(f"the server lists the model's {role}s in a form that cannot be read")
     found = [_tensor(item, role, optional) for item in items]
     if len({tensor.name for tensor in found}) != len(found):
-        raise RemoteError(f"the server lists an {role} of the model twice")
+        raise Unreadable(f"the server lists an {role} of the model twice")
     return tuple(found)
 
 
 def _tensor(item: Any, role: str, optional: set[Any]) -> SignatureTensor:
     name = item.get("name") if isinstance(item, dict) else None
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        raise RemoteError(f"the server lists an {role} of the model without a name")
+    if not _is_name(name):
+        raise Unreadable(f"the server lists an {role} of the model without a name that can be used")
     where = f"{role} '{said(name)}' of the model"
-    datatype = DATATYPE.get(str(item.get("datatype")))
+    stated = said(item.get("datatype"))
+    datatype = DATATYPE.get(stated)
     if datatype is None:
-        raise RemoteError(
-            f"{where} has the datatype '{said(str(item.get('datatype')))}', which is none of the protocol"
-        )
-    shape = item.get("shape")
-    if isinstance(shape, list):
-        shape = [int(dim) if isinstance(dim, str) and dim.lstrip("-").isdigit() else dim for dim in shape]
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(dim) is int and dim >= -1 for dim in shape):
-        raise RemoteError(f"{where} has a shape that cannot be read")
+        raise Unreadable(f"{where} has the datatype '{stated}', which is none of the protocol")
+    listed = item.get("shape")
+    shape = [_whole(dim) for dim in listed] if isinstance(listed, list) and len(listed) <= MAX_RANK else [None]
+    if not all(dim is not None and dim >= -1 for dim in shape):
+        raise Unreadable(f"{where} has a shape that cannot be read")
     return SignatureTensor(name, datatype, tuple([None if dim == -1 else dim for dim in shape]), name in optional)
 
 
@@ -297,36 +325,50 @@ def _config_document(config: Any) -> dict[str, Any]:
 
 
 def signature_fault(
-    inputs: tuple[SignatureTensor, ...], outputs: tuple[SignatureTensor, ...], found: RemoteModel
+    inputs: tuple[SignatureTensor, ...], outputs: tuple[SignatureTensor, ...], found: RemoteModel, max_rows: int = 0
 ) -> str:
-    """Why a server's model cannot stand in for one with these tensors; empty where it can.
+    """Why a server's model cannot stand in for one with these tensors; empty where it can. `max_rows`: of the largest
+    batch that it would get; 0: not known.
 
-    Inputs must be the same, but the server's may have more optional ones; its outputs must be at least these. Dims
-    agree where they are equal or either side has a variable one. What the server does not describe is not judged.
+    It must take whatever is taken here: inputs must be the same, but the server's may have more optional ones, and dims
+    that vary where ours are fixed; one that callers may leave out must be optional there too. Its outputs must be at
+    least these; dims agree where they are equal or either side has a variable one, since each answer is checked. What
+    the server does not describe is not judged.
     """
+    if found.max_batch_size and found.max_batch_size < max_rows:
+        return f"signature mismatch: it takes at most {found.max_batch_size} rows, and batches have up to {max_rows}"
     for role, wanted, given in (("input", inputs, found.inputs), ("output", outputs, found.outputs)):
         if not given:
             continue
         of_server = {tensor.name: tensor for tensor in given}
         for tensor in wanted:
-            other = of_server.pop(tensor.name, None)
-            if other is None:
-                if tensor.optional:
-                    continue
-                return f"signature mismatch: it has no {role} '{tensor.name}'"
-            if other.datatype is not tensor.datatype:
-                return f"signature mismatch: its {role} '{tensor.name}' is {other.datatype}, not {tensor.datatype}"
-            if not _agree(tensor.shape, other.shape):
-                return f"signature mismatch: its {role} '{tensor.name}' has shape {_shown(other.shape)}, not " + _shown(
-                    tensor.shape
-                )
+            fault = _fault_of(role, tensor, of_server.pop(tensor.name, None), found.max_batch_size is not None)
+            if fault:
+                return f"signature mismatch: {fault}"
         if role == "input" and (more := [t.name for t in of_server.values() if not t.optional]):
-            return f"signature mismatch: it wants an input '{more[0]}'"
+            return f"signature mismatch: it wants an input '{said(more[0])}'"
+    return ""
+
+
+def _fault_of(role: str, ours: SignatureTensor, theirs: SignatureTensor | None, optional_is_known: bool) -> str:
+    if theirs is None:
+        return f"it has no {role} '{ours.name}'"
+    if theirs.datatype is not ours.datatype:
+        return f"its {role} '{ours.name}' is {theirs.datatype}, not {ours.datatype}"
+    if ours.optional and not theirs.optional and optional_is_known:
+        return f"it wants {role} '{ours.name}', which callers may leave out"
+    agree = _takes if role == "input" else _agree
+    if not agree(ours.shape, theirs.shape):
+        return f"its {role} '{ours.name}' has shape {_shown(theirs.shape)}, not {_shown(ours.shape)}"
     return ""
 
 
 def _agree(ours: tuple[int | None, ...], theirs: tuple[int | None, ...]) -> bool:
     return len(ours) == len(theirs) and all(a is None or b is None or a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def _takes(ours: tuple[int | None, ...], theirs: tuple[int | None, ...]) -> bool:
+    return len(ours) == len(theirs) and all(b is None or a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -85,6 +86,8 @@ class RemoteServer:
         self.channel = Channel(endpoint, address, self.name, self, Http2Connection if self._grpc else Http1Connection)
         self._queries: Queries = (GrpcQueries if self._grpc else HttpQueries)(self.channel, endpoint)
         self.wire = GrpcWire if self._grpc else HttpWire
+        self.on_connect_failed: Callable[[], None] = _nothing
+        """Called with every failed connection: its name may mean another address by now."""
         self._dependents: list[Dependent] = []
         self._failures = 0
         self._all_failures = 0
@@ -119,7 +122,13 @@ class RemoteServer:
 
     async def connect(self, timeout_s: float = QUERY_S) -> ServerInfo:
         """Reach it and hear what it is. Raises RemoteError."""
-        self.info = await self._queries.info(timeout_s)
+        try:
+            self.info = await self._queries.info(timeout_s)
+        except RemoteError:
+            raise
+        except Exception as error:  # it must not end the loop that would take the server back
+            _log.exception("an answer of %s could not be read", self.name)
+            raise RemoteError(f"what {self.name} says of itself could not be read: {type(error).__name__}") from error
         self._reached()
         return self.info
 
@@ -153,12 +162,18 @@ class RemoteServer:
 
     # -- reachability ------------------------------------------------------------------------------------------
 
+    @property
+    def used(self) -> bool:
+        """Whether a replica is there."""
+        return bool(self._dependents)
+
     def connected(self) -> None:
         self._failures = 0
 
     def connect_failed(self, text: str) -> None:
         self._failures += 1
         self._all_failures += 1
+        self.on_connect_failed()
         if self._failures >= FAILURES or not self.reachable:
             self._lost(text)
         else:
@@ -208,9 +223,9 @@ class RemoteServer:
             if self.reachable:
                 for dependent in [d for d in self._dependents if d.verified]:
                     await dependent.verify()
-                self.mend()
         finally:
             self._checking = None
+        self.mend()
 
     def mend(self) -> None:
         """Begin to ask for the server and its unverified replicas again, if anything is missing."""
@@ -266,3 +281,7 @@ class RemoteServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.channel.close()
+
+
+def _nothing() -> None:
+    pass

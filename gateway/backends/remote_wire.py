@@ -16,8 +16,9 @@ from gateway.backends.remote_grpc_codec import GrpcCodec
 from gateway.backends.remote_http1 import HttpAnswer
 from gateway.backends.remote_http2 import GrpcAnswer, GrpcRequest, literal
 from gateway.backends.remote_http_codec import HttpCodec
-from gateway.backends.remote_outcome import broken, milliseconds, of_code, of_status, seconds
+from gateway.backends.remote_outcome import broken, milliseconds, of_code, of_status, retry_after_s
 from gateway.core.batchability import SignatureTensor
+from gateway.core.outcome import Sign
 
 SERVICE: Final = "/inference.GRPCInferenceService/"
 CODE_NAMES: Final = (
@@ -60,18 +61,24 @@ class HttpWire:
         self._triton = info.is_triton
         binary = endpoint.json == "auto" and info.binary
         head = http_head(endpoint, "POST", f"{model_path(*model)}/infer")
-        self._codec = HttpCodec(channel.name, head, inputs, outputs, binary=binary)
+        self._codec = HttpCodec(channel.name, head, inputs, outputs, binary=binary, version=model[1])
 
     def begin(self, batch: Batch, budget_s: float, done: Done) -> Exchange:
-        return self._channel.begin(self._codec.request(batch, budget_s, _timeout_us(self._triton, budget_s)), done)
+        request, tag = self._codec.request(batch, budget_s, _timeout_us(self._triton, budget_s))
+        exchange = self._channel.begin(request, done)
+        exchange.tag = tag
+        return exchange
 
     def outcome(self, result: Any, batch: Batch) -> Success | Failure:
         if isinstance(result, Failure):
             return result
         answer: HttpAnswer = result
         if answer.status == 200:
-            return self._codec.success(answer, batch.outputs)
-        after = seconds(answer.header(b"retry-after"))
+            outcome = self._codec.success(answer, batch.outputs)
+            if isinstance(outcome, Failure) and outcome.sign is not Sign.MISMATCH:
+                self._channel.drop_idle()  # who knows whose answers wait there
+            return outcome
+        after = retry_after_s(answer.header(b"retry-after"), answer.header(b"date"))
         return of_status(answer.status, http_words(answer, self._secrets), self._channel.name, after)
 
     def out_of_time(self, result: Any) -> bool:
@@ -170,8 +177,8 @@ def http_words(answer: HttpAnswer, secrets: Sequence[str]) -> str:
         document = None
     if isinstance(document, dict):
         for key in ("error", "detail"):
-            if document.get(key):
-                return said(str(document[key]), secrets)
+            if words := said(document.get(key) or "", secrets):
+                return words
     return said(answer.body, secrets)
 
 
@@ -179,10 +186,12 @@ def grpc_refusal(answer: GrpcAnswer, server: str, secrets: Sequence[str]) -> Fai
     """An answer that is not OK."""
     text = said(answer.text, secrets)
     if answer.status != 200:
-        return of_status(answer.status, text, server, seconds(answer.trailers.get("retry-after", "")))
+        return of_status(answer.status, text, server, _retry_after_s(answer))
     if not 0 <= answer.code < len(CODE_NAMES):
         return broken(f"{server} gave an answer without a status of gRPC")
-    after = milliseconds(answer.trailers.get("grpc-retry-pushback-ms", "")) or seconds(
-        answer.trailers.get("retry-after", "")
-    )
+    after = milliseconds(answer.trailers.get("grpc-retry-pushback-ms", "")) or _retry_after_s(answer)
     return of_code(answer.code, CODE_NAMES[answer.code], text, server, after)
+
+
+def _retry_after_s(answer: GrpcAnswer) -> float:
+    return retry_after_s(answer.trailers.get("retry-after", ""), answer.trailers.get("date", ""))

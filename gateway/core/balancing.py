@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
-from math import log
+from math import inf, log
 from typing import Any, Final, Protocol, TypeVar
 
 from gateway.core.batch_time import BatchTime
@@ -36,14 +36,14 @@ class Contender(Protocol):
 
     time: BatchTime
     weight: float
+    batches: int
+    """In flight there."""
     rows_in_flight: int
     turn: float
     """Credit of `round_robin`."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def in_flight(self) -> int: ...
 
 
 M = TypeVar("M", bound=Contender)
@@ -53,34 +53,49 @@ Pick = Callable[[Sequence[Any], int, float, Rng], Any]
 
 def pull(ready: Sequence[M], rows: int, now: float, rng: Rng) -> M:
     """See the module's docstring."""
-    scores = [member.time.score(rows, member.in_flight / member.weight, now) for member in ready]
-    bound = min(scores) * NEAR
-    near = [member for member, score in zip(ready, scores, strict=True) if score <= bound]
-    return near[0] if len(near) == 1 else _drawn(near, rng)
+    scores = []
+    best = inf
+    for member in ready:
+        score = member.time.score(rows, member.batches / member.weight, now)
+        scores.append(score)
+        if score < best:  # noqa: PLR1730 - min() costs a call each; this runs for every batch
+            best = score
+    bound = best * NEAR
+    near: list[M] = []
+    weight = 0.0
+    for member, score in zip(ready, scores, strict=True):
+        if score <= bound:
+            near.append(member)
+            weight += member.weight
+    return near[0] if len(near) == 1 else _drawn(near, weight, rng)
 
 
 def p2c_ewma(ready: Sequence[M], rows: int, now: float, rng: Rng) -> M:
     first, second = two_of(ready, rng)
-    expected = [m.time.score(rows, m.in_flight, now) / m.weight for m in (first, second)]
+    expected = [m.time.score(rows, m.batches, now) / m.weight for m in (first, second)]
     return first if expected[0] <= expected[1] else second
 
 
 def least_rows(ready: Sequence[M], rows: int, now: float, rng: Rng) -> M:
     loads = [member.rows_in_flight / member.weight for member in ready]
     least = min(loads)
-    return _drawn([member for member, load in zip(ready, loads, strict=True) if load <= least], rng)
+    equals = [member for member, load in zip(ready, loads, strict=True) if load <= least]
+    return _drawn(equals, sum([member.weight for member in equals]), rng)
 
 
 def round_robin(ready: Sequence[M], rows: int, now: float, rng: Rng) -> M:
-    total = 0.0
-    best = ready[0]
+    return max(ready, key=_credit)  # the first of equals
+
+
+def _credit(member: Contender) -> float:
+    return member.turn + member.weight
+
+
+def take_turn(ready: Iterable[Contender], chosen: Contender) -> None:
+    """`chosen` of `ready` has got a batch in its turn. Not before: being asked for costs nobody a turn."""
     for member in ready:
         member.turn += member.weight
-        total += member.weight
-        if member.turn > best.turn:
-            best = member
-    best.turn -= total
-    return best
+        chosen.turn -= member.weight
 
 
 STRATEGIES: Final[dict[Balancing, Pick]] = {
@@ -100,8 +115,9 @@ def two_of(members: Sequence[M], rng: Rng) -> tuple[M, M]:
     return members[first], members[second + (second >= first)]
 
 
-def _drawn(members: Sequence[M], rng: Rng) -> M:
-    at = rng.random() * sum([member.weight for member in members])
+def _drawn(members: Sequence[M], weight: float, rng: Rng) -> M:
+    """`weight`: of all of them."""
+    at = rng.random() * weight
     for member in members:
         at -= member.weight
         if at < 0.0:

@@ -1,8 +1,8 @@
 """The waiting room of one model version: who waits, in what order, until when.
 
 Requests that may share a batch stand in one group (their `key`); groups do not wait for each other, so a request of
-another shape behind the head loses no time. Within a group the order is arrival; a request that comes back after a
-failed attempt stands at the front again.
+another shape behind the head loses no time. Within a group the order is arrival. Nobody comes back: whoever has to be
+executed again waits elsewhere (dispatcher_lanes.py).
 
 Invariants: `rows`, `nbytes` and `count` cover exactly the requests in state QUEUED; a request that was removed
 (caller left, deadline passed) is never handed out; every entry of the deadline heap that no longer matters is dropped
@@ -37,7 +37,6 @@ class Line(Protocol):
     """Requests of a group in the order they are served: a deque, or `policy_queue.Line`."""
 
     def append(self, request: InferRequest, /) -> None: ...
-    def appendleft(self, request: InferRequest, /) -> None: ...
     def popleft(self) -> InferRequest: ...
     def __getitem__(self, index: Any, /) -> InferRequest: ...
     def __len__(self) -> int: ...
@@ -108,13 +107,6 @@ class BatchQueue:
         self.nbytes += request.nbytes
         self.count += 1
 
-    def push_front(self, requests: list[InferRequest]) -> None:
-        """Requests of a dissolved batch, oldest first, ahead of everyone else in their groups."""
-        for request in reversed(requests):
-            request.state = QUEUED
-            self._group(request).requests.appendleft(request)
-            self._count(request, 1)
-
     def take(self, group: Group, max_rows: int) -> list[InferRequest]:
         """The longest run of waiting requests from the front that fits `max_rows`; at least one if any waits.
 
@@ -158,8 +150,7 @@ class BatchQueue:
             request.place = None
         self._unsettled -= 1
         if waited:
-            self._count(request, -1)
-            self._bury(self.groups[request.key])
+            self._left(self.groups[request.key], request)
 
     def expired(self, now: float) -> InferRequest | None:
         """An unsettled request, waiting or running, whose deadline is not after `now`: one at a time, each once. The
@@ -220,21 +211,18 @@ class BatchQueue:
         """A line for a new group."""
         return deque()
 
-    def _bury(self, group: Group) -> None:
-        """Drop ghosts before they outnumber the living: they hold their callers' bytes."""
+    def _left(self, group: Group, request: InferRequest) -> None:
+        """`request` waits no more. Ghosts are dropped before they outnumber the living: they hold callers' bytes."""
+        group.memo = None
+        group.count -= 1
+        group.rows -= request.rows
+        self.rows -= request.rows
+        self.nbytes -= request.nbytes
+        self.count -= 1
         if not group.count:
             del self.groups[group.key]
         elif len(group.requests) > 2 * group.count + SLACK:
             group.requests = deque([request for request in group.requests if request.state == QUEUED])
-
-    def _count(self, request: InferRequest, sign: int) -> None:
-        group = self.groups[request.key]
-        group.memo = None
-        group.count += sign
-        group.rows += sign * request.rows
-        self.rows += sign * request.rows
-        self.nbytes += sign * request.nbytes
-        self.count += sign
 
 
 def _head_received(group: Group) -> float:

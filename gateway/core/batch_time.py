@@ -17,12 +17,13 @@ Invariants: α ≥ 0 and β ≥ 0, hence S(b) ≥ 0 and never falls with b, what
 zeros); every answer is finite. Rows are counted, times are seconds, `now` is monotonic.
 """
 
+# ruff: noqa: FURB136 - this runs for every batch, and min() and max() cost a call each
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from statistics import median
 from typing import Final
 
 FORGETTING: Final = 0.98
@@ -112,23 +113,26 @@ class BatchTime:
 
         `in_flight`: batches that were on the replica together with it, itself included.
         """
-        took_s = max(took_s, 0.0)
+        took_s = took_s if took_s > 0.0 else 0.0
         expected = self.alpha + self.beta * rows
         alone = took_s
         if self._seen >= SETTLED_FROM:
             if in_flight > 1:
                 alone = min(max(expected, took_s / in_flight), took_s)
             if expected > 0.0:
-                alone = min(alone, OUTLIER * expected)
+                alone = alone if alone < OUTLIER * expected else OUTLIER * expected
         self._fit(rows, alone)
         expected = self.alpha + self.beta * rows
         ratio = took_s / expected if expected > 0.0 else 1.0
-        self._good += GOOD_WEIGHT * (min(ratio, OUTLIER) - self._good)
+        self._good += GOOD_WEIGHT * ((ratio if ratio < OUTLIER else OUTLIER) - self._good)
         self._put_load(ratio, now)
         self._seen += 1
-        self._peak_s = max(took_s, self._peak_s * PEAK_DECAY)
-        self._peak_row_s = max(took_s / rows, self._peak_row_s * PEAK_DECAY)
-        size = min((rows - 1).bit_length(), SIZES - 1)
+        peak_s, peak_row_s, row_s = self._peak_s * PEAK_DECAY, self._peak_row_s * PEAK_DECAY, took_s / rows
+        self._peak_s = took_s if took_s > peak_s else peak_s
+        self._peak_row_s = row_s if row_s > peak_row_s else peak_row_s
+        size = (rows - 1).bit_length()
+        if size >= SIZES:
+            size = SIZES - 1
         histogram = self._classes[size]
         if histogram is None:
             histogram = self._classes[size] = _Histogram()
@@ -172,16 +176,17 @@ class BatchTime:
             self._bb = self._bt = 0.0
         else:
             prior = PRIOR_WEIGHT * mean_b * mean_b
-            self.beta = min(max((bt + prior * self.beta) / (bb + prior), 0.0), mean_t / mean_b)
-        self.alpha = max(mean_t - self.beta * mean_b, 0.0)
+            beta, steepest = (bt + prior * self.beta) / (bb + prior), mean_t / mean_b
+            self.beta = 0.0 if beta < 0.0 else steepest if beta > steepest else beta
+        alpha = mean_t - self.beta * mean_b
+        self.alpha = alpha if alpha > 0.0 else 0.0
 
     def _put_load(self, ratio: float, now: float) -> None:
-        load = self._load_now(now)
-        if ratio >= load:
+        fade = exp((self._load_at - now) / LOAD_TAU_S) if now > self._load_at else 1.0
+        if ratio >= self._good + (self._load - self._good) * fade:
             self._load = ratio
         else:
-            fade = exp(-max(now - self._load_at, 0.0) / LOAD_TAU_S)
-            self._load = max(ratio + (self._load - ratio) * fade, 0.0)
+            self._load = ratio + (self._load - ratio) * fade
         self._load_at = now
 
     def _load_now(self, now: float) -> float:
@@ -212,7 +217,10 @@ class BatchTime:
         """
         if not self._seen:
             return START_S * (in_flight + (0.0 if self._load == 1.0 else self._load_now(now)))
-        return self._load_now(now) * (self.alpha + self.beta * rows) * (in_flight + 1)
+        load, good = self._load, self._good
+        if now > self._load_at and load != good:  # as `_load_now`
+            load = good + (load - good) * exp((self._load_at - now) / LOAD_TAU_S)
+        return load * (self.alpha + self.beta * rows) * (in_flight + 1)
 
     def p95_s(self, rows: int) -> float | None:
         """95 of 100 batches of this size class take no longer; None below `P95_SAMPLES` observations."""
@@ -238,8 +246,9 @@ class BatchTime:
         """
         if not self._seen:
             return max(WORKER_TIMEOUT_FLOOR_S, latest_s)
-        longest = max(self._peak_s, self._peak_row_s * rows)
-        return max(WORKER_TIMEOUT_FLOOR_S, WORKER_TIMEOUT_FACTOR * longest)
+        longest, by_rows = self._peak_s, self._peak_row_s * rows
+        timeout_s = WORKER_TIMEOUT_FACTOR * (by_rows if by_rows > longest else longest)
+        return timeout_s if timeout_s > WORKER_TIMEOUT_FLOOR_S else WORKER_TIMEOUT_FLOOR_S
 
     @property
     def longest_s(self) -> float:
@@ -259,10 +268,12 @@ def normalised(rows: int, took_s: float, pool: Sequence[BatchTime]) -> float | N
     `pool`: the *other* replicas of the model, or a single slow one would be part of its own yardstick. Members of it
     that were never tried do not count; None with fewer than two that were: nobody to compare with.
     """
-    expected = [time.alpha + time.beta * rows for time in pool if time.known]
-    if len(expected) < 2:
+    expected = sorted([time.alpha + time.beta * rows for time in pool if time._seen])
+    count = len(expected)
+    if count < 2:
         return None
-    middle = median(expected)
+    half = count // 2
+    middle = expected[half] if count % 2 else (expected[half - 1] + expected[half]) / 2
     return took_s / middle if middle > 0.0 else None
 
 

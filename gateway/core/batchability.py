@@ -24,6 +24,7 @@ ATOL_OF_SCALE: Final = 1e-4
 """Absolute tolerance as a share of the output's largest magnitude: summation order changes with the batch."""
 HALF_RTOL: Final = 3e-2
 """For FP16 and BF16 outputs, whose mantissas hold 11 and 8 bits."""
+MAX_TRIAL_ELEMENTS: Final = 1 << 26
 VARIABLE_DIMS: Final = (8, 16, 1, 32, 64, 128, 224)
 """Sizes tried for variable dimensions until the model accepts one."""
 
@@ -61,13 +62,15 @@ def obstacle(inputs: tuple[SignatureTensor, ...], outputs: tuple[SignatureTensor
 def trial_inputs(
     inputs: tuple[SignatureTensor, ...], rows: int | None, rng: np.random.Generator
 ) -> Iterator[list[InputTensor]]:
-    """Inputs to try in turn until the model runs on one: shapes and value ranges from likely to last resort.
+    """Inputs to try in turn until the model runs on one: shapes and value ranges from likely to last resort. None has
+    more than `MAX_TRIAL_ELEMENTS`: what a server says of its model is no reason to run out of memory.
 
     `rows`: size of the first dimension; None: first dimensions are variable like any other.
     """
     for ceiling in (8, 2, 1):
         for size in VARIABLE_DIMS:
-            yield [_random(tensor, rows, size, ceiling, rng) for tensor in inputs]
+            if sum(element_count(_trial_shape(tensor, rows, size)) for tensor in inputs) <= MAX_TRIAL_ELEMENTS:
+                yield [_random(tensor, rows, size, ceiling, rng) for tensor in inputs]
             if all(None not in tensor.shape[0 if rows is None else 1 :] for tensor in inputs):
                 break
 
@@ -75,10 +78,13 @@ def trial_inputs(
 def _random(
     tensor: SignatureTensor, rows: int | None, size: int, ceiling: int, rng: np.random.Generator
 ) -> InputTensor:
-    shape = tuple([size if dim is None else dim for dim in tensor.shape])
-    if rows is not None:
-        shape = (rows, *shape[1:])
+    shape = _trial_shape(tensor, rows, size)
     return InputTensor(tensor.datatype, shape, None, random_bytes(tensor.datatype, shape, ceiling, rng))
+
+
+def _trial_shape(tensor: SignatureTensor, rows: int | None, size: int) -> tuple[int, ...]:
+    shape = tuple([size if dim is None else dim for dim in tensor.shape])
+    return shape if rows is None else (rows, *shape[1:])
 
 
 def random_bytes(datatype: Datatype, shape: tuple[int, ...], ceiling: int, rng: np.random.Generator) -> bytes:

@@ -16,12 +16,15 @@ Time is up once 4 or 5 holds.
 With priorities (core/policy_queue.py) the head is not always the oldest: 4 and 5 look at everyone pending. And a group
 that still waits is sent, for reason SHAPE, before one of lower rank takes the replica from it: strict means strict.
 Batches of a model that does not batch, or whose rows are not proven independent, hold one request each.
+What was decided is cut where the whole would come too late for one of its members and less would not: `in_time`.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Final, NamedTuple
 
 from gateway.core.batch_queue import BatchQueue, Group
@@ -99,6 +102,27 @@ def decide(queue: BatchQueue, policy: BatchPolicy, now: float, execute_s: float 
         group = queue.first()
         return Dispatch(group, limit, Reason.FULL if group.rows >= limit else Reason.WORKER_FREE)
     return _decide_delayed(queue, policy, now, execute_s, limit)
+
+
+def in_time(group: Group, rows: int, now: float, needed_s: Callable[[int], float]) -> int:
+    """How many of the first `rows` rows of `group` are to share a batch, if each of its members who can be answered by
+    its deadline is to be (resilience notes §1.8). At least the first request.
+
+    `needed_s`: seconds that so many rows take; never fewer for more rows. Whoever would be late even alone does not
+    count: others must not wait for what cannot be had.
+    """
+    total, urgent = 0, inf
+    for request in group.requests:
+        if request.state != QUEUED:
+            continue
+        together = total + request.rows
+        if total and together > rows:
+            break
+        by = min(urgent, request.deadline) if now + needed_s(request.rows) <= request.deadline else urgent
+        if total and now + needed_s(together) > by:
+            break
+        total, urgent = together, by
+    return total
 
 
 class _Pending(NamedTuple):

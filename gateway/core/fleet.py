@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final, Literal
 
-from gateway.core.balancing import STRATEGIES, Pick, rendezvous, two_of
+from gateway.core.balancing import STRATEGIES, Pick, rendezvous, take_turn, two_of
 from gateway.core.batch_time import normalised
 from gateway.core.breaker import BREAKER, Breaker, BreakerPolicy, Rng, State, Weight, weigh
 from gateway.core.member import (
@@ -81,6 +81,9 @@ class Fleet:
         self._policy = policy
         self._pick: Pick = STRATEGIES[policy.balancing]
         self._scans = policy.balancing in ("least_rows", "round_robin")
+        self._turns = policy.balancing == "round_robin"
+        self._in_turn: list[Member] = []
+        """Among whom the latest was chosen, where they take turns."""
         self._rng = rng
         self._max_rows = max_rows
         self._row_s = row_s
@@ -138,9 +141,13 @@ class Fleet:
             if drawn:
                 return self._best(drawn, rows, now)
         ready = self._ready(now, avoid)
+        if len(ready) == 1:
+            return ready[0]
         return self._best(ready, rows, now) if ready else None
 
     def _best(self, ready: list[Member], rows: int, now: float) -> Member:
+        if self._turns:
+            self._in_turn = ready
         best: Member = ready[0] if len(ready) == 1 else self._pick(ready, rows, now, self._rng)
         return best
 
@@ -151,12 +158,11 @@ class Fleet:
     def _ready(self, now: float, avoid: Collection[Member]) -> list[Member]:
         """Those with a free slot, as far as they differ only in how good they are."""
         if self._calm:
-            ready = [
-                member
-                for member in self.members
-                if (replica := member.replica).free_slots > 0
-                and (not member.adaptive or replica.in_flight < member.slots.limit)
-            ]
+            ready = []
+            for member in self.members:
+                replica = member.replica
+                if replica.free_slots > 0 and (not member.adaptive or replica.in_flight < member.slots.limit):
+                    ready.append(member)
         else:
             trials = [m for m in self.members if m not in avoid and self._may_try(m, now)]
             if trials and (not avoid or not self.others(now, avoid)):
@@ -223,6 +229,26 @@ class Fleet:
             return timeout_s  # giving up costs the process: a deadline is no reason for that
         return max(min(left_s, left_s if timeout_s is None else timeout_s), SHORTEST_ATTEMPT_S)
 
+    def patience_s(self, member: Member, rows: int) -> float:
+        """Seconds that an attempt there may take whatever its callers' deadlines: before that nothing is amiss."""
+        timeout_s = self._policy.attempt_timeout_s or member.time.attempt_timeout_s(rows)
+        if timeout_s is None:
+            return self._policy.breaker.hung_s
+        return max(timeout_s, SHORTEST_ATTEMPT_S)
+
+    def soonest_s(self, rows: int, now: float) -> float:
+        """Seconds that a batch needs where it takes the shortest; 0.0: of somebody usable nobody knows."""
+        return min([member.time.predict_s(rows) for member in self.members if self.usable(member, now)], default=0.0)
+
+    def in_time(self, member: Member, rows: int, now: float, deadline: float) -> Member:
+        """`member`, or another one with a free slot that can answer by `deadline` where it cannot. Nobody is waited
+        for: predictions go stale."""
+        if now + member.time.predict_s(rows) <= deadline:
+            return member
+        ready = self._ready(now, ())
+        able = [other for other in ready if other.time.known and now + other.time.predict_s(rows) <= deadline]
+        return self._best(able, rows, now) if able else member
+
     # -- outcomes ------------------------------------------------------------------------------------------------
 
     def began(self, member: Member, rows: int, now: float) -> None:
@@ -231,6 +257,10 @@ class Fleet:
         member.batches += 1
         member.rows_in_flight += rows
         member.last_rows = rows
+        if self._turns:
+            if member in self._in_turn:
+                take_turn(self._in_turn, member)
+            self._in_turn = []
         if member.breaker.state is State.HALF_OPEN and not self.sampled:
             member.breaker.take_permit(now)
             self._review(now)
@@ -238,7 +268,8 @@ class Fleet:
     def succeeded(self, member: Member, rows: int, took_s: float, compute_s: float, now: float) -> None:
         """`compute_s`: seconds that the backend says it computed; 0.0: it does not say."""
         together = member.batches
-        self._ended(member, rows)
+        member.batches = together - 1
+        member.rows_in_flight -= rows
         member.last_success = now
         if member.adaptive:
             member.slots.observe(now, together, took_s, member.time.predict_s(rows), compute_s)
@@ -262,7 +293,8 @@ class Fleet:
 
     def failed(self, member: Member, rows: int, failure: Failure, took_s: float, now: float) -> None:
         """Any outcome but success; how much it counts is up to `breaker.weigh`."""
-        self._ended(member, rows)
+        member.batches -= 1
+        member.rows_in_flight -= rows
         weight = weigh(failure)
         timed_out = failure.kind is FailureKind.TIMEOUT
         if timed_out:
@@ -294,10 +326,6 @@ class Fleet:
         before = member.breaker.state
         member.breaker.failed(Weight.HARD, -inf, now)
         self._changed(member, before, now)
-
-    def _ended(self, member: Member, rows: int) -> None:
-        member.batches -= 1
-        member.rows_in_flight -= rows
 
     # -- what happens besides ------------------------------------------------------------------------------------
 

@@ -161,29 +161,25 @@ class QuarantineAllowance:
 class CrashWatch:
     """Crashes of the workers of one model (resilience notes §1.4: more than four a minute)."""
 
-    __slots__ = ("_alone_until", "_crashes")
+    __slots__ = ("_crashes", "alone_until")
 
     def __init__(self) -> None:
         self._crashes: deque[float] = deque(maxlen=CRASHES + 1)
-        self._alone_until = float("-inf")
+        self.alone_until = float("-inf")
+        """Until when every request of the model is to run by itself; in the past if not now."""
 
     def crashed(self, now: float) -> None:
         """A worker died, or had to be killed, while it executed a batch of the model."""
         self._crashes.append(now)
         if len(self._crashes) > CRASHES and now - self._crashes[0] <= CRASH_WINDOW_S:
-            self._alone_until = now + ALONE_S
+            self.alone_until = now + ALONE_S
 
     def alone(self, now: float) -> bool:
         """Whether every request of the model is to run by itself now."""
-        return now < self._alone_until
-
-    @property
-    def alone_until(self) -> float:
-        """Until when; in the past if not now."""
-        return self._alone_until
+        return now < self.alone_until
 
     def __repr__(self) -> str:
-        return f"<CrashWatch {len(self._crashes)} crashes, alone until {self._alone_until:.1f}>"
+        return f"<CrashWatch {len(self._crashes)} crashes, alone until {self.alone_until:.1f}>"
 
 
 class OutageWatch:

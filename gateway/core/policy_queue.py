@@ -3,7 +3,7 @@
 It is a `BatchQueue` in which the line of a group is ordered by rank, and by arrival within a rank. Each level has
 two ranks: requests whose queue time is not up, and behind them those that a DELAY policy put back. So a batch is filled
 strictly by level; a request that a DELAY policy put back goes after all of its own and of higher levels whose time is
-not up; and one that comes back after a failed attempt stands in its old place, not behind newcomers.
+not up.
 
 Rules:
   * a request's level is its `priority`, or the default where it states none or one that does not exist;
@@ -73,9 +73,6 @@ class Line:
     def append(self, request: InferRequest, /) -> None:
         standing = self._standing(request)
         insort(self._entries, (standing.rank, standing.arrival, request), lo=self._served)
-
-    appendleft = append
-    """Who comes back finds its place by rank and arrival."""
 
     def popleft(self) -> InferRequest:
         request: InferRequest = self._entries[self._served][2]
@@ -156,14 +153,6 @@ class PolicyQueue(BatchQueue):
         self._standings[request] = standing
         super().push(request)
         self._waits(request, standing)
-
-    def push_front(self, requests: list[InferRequest]) -> None:
-        super().push_front(requests)
-        for request in requests:
-            standing = self._standings[request]
-            if request.attempt:  # it was executed: what its policy limits is over
-                standing.until = inf
-            self._waits(request, standing)
 
     def take(self, group: Group, max_rows: int) -> list[InferRequest]:
         taken = super().take(group, max_rows)

@@ -92,7 +92,7 @@ NO_PARAMETERS: Final[Mapping[str, object]] = {}
 class Trouble:
     """What happened to one request in attempts that failed, and where it waits for the next one."""
 
-    __slots__ = ("alone", "broken", "crashed_alone", "lane", "refused", "tried")
+    __slots__ = ("alone", "broken", "lane", "refused", "tried")
 
     def __init__(self) -> None:
         self.tried: tuple[Any, ...] = ()
@@ -101,8 +101,6 @@ class Trouble:
         """Of these, the ones that failed when it was the only request of the batch."""
         self.broken = 0
         """Attempts that ended in a broken or hung backend (see core/retry.py)."""
-        self.crashed_alone = False
-        """Whether a process ended while it executed this request and nothing else."""
         self.refused = 0
         """Times in a row that a backend did not take it (see dispatcher.py, pauses)."""
         self.lane: Any = None

@@ -63,7 +63,7 @@ class RetryBudget:
 
     def deposit(self, items: int, now: float) -> None:
         """`items` are executed for the first time."""
-        if self._then is None or now - self._then > 0.0:
+        if self._then is None or int(now) != self._second:  # the rest is up to `withdraw`
             self._advance(now)
         amount = self.ratio * items
         self._slices[self._second % SLICES] += amount

@@ -136,11 +136,14 @@ class HttpServer:
         if self._emptied is not None and not self._shared.connections and not self._shared.refused:
             self._emptied.set()
 
-    def drain(self, timeout_s: float) -> Coroutine[Any, Any, int]:
+    def drain(self, timeout_s: float, idle_s: float = 0.0) -> Coroutine[Any, Any, int]:
         """Stop: accept no more, answer what was accepted, close. Awaited, how many requests went unanswered.
 
         From the call on, awaited or not, every connection's last answer says `Connection: close`. Whatever is left
         after `timeout_s` is cut off.
+
+        `idle_s`: how long connections without a request are kept open, so that their clients learn of the end from an
+        answer: one that sends while the connection is being closed cannot know whether its request was executed.
         """
         shared = self._shared
         for listener in self._listeners:
@@ -150,20 +153,18 @@ class HttpServer:
         shared.handle = self._handle_last
         for connection in shared.connections:
             connection.room = 1
-        return self._drained(timeout_s)
+        return self._drained(timeout_s, idle_s)
 
-    async def _drained(self, timeout_s: float) -> int:
+    async def _drained(self, timeout_s: float, idle_s: float) -> int:
         shared = self._shared
+        if idle_s:
+            await self._wait_empty(idle_s)
         # What clients sent before they could know is in the sockets: let it in before idle connections close.
         for _ in range(_ROUNDS_BEFORE_CLOSING):
             await asyncio.sleep(0)
-        self._emptied = emptied = asyncio.Event()
         for connection in list(shared.connections):
             connection.drain()
-        self._connection_closed()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await emptied.wait()
+        emptied = await self._wait_empty(timeout_s)
         unanswered = sum(not exchange.answered for c in shared.connections for exchange in c.pending)
         for connection in [*shared.connections, *shared.refused]:
             connection.transport.abort()
@@ -172,6 +173,15 @@ class HttpServer:
             self._timer.cancel()
             self._timer = None
         return unanswered
+
+    async def _wait_empty(self, timeout_s: float) -> asyncio.Event:
+        """Returns when there is no connection left, or after `timeout_s`; the event is set in the former case."""
+        self._emptied = emptied = asyncio.Event()
+        self._connection_closed()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await emptied.wait()
+        return emptied
 
     def _handle_last(self, head: Head, body: bytes, exchange: Exchange) -> None:
         exchange.keep_alive = False

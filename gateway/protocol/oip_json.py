@@ -221,7 +221,7 @@ class RequestDecoder:
         if body.startswith(_BYTE_ORDER_MARK) or oip_data.may_nest_deeply(body):
             return None  # simdjson reads both without a word
         try:
-            document = _shallow(simdjson.Parser().parse(body))
+            document = parse_large(body, "inputs")
         except (ValueError, RuntimeError):
             return None  # NaN, an integer over 2^64, odd keys, or broken: the general parser tells which
         return read_frame(document, forwarded=self._forwards)
@@ -342,6 +342,16 @@ def _may_lack_a_sign(request: InferRequest, body: bytes) -> bool:
     )
 
 
+def parse_large(body: bytes, tensors: str) -> Any:
+    """JSON text → Python objects, but for the `data` arrays of the list under the key `tensors`, which stay simdjson's.
+    Nesting and a byte order mark are the caller's to look for. None: not an object.
+
+    Raises:
+        ValueError, RuntimeError: another road reads it better, or none at all.
+    """
+    return _shallow(simdjson.Parser().parse(body), tensors)
+
+
 def parse_small(body: bytes) -> Any:
     """JSON text → Python objects, strictly: no duplicate keys, no BOM, UTF-8 only; NaN literals allowed."""
     try:
@@ -361,8 +371,8 @@ def _count_keys(value: Any) -> int:
     return 0
 
 
-def _shallow(document: Any) -> Any:
-    """A simdjson document → dict; the `data` arrays of inputs stay simdjson arrays.
+def _shallow(document: Any, tensors: str) -> Any:
+    """A simdjson document → dict; the `data` arrays of tensors stay simdjson arrays.
 
     Raises:
         ValueError: much is written beside the data, which the general road reads faster.
@@ -371,9 +381,9 @@ def _shallow(document: Any) -> Any:
         return None
     result = _members(document)
     for name, value in result.items():
-        if name == "inputs" and isinstance(value, simdjson.Array):
+        if name == tensors and isinstance(value, simdjson.Array):
             if len(value) > MAX_INPUTS:
-                raise ValueError("too many inputs")
+                raise ValueError("too many tensors")
             result[name] = [_shallow_input(item) for item in value]
         else:
             result[name] = _plain(value)

@@ -35,6 +35,8 @@ MAX_FORWARDED_BYTES: Final = 8192
 """Of the names and texts of one request's own parameters together, where they are forwarded."""
 _CUSTOM: Final = frozenset({str, int, bool, float})
 _NOTHING_RESERVED: Final[frozenset[str]] = frozenset()
+_STEPS: Final = "steps of sequences"
+"""Keeps them in a group of their own in the queue; who hands them out takes one at a time."""
 
 
 class Uint64(int):
@@ -56,7 +58,8 @@ class RequestOptions:
     own: Mapping[str, object] = field(default_factory=lambda: NO_PARAMETERS)
     """What goes to the backend as the caller wrote it."""
     apart: bool = False
-    """Whether the request must not share a batch: it is a step of a sequence that the backend keeps."""
+    """Whether the request is a step of a sequence that the backend keeps: it waits apart from those that may share a
+    batch, and runs alone."""
 
     def apply(self, request: InferRequest) -> None:
         """Write what the scheduler needs to know into the request, once."""
@@ -65,7 +68,7 @@ class RequestOptions:
         request.sequence = self.sequence
         request.parameters = self.own
         if self.apart:
-            request.key = (request.key, object())
+            request.key = (request.key, _STEPS)
         elif self.own:
             # 1, 1.0 and True are equal, and not the same.
             told = frozenset([(name, type(value), value) for name, value in self.own.items()])

@@ -38,11 +38,12 @@ class Request:
 
 @dataclass
 class Reply:
-    """`cuts`: places in `data` after which there is a pause."""
+    """`cuts`: places in `data` after which there is a pause. `flood`: `more` for ever behind it."""
 
     data: bytes
-    then: Literal["keep", "close", "reset", "hang"] = "keep"
+    then: Literal["keep", "close", "reset", "hang", "flood"] = "keep"
     cuts: Sequence[int] = ()
+    more: bytes = b""
 
 
 Script = Callable[[Request], Reply]
@@ -155,6 +156,9 @@ class Server:
             at = cut
             if cut < len(reply.data):
                 await asyncio.sleep(0.001)  # so that the pieces arrive apart
+        while reply.then == "flood":
+            writer.write(reply.more)
+            await writer.drain()
         if reply.then == "hang":
             await asyncio.get_running_loop().create_future()
         if reply.then == "close":

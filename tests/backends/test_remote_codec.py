@@ -52,7 +52,9 @@ def grpc_codec(datatype: str = "FP32", outputs: tuple[str, ...] = ("y",)) -> Grp
     return GrpcCodec("peer", "m", "3", signature(datatype, "x"), signature(datatype, *outputs))
 
 
-def body_of(request: bytes | bytearray) -> tuple[dict[str, str], Any, bytes]:
+def body_of(asked: tuple[bytes | bytearray, str]) -> tuple[dict[str, str], Any, bytes]:
+    request, tag = asked
+    assert tag.encode() in request
     head, _, body = bytes(request).partition(b"\r\n\r\n")
     fields = dict(line.split(": ") for line in head.decode().split("\r\n")[1:])
     assert int(fields["Content-Length"]) == len(body)
@@ -82,6 +84,7 @@ def test_a_binary_request_has_its_tensors_behind_it() -> None:
     )
     assert "X-Request-Timeout-Ms" not in fields
     assert document == {
+        "id": document["id"],
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}],
         "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
     }

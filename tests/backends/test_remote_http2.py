@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backends.remote_http2 import GrpcAnswer, GrpcRequest, Http2Connection, literal
+from gateway.backends.remote_connections import Exchange
+from gateway.backends.remote_http2 import FRAMES, GrpcAnswer, GrpcRequest, Http2Connection, literal
 from gateway.core.outcome import Failure, FailureKind, Sign
 from tests.backends.oip_server import PREFACE, frame, grpc_frames
 from tests.backends.wire_feed import PLACES, cut, exchange, open_connection
@@ -126,6 +127,10 @@ def reset(error: int) -> bytes:
     return frame(3, 0, 1, struct.pack(">L", error))
 
 
+def reset_of(stream: int) -> bytes:
+    return frame(3, 0, stream, bytes(4))
+
+
 BROKEN, NOT_SENT = FailureKind.BROKEN, FailureKind.NOT_SENT
 ENDS = [
     (reset(7), NOT_SENT, True),
@@ -159,22 +164,110 @@ def test_an_unused_connection_is_closed_when_the_server_goes_away() -> None:
         assert connection.dropped
 
 
-def test_frames_of_other_streams_are_read_and_forgotten() -> None:
+def test_frames_of_streams_that_are_over_are_read_and_forgotten() -> None:
     with open_connection(Http2Connection) as (connection, _):
-        (answer,) = exchange(connection, ASK, [SETTINGS + grpc_frames(9, b"stray") + grpc_frames(1, b"mine")])
+        exchange(connection, ASK, [SETTINGS + grpc_frames(1, b"first")])
+        (answer,) = exchange(connection, ASK, [frame(8, 0, 1, bytes(4)) + reset(0) + grpc_frames(3, b"mine")])
         assert answer.message == b"mine"
+
+
+@pytest.mark.parametrize("stream", [2, 3, 9])
+def test_an_answer_to_what_was_not_asked_ends_the_connection(stream: int) -> None:
+    with open_connection(Http2Connection) as (connection, channel):
+        (answer,) = exchange(connection, ASK, [SETTINGS + grpc_frames(stream, b"stray") + grpc_frames(1, b"mine")])
+        assert answer.kind is BROKEN
+        assert connection.dropped
+        assert not channel.released
+
+
+@pytest.mark.parametrize("early", [grpc_frames(3, b"not yours"), reset_of(3), frame(8, 0, 3, b"\0\0\0\1")[:4]])
+def test_the_next_call_never_gets_what_came_before_it(early: bytes) -> None:
+    """The next call begins as soon as the last is answered; what the server had sent by then cannot be for it."""
+    with open_connection(Http2Connection) as (connection, _):
+        second: list[Any] = []
+
+        def next_call(_: Any) -> None:
+            if not connection.dropped:
+                connection.send(Exchange(ASK, second.append, 1 << 20))
+
+        connection.send(Exchange(ASK, next_call, 1 << 20))
+        connection.data_received(SETTINGS + grpc_frames(1, b"first") + early)
+        assert not [answer for answer in second if isinstance(answer, GrpcAnswer)]
+
+
+def test_what_comes_with_another_status_is_no_message() -> None:
+    """A proxy that speaks for a dead server."""
+    head = encoder.encode([(":status", "503"), ("retry-after", "2")])
+    with open_connection(Http2Connection, max_bytes=1000) as (connection, channel):
+        (answer,) = exchange(connection, ASK, [SETTINGS + frame(1, 4, 1, head) + frame(0, 1, 1, b"<html>no</html>")])
+        assert (answer.status, answer.code, bytes(answer.message)) == (503, -1, b"")
+        assert channel.released
+
+
+FLOODS = {
+    "ping": frame(6, 0, 0, bytes(8)),
+    "settings": frame(4, 0, 0),
+    "unknown": frame(99, 0, 0),
+    "windows": frame(8, 0, 0, b"\0\0\0\1"),
+    "crumbs": frame(0, 0, 1, b""),
+    "going": goaway(2**31 - 1),
+    "priority": frame(2, 0, 7, bytes(5)),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+@pytest.mark.parametrize("asked", [True, False])
+def test_floods_run_into_their_end(flood: bytes, asked: bool) -> None:
+    with open_connection(Http2Connection) as (connection, _):
+        found = exchange(connection, ASK, [SETTINGS + frame(1, 4, 1, HEAD)]) if asked else []
+        before = len(connection.transport.sent)
+        for _ in range(200):
+            if not connection.dropped:
+                connection.data_received(flood * 100)
+        assert connection.dropped
+        assert len(connection.transport.sent) - before < 20 * FRAMES
+        assert [answer.kind for answer in found] == [BROKEN] * asked
+
+
+def test_heads_without_end_are_cut_off() -> None:
+    interim = encoder.encode([(":status", "103")])
+    for flood in (frame(1, 4, 1, interim), frame(1, 0, 1, HEAD) + frame(9, 0, 1, b"") * 5000):
+        with open_connection(Http2Connection) as (connection, _):
+            (answer,) = exchange(connection, ASK, [SETTINGS + flood * 100])
+            assert answer.kind is BROKEN
+
+
+def test_small_pieces_are_paid_for_by_what_they_hold() -> None:
+    """No frame of a long answer or a long question counts as too many."""
+    message = bytes(4_000_000)
+    framed = b"\0" + len(message).to_bytes(4, "big") + message
+    pieces = [frame(0, 0, 1, framed[at : at + 1024]) + frame(6, 0, 0, bytes(8)) for at in range(0, len(framed), 1024)]
+    with open_connection(Http2Connection, 1 << 23) as (connection, _):
+        (answer,) = exchange(connection, ASK, [frame(1, 4, 1, HEAD), *pieces, frame(1, 5, 1, TAIL)])
+        assert answer.message == message
+    with open_connection(Http2Connection) as (connection, _):
+        found = exchange(connection, GrpcRequest(BLOCK, bytes(100_000_000)), [])
+        for _ in range(50_000):
+            more = b"\0\0\x08\0"
+            connection.data_received(frame(8, 0, 0, more) + frame(8, 0, 1, more))
+        connection.data_received(grpc_frames(1, b"done"))
+        assert found[0].message == b"done"
 
 
 FLAWS = [
     (b"HTTP/1.1 400 Bad Request\r\n\r\n", "larger than allowed"),
-    (frame(0, 0, 1, b"\0\0\0\0\1a") + frame(0, 1, 1), "without a status"),
+    (frame(0, 0, 1, b"\0\0\0\0\1a") + frame(0, 1, 1), "breaks HTTP/2"),
     (frame(1, 4, 1, HEAD) + frame(1, 5, 1, TAIL), "no message"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\1\0\0\0\1a") + frame(1, 5, 1, TAIL), "compressed"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\2a") + frame(1, 5, 1, TAIL), "another length"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\1ab") + frame(1, 5, 1, TAIL), "another length"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\1\0\0" + bytes(2000)), "more than 1000 bytes"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\xff\xff\xff\xff"), "more than 1000 bytes"),
-    (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\1" + bytes(1001)), "more than 1000 bytes"),
+    (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\0\0\0\0\1" + bytes(1001)), "another length"),
+    (frame(1, 4, 1, HEAD) * 2, "breaks HTTP/2"),
+    (frame(1, 4, 1, TAIL), "breaks HTTP/2"),
+    (frame(6, 0, 0, bytes(1000)), "breaks HTTP/2"),
+    (frame(3, 0, 1, b""), "breaks HTTP/2"),
     (frame(1, 4, 1, b"\xff\xff\xff\xff\xff\xff\xff"), "breaks HTTP/2"),
     (frame(1, 0, 1, HEAD) + frame(0, 0, 1, b"x"), "breaks HTTP/2"),
     (frame(9, 4, 1, HEAD), "breaks HTTP/2"),
@@ -213,14 +306,14 @@ def test_any_bytes_settle_once(data: bytes, places: list[int]) -> None:
         assert len(exchange(connection, ASK, cut(SETTINGS + data, places), lost=True)) == 1
 
 
-FRAMES = st.tuples(
+ANY_FRAMES = st.tuples(
     st.sampled_from([*range(10)]), st.integers(0, 255), st.sampled_from([0, 1, 3]), st.binary(max_size=40)
 )
 NAMES = st.text(alphabet="abcdefgh-", min_size=1, max_size=200)
 VALUES = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=255), max_size=600)
 
 
-@given(st.lists(FRAMES))
+@given(st.lists(ANY_FRAMES))
 def test_any_frames_settle_once(frames: list[tuple[int, int, int, bytes]]) -> None:
     with open_connection(Http2Connection) as (connection, _):
         assert len(exchange(connection, ASK, [frame(*each) for each in frames], lost=True)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,7 +88,9 @@ SIGNATURES = [
     (model([X], [Y]), ""),
     (model([X, OPTIONAL], [OTHER, Y]), ""),
     (model([], []), ""),
-    (model([SignatureTensor("x", X.datatype, (8, 2))], [Y]), ""),
+    (model([X], [SignatureTensor("y", Y.datatype, (8, 2))]), ""),
+    (model([SignatureTensor("x", X.datatype, (None, None))], [Y]), ""),
+    (model([SignatureTensor("x", X.datatype, (8, 2))], [Y]), "its input 'x' has shape [8, 2], not [-1, 2]"),
     (model([OTHER], [Y]), "it has no input 'x'"),
     (model([X, OTHER], [Y]), "it wants an input 'z'"),
     (model([X], [OTHER]), "it has no output 'y'"),
@@ -101,6 +104,19 @@ SIGNATURES = [
 def test_which_model_can_stand_in_for_another(found: RemoteModel, text: str) -> None:
     fault = signature_fault((X,), (Y,), found)
     assert fault == (f"signature mismatch: {text}" if text else "")
+
+
+def test_a_model_that_takes_less_than_is_taken_here_cannot_stand_in() -> None:
+    small = replace(model([X], [Y]), max_batch_size=4)
+    assert signature_fault((X,), (Y,), small, 4) == ""
+    assert signature_fault((X,), (Y,), small, 5) == (
+        "signature mismatch: it takes at most 4 rows, and batches have up to 5"
+    )
+    assert signature_fault((X,), (Y,), replace(small, max_batch_size=0), 5) == ""  # whatever its shape says
+    needs = replace(model([X, replace(OPTIONAL, optional=False)], [Y]), max_batch_size=4)
+    assert signature_fault((X, OPTIONAL), (Y,), needs).endswith("it wants input 'z', which callers may leave out")
+    assert signature_fault((X, OPTIONAL), (Y,), replace(needs, max_batch_size=None)) == ""  # nobody says
+    assert signature_fault((X, OPTIONAL), (Y,), small).endswith("it has no input 'z'")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -65,7 +65,7 @@ def open_connection(kind: Any, max_bytes: int = 1 << 20) -> Iterator[tuple[Any, 
 def exchange(connection: Any, request: Any, pieces: Sequence[bytes], *, lost: bool = False) -> list[Any]:
     """What one exchange was settled with when the peer sent `pieces`, then perhaps was lost."""
     found: list[Any] = []
-    connection.send(Exchange(request, found.append))
+    connection.send(Exchange(request, found.append, connection.channel.max_bytes))
     for piece in pieces:
         if not connection.dropped:
             connection.data_received(piece)

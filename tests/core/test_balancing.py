@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.balancing import STRATEGIES, rendezvous, two_of
+from gateway.core.balancing import STRATEGIES, rendezvous, take_turn, two_of
 from gateway.core.breaker import BREAKER, Breaker
 from gateway.core.member import Member
 from tests.core.fleet_bench import Middle, Place
@@ -24,7 +24,12 @@ def member(name: str, weight: float = 1.0, batch_s: float = 0.0) -> Member:
 
 def shares(strategy: str, members: list[Member], picks: int = 6000) -> dict[str, float]:
     pick, rng = STRATEGIES[strategy], random.Random(7)  # type: ignore[index]
-    counts = Counter(pick(members, 1, NOW, rng).name for _ in range(picks))
+    counts: Counter[str] = Counter()
+    for _ in range(picks):
+        chosen = pick(members, 1, NOW, rng)
+        counts[chosen.name] += 1
+        if strategy == "round_robin":
+            take_turn(members, chosen)
     return {it.name: counts[it.name] / picks for it in members}
 
 
@@ -43,14 +48,20 @@ def test_weights_are_respected_among_idle_equals(strategy: str) -> None:
 def test_turns_are_smooth() -> None:
     members, rng = [member("a", 5.0), member("b"), member("c")], Middle()
     pick = STRATEGIES["round_robin"]
-    assert "".join(pick(members, 1, NOW, rng).name for _ in range(14)) == "aabacaa" * 2
+    found = ""
+    for _ in range(14):
+        chosen = pick(members, 1, NOW, rng)
+        assert pick(members, 1, NOW, rng) is chosen, "asking is no turn"
+        take_turn(members, chosen)
+        found += chosen.name
+    assert found == "aabacaa" * 2
 
 
 def test_pull_takes_the_one_expected_back_first() -> None:
     fast, slow = member("fast", batch_s=0.003), member("slow", batch_s=0.009)
     rng, pull = random.Random(1), STRATEGIES["pull"]
     assert {pull([slow, fast], 1, NOW, rng).name for _ in range(50)} == {"fast"}
-    fast.replica.in_flight = 3  # type: ignore[misc]
+    fast.batches = 3
     assert {pull([slow, fast], 1, NOW, rng).name for _ in range(50)} == {"slow"}
 
 
@@ -58,8 +69,8 @@ def test_pull_shares_batches_in_flight_by_weight() -> None:
     members = [member("a", 2.0, 0.01), member("b", 1.0, 0.01)]
     rng, pull = random.Random(1), STRATEGIES["pull"]
     for _ in range(9):
-        pull(members, 1, NOW, rng).replica.in_flight += 1
-    assert 5 <= members[0].replica.in_flight <= 7
+        pull(members, 1, NOW, rng).batches += 1
+    assert 5 <= members[0].batches <= 7
 
 
 def test_pull_shuns_whoever_fails_however_fast() -> None:

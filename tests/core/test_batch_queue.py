@@ -61,16 +61,6 @@ class QueueMachine(RuleBasedStateMachine):
         assert all(request.state == RUNNING for request in taken)
         self.running.append(taken)
 
-    @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        if not self.running:
-            return
-        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        alive = [request for request in batch if request.state != SETTLED]
-        self.queue.push_front(alive)
-        for request in reversed(alive):
-            self.lines.setdefault(request.key, []).insert(0, request)
-
     @rule(request=requests)
     def settle(self, request: InferRequest) -> None:
         if request.state == SETTLED:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.core.batch_queue import BatchQueue
-from gateway.core.batching import IDLE, Dispatch, Reason, WaitUntil, decide
+from gateway.core.batching import IDLE, Dispatch, Reason, WaitUntil, decide, in_time
 from gateway.core.model import BatchPolicy
 from tests.core.test_batch_queue import waiting_request
 
@@ -190,3 +190,34 @@ def test_requests_that_may_not_be_merged_go_one_by_one_in_order(policy: BatchPol
 
 def test_nobody_waits() -> None:
     assert decide(BatchQueue(), policy_of(), 1.0) is IDLE
+
+
+NEAR = st.builds(
+    Waiting,
+    st.just("k"),
+    st.integers(1, 4),
+    st.just(0.0),
+    st.sampled_from([0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 1e9]),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(line=st.lists(NEAR, min_size=1, max_size=12), rows=st.integers(1, 16), base=st.sampled_from([0.0, 0.25, 1.0]))
+def test_a_batch_is_no_larger_than_its_most_urgent_member_can_wait_for(
+    line: list[Waiting], rows: int, base: float
+) -> None:
+    """Against trying every length: the longest before the first that costs a member its deadline."""
+
+    def late(count: int) -> set[int]:
+        needed = base + 0.5 * sum(waiting.rows for waiting in line[:count])
+        return {index for index, waiting in enumerate(line[:count]) if needed > waiting.deadline}
+
+    hopeless = {index for index, waiting in enumerate(line) if base + 0.5 * waiting.rows > waiting.deadline}
+    expected = 1
+    while expected < len(line) and sum(waiting.rows for waiting in line[: expected + 1]) <= rows:
+        if late(expected + 1) - hopeless:
+            break
+        expected += 1
+    queue = queue_of(line)
+    found = in_time(queue.groups[next(iter(queue.groups))], rows, 0.0, lambda b: base + 0.5 * b)
+    assert found == sum(waiting.rows for waiting in line[:expected])

@@ -12,7 +12,6 @@ from gateway.core.batch_queue import BatchQueue
 from gateway.core.batching import Dispatch, Reason, WaitUntil, decide
 from gateway.core.model import BatchPolicy
 from gateway.core.policy_queue import PolicyQueue
-from gateway.core.request import InferRequest
 from gateway.core.scheduling import QueuePolicy, Scheduling
 from tests.core.test_policy_queue import waiting_request
 
@@ -173,7 +172,7 @@ def test_who_was_put_back_goes_behind_the_fresh_of_other_shapes_too() -> None:
 
 DELAYED = Scheduling(2, 2, QueuePolicy("DELAY", default_timeout_s=0.05))
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(["push", "push", "leave", "take", "return", "later"]), st.integers(0, 20)), max_size=30
+    st.tuples(st.sampled_from(["push", "push", "leave", "take", "later"]), st.integers(0, 20)), max_size=30
 )
 
 
@@ -184,7 +183,6 @@ def test_what_is_remembered_of_a_group_is_forgotten_when_it_changes(
 ) -> None:
     queue = PolicyQueue(DELAYED) if ranked else BatchQueue()
     policy, now = policy_of(preferred=(3, 5)), 10.0
-    taken: list[list[InferRequest]] = []
     for what, number in changes:
         waiting = queue.waiting()
         if what == "push":
@@ -192,9 +190,7 @@ def test_what_is_remembered_of_a_group_is_forgotten_when_it_changes(
         elif what == "leave" and waiting:
             queue.settled(waiting[number % len(waiting)])
         elif what == "take" and queue.groups:
-            taken.append(queue.take(queue.first(), 1 + number % 5))
-        elif what == "return" and taken:
-            queue.push_front(taken.pop(number % len(taken)))
+            queue.take(queue.first(), 1 + number % 5)
         now += 0.02 if what == "later" else 0.0
         if isinstance(queue, PolicyQueue):
             assert queue.overdue(now) is None

@@ -82,6 +82,32 @@ def test_a_retry_prefers_another_zone_and_then_another_host() -> None:
     assert it.fleet.choose(it.now, 1, [a]) is not None, "the same host rather than nobody"
 
 
+def test_a_turn_is_taken_by_a_batch_not_by_a_question() -> None:
+    it = Bench(Place("r0"), Place("r1"), policy=FleetPolicy("round_robin"))
+    taken = []
+    for _ in range(6):
+        it.fleet.choose(it.now, 1)  # somebody only wanted to know
+        member = it.fleet.choose(it.now, 1)
+        assert member is not None
+        taken.append(member.name)
+        it.run(member, OK)
+    assert taken == ["r0", "r1"] * 3
+
+
+def test_who_is_in_a_hurry_goes_to_somebody_free_who_can_make_it() -> None:
+    it = bench(3, slots=1)
+    slow, quick, unknown = it.members
+    for _ in range(20):
+        slow.time.observe(1, 1.0, it.now)
+        quick.time.observe(1, 0.1, it.now)
+    assert it.fleet.in_time(slow, 1, it.now, it.now + 2.0) is slow
+    assert it.fleet.in_time(slow, 1, it.now, it.now + 0.5) is quick
+    assert it.fleet.in_time(slow, 1, it.now, it.now + 0.01) is slow, "nobody can; of the unknown nothing is expected"
+    it.begin(quick)
+    assert it.fleet.in_time(slow, 1, it.now, it.now + 0.5) is slow, "nobody waits for a busy one"
+    assert unknown.batches == 0
+
+
 def test_of_many_somebody_free_is_found() -> None:
     it = Bench(*[Place(f"r{n}") for n in range(FULL_SCAN + 12)], rng=random.Random(1))
     for _ in it.members:

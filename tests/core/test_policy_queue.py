@@ -100,19 +100,6 @@ class PolicyMachine(RuleBasedStateMachine):
             self.known[request].waits = False
         self.running.append(taken)
 
-    @rule(data=st.data(), executed=st.booleans())
-    def give_back(self, data: st.DataObject, executed: bool) -> None:
-        if not self.running:
-            return
-        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        alive = [request for request in batch if request.state != SETTLED]
-        for request in alive:
-            naive = self.known[request]
-            naive.waits = True
-            if executed:
-                request.attempt, naive.until = 1, inf
-        self.queue.push_front(alive)
-
     @rule(request=requests)
     def settle(self, request: InferRequest) -> None:
         if request.state != SETTLED:

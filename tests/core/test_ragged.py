@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.assembly import AssemblyError, part_nbytes, write_parts
-from gateway.core.batch import FinishedBatch, executions
+from gateway.core.batch import Execution, FinishedBatch, executions
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.ragged import Ragged, agreeing_dims, asked_for, describe
 from gateway.core.request import InferRequest, InputTensor, OutputTensor
@@ -207,7 +207,7 @@ def test_each_gets_its_own_elements_in_its_own_shape(shapes: list[tuple[int, ...
         assert [tensor.shape for tensor in own.outputs.values()] == [(member.rows, 2), member.inputs[1].shape]  # type: ignore[union-attr]
         assert np.frombuffer(own.outputs[1].data, np.float32).tolist() == member.inputs[1].values  # type: ignore[union-attr]
         assert np.frombuffer(own.outputs[0].data, np.float32).tolist() == list(range(row * 2, (row + member.rows) * 2))
-        assert list(executions(own, 0)) == [(("onnx-1", 2, "id", rows), row)]
+        assert list(executions(own, 0)) == [(Execution("onnx-1", 2, "id", rows, remote=False), row)]
         assert (own.dispatched, own.finished, own.infer_ns, own.reason) == (1.0, 2.0, 2, "full")
         row += member.rows
     assert len(answers) == len(members)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import uvloop
 from rich.console import Console
@@ -21,12 +22,13 @@ from tests.faults.rig import Run, none_left
 
 def chosen(names: list[str]) -> list[Scenario]:
     """Raises KeyError: a name that no scenario's begins with."""
+    scenarios = sorted(SCENARIOS.values(), key=lambda one: one.name)
     if not names:
-        return [one for one in SCENARIOS.values() if not one.name.startswith(BY_NAME_ONLY)]
+        return [one for one in scenarios if not one.name.startswith(BY_NAME_ONLY)]
     for name in names:
         if not any(one.startswith(name) for one in SCENARIOS):
             raise KeyError(name)
-    return [one for one in SCENARIOS.values() if one.name.startswith(tuple(names))]
+    return [one for one in scenarios if one.name.startswith(tuple(names))]
 
 
 async def play(scenarios: list[Scenario], run: Run, console: Console) -> tuple[list[Result], int]:
@@ -53,7 +55,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="a few seconds each, at a low rate: counts, no figures")
     parser.add_argument("--minutes", type=float, default=5.0, help="length of the campaign and of the rolling kills")
-    parser.add_argument("--save", action="store_true", help="write results/RESULTS.md and results/results.json")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write RESULTS.md and results.json there")
     parser.add_argument("--list", action="store_true", help="print the names of all scenarios and stop")
     options = parser.parse_args()
     console = Console()
@@ -70,7 +72,7 @@ def main() -> int:
     if left:
         console.print(f"{left} processes were left behind", style="red")
     if options.save:
-        console.print(f"written to {report.save(results, options.quick)}")
+        report.save(results, options.save, quick=options.quick)
     return 1 if left or any(result.broken for result in results) else 0
 
 

@@ -29,7 +29,16 @@ from tests.faults.behaviour import Behaviour, Pace
 class Backend:
     """One server. `http_port`, `grpc_port`: 0 for any free one."""
 
-    def __init__(self, log: Path, pace: Pace, seed: int = 0, http_port: int = 0, grpc_port: int = 0) -> None:
+    def __init__(
+        self,
+        log: Path,
+        pace: Pace,
+        seed: int = 0,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self._host = host
         self._log = ExecutionLog(log)
         self.engine = Engine(self._log, pace, seed)
         self.http_port = http_port
@@ -42,7 +51,7 @@ class Backend:
         loop = asyncio.get_running_loop()
         documents = Documents(self.engine)
         for kind, port in ((HttpConnection, "http_port"), (GrpcConnection, "grpc_port")):
-            listener = _listener(getattr(self, port))
+            listener = _listener(self._host, getattr(self, port))
             setattr(self, port, listener.getsockname()[1])
             made = partial(kind, self.engine, documents, self._connections)
             self._servers.append(await loop.create_server(made, sock=listener))
@@ -79,10 +88,10 @@ class Backend:
         self._log.close()
 
 
-def _listener(port: int) -> socket.socket:
+def _listener(host: str, port: int) -> socket.socket:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
+    listener.bind((host, port))
     listener.listen(256)
     return listener
 
@@ -99,7 +108,7 @@ async def _obey(backend: Backend, reader: asyncio.StreamReader, writer: asyncio.
 
 async def _serve(options: argparse.Namespace) -> None:
     pace = Pace(options.base_s, options.row_s)
-    backend = Backend(options.log, pace, options.seed, options.http_port, options.grpc_port)
+    backend = Backend(options.log, pace, options.seed, options.http_port, options.grpc_port, options.host)
     backend.engine.behave(Behaviour.from_document(orjson.loads(options.behaviour)))
     await backend.start()
     options.control.unlink(missing_ok=True)
@@ -111,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.backend")
     parser.add_argument("--control", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", type=int, default=0)
     parser.add_argument("--grpc-port", type=int, default=0)
     parser.add_argument("--base-s", type=float, default=Pace().base_s)

@@ -9,8 +9,10 @@ from tests.faults import (
     scenarios_clients,
     scenarios_death,
     scenarios_long,
+    scenarios_names,
     scenarios_network,
     scenarios_real,
+    scenarios_states,
     scenarios_surroundings,
     scenarios_workers,
 )
@@ -26,8 +28,10 @@ _MODULES: Final = (
     scenarios_clients,
     scenarios_death,
     scenarios_long,
+    scenarios_names,
     scenarios_network,
     scenarios_real,
+    scenarios_states,
     scenarios_surroundings,
     scenarios_workers,
 )

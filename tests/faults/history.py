@@ -103,8 +103,8 @@ class History:
         self.attempt[index] = attempt
 
     def said(self, text: str) -> None:
-        """An error's text."""
-        text = "".join("#" if letter.isdigit() else letter for letter in text)
+        """A refusal: its status and its text."""
+        text = text[:3] + "".join("#" if letter.isdigit() else letter for letter in text[3:])
         if text in self.texts or len(self.texts) < 100:
             self.texts[text] = self.texts.get(text, 0) + 1
 

@@ -70,6 +70,7 @@ class Load:
             self._head += f"X-Request-Timeout-Ms: {profile.timeout_ms}\r\n"
         self._next_nonce = _FIRST + (profile.seed << 32)
         self._free: deque[_Client] = deque()
+        self._connected: set[_Client] = set()
         self._clients = 0
         self._waiting: deque[tuple[int, float]] = deque()
         self._due = 0.0
@@ -99,7 +100,16 @@ class Load:
                     await self._idle.wait()
             except TimeoutError:
                 pass
-        for client in self._free:
+        self.close()
+        await asyncio.sleep(0)  # the loop closes the sockets
+
+    def close(self) -> None:
+        """Hang up, in the middle of an answer if need be."""
+        self._running = False
+        self._waiting.clear()
+        for task in self._tasks:
+            task.cancel()
+        for client in list(self._connected):
             client.close()
 
     @property
@@ -139,6 +149,7 @@ class Load:
             self._clients -= 1
             self.ended(index, BROKEN_OFF)
             return
+        self._connected.add(client)
         client.ask(index)
 
     def request(self, index: int) -> bytes:
@@ -189,6 +200,7 @@ class Load:
     def gone(self, client: _Client) -> None:
         """A connection ended."""
         self._clients -= 1
+        self._connected.discard(client)
         if client in self._free:
             self._free.remove(client)
         if self._waiting:
@@ -277,6 +289,7 @@ class _Client(asyncio.Protocol):
                 return WRONG
             got = np.frombuffer(blob, np.int64) if blob else np.array(output["data"], np.int64)
         except (ValueError, KeyError):
+            load.history.said(f"{status} {body[:200]!r}")
             return MALFORMED
         asked = np.arange(load.history.rows[index], dtype=np.int64) + load.history.nonce[index]
         if output.get("shape") != [len(asked), 1] or got.shape != asked.shape:
@@ -291,8 +304,8 @@ def _refusal(load: Load, status: int, body: bytes) -> int:
     try:
         text = orjson.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
-        return MALFORMED
+        text = None
+    load.history.said(f"{status} {text or repr(body[:200])}")
     if not isinstance(text, str) or not text or status not in DOCUMENTED or "Traceback" in text:
         return MALFORMED
-    load.history.said(f"{status} {text}")
     return status

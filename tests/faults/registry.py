@@ -23,8 +23,6 @@ class Scenario:
     fault: str
     expected: str
     body: Body
-    quick: bool
-    """Whether it has a quick version, which the test suite runs."""
 
     async def play(self, run: Run) -> Result:
         result = Result(self.name, self.fault, self.expected)
@@ -38,19 +36,18 @@ class Scenario:
 SCENARIOS: Final[dict[str, Scenario]] = {}
 
 
-def scenario(name: str, fault: str, expected: str, *, quick: bool = True) -> Callable[[Body], Body]:
+def scenario(name: str, fault: str, expected: str) -> Callable[[Body], Body]:
     """Register the decorated coroutine function.
 
     Args:
         name: number of the fault and a word: `02-kill-remote`.
         fault: what is done.
         expected: what must come of it.
-        quick: False for what takes minutes, or programs that must be fetched.
     """
 
     def register(body: Body) -> Body:
         assert name not in SCENARIOS, name
-        SCENARIOS[name] = Scenario(name, fault, expected, body, quick)
+        SCENARIOS[name] = Scenario(name, fault, expected, body)
         return body
 
     return register

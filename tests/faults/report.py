@@ -1,4 +1,4 @@
-"""The table on the screen, and the files for the README: results/RESULTS.md and results/results.json."""
+"""The table on the screen, and the same as files: RESULTS.md and results.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rich.table import Table
 
 from tests.faults.results import Result
 
-RESULTS: Final = Path(__file__).parent / "results"
 HEADINGS: Final = ("fault", "expected", "requests", "faults", "errors %", "p99 ratio", "detect", "recover", "l/w/d", "")
 
 
@@ -86,9 +85,9 @@ def summary(results: Sequence[Result]) -> str:
     return text
 
 
-def save(results: Sequence[Result], quick: bool) -> Path:
-    """Write both files; returns the folder."""
-    RESULTS.mkdir(exist_ok=True)
+def save(results: Sequence[Result], folder: Path, *, quick: bool) -> None:
+    """Write RESULTS.md and results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     document = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cores": os.cpu_count(),
@@ -99,10 +98,9 @@ def save(results: Sequence[Result], quick: bool) -> Path:
             for result in results
         ],
     }
-    (RESULTS / "results.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
+    (folder / "results.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
     lines = [f"{document['cores']} cores, Python {document['python']}. {summary(results)}", ""]
     lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(result)) + " |" for result in results]
     lines += ["", *(f"* {r.name}: {verdict(r)}" for r in results if r.broken or r.missed)]
-    (RESULTS / "RESULTS.md").write_text("\n".join(lines) + "\n")
-    return RESULTS
+    (folder / "RESULTS.md").write_text("\n".join(lines) + "\n")

@@ -71,17 +71,36 @@ class Rig:
         """By the index of the backend behind."""
         self.idempotent = True
         self.notes: list[str] = []
+        self.utilisation = UTILISATION
+        """Of what the rig is measured to bear; the load's rate in full runs, unless the profile is a closed loop."""
         self._began = self._injected = self._healed = 0.0
         self._files = open_files(gateway.child.pid)
         self._memory_mib = resident_mib(gateway.child.pid)
 
     async def before(self, full_s: float = 4.0, quick_s: float = 1.0) -> None:
-        """Start the load; let it warm up, and measure it without any fault."""
+        """Find out what the rig bears (not in quick runs); start the load; let it warm up; measure it without fault."""
+        if self.profile.rate and not self.run.quick:
+            capacity = await self._capacity()
+            self.profile = replace(self.profile, rate=min(self.profile.rate, self.utilisation * capacity))
+            self.load = Load(self.gateway.port, self.profile)
+            self.notes.append(f"{self.profile.rate:.0f} requests/s of {capacity:.0f} that it bears")
         self.load.start()
         await asyncio.sleep(self.run.seconds(2.0, 0.5))
         await self.watch.start()
         self._began = time.monotonic()
         await asyncio.sleep(self.run.seconds(full_s, quick_s))
+
+    async def _capacity(self) -> float:
+        """Requests per second that clients in a closed loop get answered."""
+        profile = replace(self.profile, rate=0.0, connections=48, leave=0.0, poison=0.0, seed=99)
+        greedy = Load(self.gateway.port, profile)
+        greedy.start()
+        await asyncio.sleep(1.5)
+        began = time.monotonic()
+        await asyncio.sleep(2.5)
+        answered = greedy.history.window(began).right / (time.monotonic() - began)
+        await greedy.stop()
+        return answered
 
     async def inject(self, action: Awaitable[object] | None = None) -> None:
         """From here on the fault is there."""
@@ -100,6 +119,12 @@ class Rig:
 
     async def after(self, full_s: float = 15.0, quick_s: float = 2.0) -> None:
         await asyncio.sleep(self.run.seconds(full_s, quick_s))
+
+    async def close(self) -> None:
+        """End what asks the gateway, whatever the scenario has come to."""
+        await self.watch.stop()
+        self.load.close()
+        await asyncio.sleep(0)  # the loop closes the sockets
 
     # --- What was seen ----------------------------------------------------------------------------------------------
 
@@ -282,7 +307,8 @@ async def remote(
         profile = profile or Profile(rate=1.0)
         capacity = count * nonce.MAX_BATCH / pace.time_s(nonce.MAX_BATCH) / profile.mean_rows
         rig = Rig(run, gateway, backends, with_rate(run, profile, utilisation * capacity))
-        rig.proxies = proxies
+        rig.proxies, rig.utilisation = proxies, utilisation
+        stack.push_async_callback(rig.close)
         yield rig
 
 
@@ -293,7 +319,7 @@ async def workers(
     *,
     poison: str = "none",
     work: int = 10,
-    rate: float = 200.0,
+    rate: float = 2000.0,
     model: dict[str, Any] | None = None,
     server: dict[str, Any] | None = None,
     profile: Profile | None = None,
@@ -303,7 +329,7 @@ async def workers(
 
     Args:
         poison, work: of `nonce.graph`.
-        rate: requests per second; 0.6 of what was measured on two cores.
+        rate: requests per second at most.
     """
     folder = Path(tempfile.mkdtemp(dir=run.folder))
     repository = nonce.repository(folder / "models", poison=poison, work=work)
@@ -311,7 +337,11 @@ async def workers(
     config = {"server": {"workers": count, **(server or {})}, "models": [entry]}
     with contextlib.closing(GatewayServer(folder, [], config, where)) as gateway:
         await gateway.wait_started()
-        yield Rig(run, gateway, [], with_rate(run, profile or Profile(rate=1.0), rate))
+        rig = Rig(run, gateway, [], with_rate(run, profile or Profile(rate=1.0), rate))
+        try:
+            yield rig
+        finally:
+            await rig.close()
 
 
 def with_rate(run: Run, profile: Profile, rate: float) -> Profile:
@@ -321,6 +351,7 @@ def with_rate(run: Run, profile: Profile, rate: float) -> Profile:
 
 async def none_left(timeout_s: float = 10.0) -> int:
     """Processes of the rig that are alive although all scenarios have ended: must come to 0."""
+    await asyncio.sleep(0)  # connections to them are closed
     with contextlib.suppress(AssertionError):
         await eventually(lambda: not left_behind(), timeout_s, "processes are left")
     return len(left_behind())

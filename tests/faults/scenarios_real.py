@@ -40,7 +40,9 @@ async def real(
         gateway = GatewayServer(folder, [], {"models": [{"name": nonce.MODEL, "backends": backends, **model}]})
         stack.callback(gateway.close)
         await gateway.wait_started()
-        yield Rig(run, gateway, [], with_rate(run, Profile(rate=1.0), rate)), servers
+        rig = Rig(run, gateway, [], with_rate(run, Profile(rate=1.0), rate))
+        stack.push_async_callback(rig.close)
+        yield rig, servers
 
 
 async def killed_in_turn(run: Run, result: Result, rig: Rig, servers: Sequence[RealServer]) -> Result:
@@ -71,19 +73,19 @@ async def killed_in_turn(run: Run, result: Result, rig: Rig, servers: Sequence[R
     return result
 
 
-@scenario("90-two-tritons", "kill -9 and short freezes of two real Tritons, HTTP and gRPC", "0 errors", quick=False)
+@scenario("90-two-tritons", "kill -9 and short freezes of two real Tritons, HTTP and gRPC", "0 errors")
 async def two_tritons(run: Run, result: Result) -> Result:
     async with real(run, [(triton, "http"), (triton, "grpc")], 150.0) as (rig, servers):
         return await killed_in_turn(run, result, rig, servers)
 
 
-@scenario("91-three-makers", "the same for a Triton, another by gRPC, and an MLServer", "0 errors", quick=False)
+@scenario("91-three-makers", "the same for a Triton, another by gRPC, and an MLServer", "0 errors")
 async def three_makers(run: Run, result: Result) -> Result:
     async with real(run, [(triton, "http"), (triton, "grpc"), (mlserver, "http")], 150.0) as (rig, servers):
         return await killed_in_turn(run, result, rig, servers)
 
 
-@scenario("92-two-mlservers", "the same for two MLServers, HTTP (JSON only) and gRPC", "0 errors", quick=False)
+@scenario("92-two-mlservers", "the same for two MLServers, HTTP (JSON only) and gRPC", "0 errors")
 async def two_mlservers(run: Run, result: Result) -> Result:
     async with real(run, [(mlserver, "http"), (mlserver, "grpc")], 60.0) as (rig, servers):
         return await killed_in_turn(run, result, rig, servers)

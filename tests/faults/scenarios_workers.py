@@ -251,7 +251,7 @@ async def reloads(run: Run, result: Result) -> Result:
 
 @scenario("46-stop", "SIGTERM under load, after a storm of SIGHUPs", "what was accepted is answered; 0 orphans")
 async def stop_under_load(run: Run, result: Result) -> Result:
-    async with workers(run, profile=Profile(rate=1.0, connections=32)) as rig:
+    async with workers(run, rate=300.0, profile=Profile(rate=1.0, connections=32)) as rig:
         rig.load.start()
         await asyncio.sleep(run.seconds(3.0, 1.0))
         for _ in range(50):
@@ -276,7 +276,7 @@ async def stop_under_load(run: Run, result: Result) -> Result:
 @scenario("46-kill-gateway", "kill -9 of the gateway under load", "its workers die with it; /dev/shm is clean")
 async def kill_gateway(run: Run, result: Result) -> Result:
     before = set(Path("/dev/shm").iterdir())
-    async with workers(run) as rig:
+    async with workers(run, rate=300.0) as rig:
         rig.load.start()
         await asyncio.sleep(run.seconds(3.0, 1.0))
         rig.gateway.child.kill()

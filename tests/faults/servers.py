@@ -37,15 +37,17 @@ async def eventually(condition: Callable[[], bool], timeout_s: float, otherwise:
 class BackendProcess:
     """One programmable backend in a process of its own. Its ports and its log stay through restarts."""
 
-    def __init__(self, name: str, folder: Path, pace: Pace, seed: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, pace: Pace, seed: int, host: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)
+    ) -> None:
         self.name = name
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.http_port, self.grpc_port = ports if ports[0] else (free_port(), free_port())
         self.log = folder / f"{name}.log"
         self._control = folder / f"{name}.sock"
         command = [
             *(sys.executable, "-m", "tests.faults.backend", "--control", str(self._control), "--log", str(self.log)),
             *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port), "--seed", str(seed)),
-            *("--base-s", str(pace.base_s), "--row-s", str(pace.row_s)),
+            *("--host", host, "--base-s", str(pace.base_s), "--row-s", str(pace.row_s)),
         ]
         self.child = Child(command, folder / f"{name}.out")
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -100,7 +102,7 @@ class BackendProcess:
 
     def _hang_up(self) -> None:
         if self._streams is not None:
-            self._streams[1].close()
+            self._streams[1].transport.abort()
             self._streams = None
 
 

@@ -19,6 +19,7 @@ from tests.faults.behaviour import Behaviour, Fault, Pace
 from tests.faults.checker import check
 from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, RIGHT, TWICE, WRONG, History
 from tests.faults.load import Load, Profile
+from tests.faults.load_grpc import GrpcLoad
 from tests.faults.processes import Child, left_behind
 from tests.faults.proxy import Proxy, Toxic
 from tests.faults.registry import SCENARIOS as REGISTERED
@@ -90,6 +91,31 @@ async def test_a_client_without_a_gateway_sees_every_fault(tmp_path: Path, fault
     # A binary answer of no rows has no blob: it cannot be told from JSON without `data`.
     assert set(outcomes) <= {outcome, MALFORMED if outcome == WRONG else outcome}
     assert load.leaks == (len(load.history) if fault is Fault.STATUS else 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        (Fault.NONE, RIGHT),
+        (Fault.SLICED, RIGHT),
+        (Fault.LIE, WRONG),
+        (Fault.ROW_LESS, WRONG),
+        (Fault.WRONG_NAME, WRONG),
+        (Fault.MISSING_OUTPUT, MALFORMED),
+        (Fault.STATUS, 500),
+        (Fault.RESET_MID, 503),
+        (Fault.GOAWAY, 503),
+        (Fault.REFUSED_STREAM, 503),
+    ],
+)
+async def test_grpcs_own_client_sees_every_fault(tmp_path: Path, fault: Fault, outcome: int) -> None:
+    async with backend(tmp_path) as made:
+        await made.behave(Behaviour(fault))
+        load = GrpcLoad(made.grpc_port, callers=2)
+        load.start()
+        await eventually(lambda: len(load.history) >= 8, 30.0, "the load stands still", every_s=0.001)
+        await load.stop()
+    assert set(load.history.window().outcomes) == {outcome}
 
 
 async def test_faults_end_after_so_many_times_and_hit_a_share(tmp_path: Path) -> None:

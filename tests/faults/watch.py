@@ -30,6 +30,7 @@ class Watch:
         self._port = port
         self._every_s = every_s
         self._task: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
     async def start(self) -> None:
         """Returns when the first answer has come."""
@@ -42,6 +43,9 @@ class Watch:
             self._task.cancel()
             await asyncio.wait([self._task])
             self._task = None
+        if self._writer is not None:
+            self._writer.transport.abort()
+            self._writer = None
 
     def first(self, backend: str, since: float, *, usable: bool) -> Change | None:
         """The first change of `backend` after `since` to a state in which it is (not) sent clients' batches."""
@@ -63,6 +67,7 @@ class Watch:
         while True:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                self._writer = writer
                 while True:
                     writer.write(b"GET /api/backends HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
                     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()

@@ -16,7 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-INSTRUMENTED = ["gateway.protocol", "gateway.ingress", "gateway.management_override", "gateway.shared_memory", "hpack"]
+INSTRUMENTED = [
+    "gateway.protocol",
+    "gateway.ingress",
+    "gateway.backends",
+    "gateway.management_override",
+    "gateway.shared_memory",
+    "hpack",
+]
 MAX_INPUT_S = 10
 MAX_RSS_MIB = 1024
 

@@ -22,7 +22,7 @@ from tests.live.gateway_process import GatewayProcess, gateway, until
 from tests.live.in_process import gather_all
 from tests.live.oip_wire import Answer, Connection, Request, Tensor, connect, decode
 
-MODELS = {"whole": models.whole_linear(), "heavy": models.slow(256, 12)}
+MODELS = {"whole": models.whole_linear(), "heavy": models.slow(256, 160)}
 CONNECTIONS = 16
 BACK_S = 60.0
 """Bound on a restart. A worker is back within a second; a loaded machine is given more."""
@@ -106,6 +106,13 @@ async def workers(served: GatewayProcess) -> list[dict[str, Any]]:
     return await asyncio.to_thread(served.workers)
 
 
+async def failed_attempts(served: GatewayProcess, *outcomes: str) -> float:
+    def count() -> float:
+        return sum(served.metric("gateway_backend_attempts_total", outcome=outcome) for outcome in outcomes)
+
+    return await asyncio.to_thread(count)
+
+
 async def all_back(served: GatewayProcess, gone: set[int]) -> float:
     """Seconds until every worker is ready again under a process id not in `gone`."""
     start = time.monotonic()
@@ -130,21 +137,21 @@ def test_killing_workers_in_turn_is_invisible_to_clients(
     async def story() -> None:
         back_s, kills = [], 0
         async with Load(served.port, alone) as load:
-            while kills < ROUNDS and (kills < 4 or max(load.attempts) < 2):
+            while kills < ROUNDS and (kills < 4 or await failed_attempts(served, "broken") == 0):
                 victim = (await workers(served))[kills % 2]["pid"]
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
                 await load.more(CONNECTIONS)
                 back_s.append(await all_back(served, {victim}))
                 await load.more(CONNECTIONS)
-        assert max(load.attempts) >= 2, "no kill hit a running batch"
+        assert await failed_attempts(served, "broken") >= 1, "no kill hit a running batch"
+        assert max(load.attempts) >= 2
         with capsys.disabled():
             print(  # noqa: T201  # the measurement is worth seeing; nothing depends on it
                 f"\n{kills} kills, {load.answered} answers, slowest {load.slowest_s:.2f} s, "
                 f"back after {max(back_s):.2f} s at most"
             )
         assert served.metric("gateway_worker_restarts_total", model="heavy") == kills
-        assert served.metric("gateway_backend_attempts_total", outcome="broken") >= 1
         assert served.metric("gateway_retries_total") >= 1
         assert served.metric("gateway_requests_total", code="200") == load.answered
         assert served.metric("gateway_queue_rows") == 0
@@ -206,16 +213,16 @@ def test_a_frozen_worker_is_replaced_and_its_batch_answered_elsewhere(
             os.kill(victim, signal.SIGSTOP)
             await all_back(served, {victim})
             await load.more(CONNECTIONS)
-        assert max(load.attempts) >= 2
-        assert served.metric("gateway_backend_attempts_total", outcome="timeout") >= 1
+        # What it had begun ran out of time; what it had not was never sent, as far as anybody is concerned.
+        assert await failed_attempts(served, "timeout", "not_sent") >= 1
 
     run(story())
 
 
 @pytest.mark.slow
 def test_input_that_never_returns_harms_nobody_else(tmp_path: Path) -> None:
-    """One request sends its model into an endless loop: it fails alone, its batch-mates and neighbours are answered,
-    and the model gets workers of its own so that the next time costs nobody anything."""
+    """One request sends its model into an endless loop: it fails alone, its batch-mates and neighbours are answered.
+    No worker dies of it, because such a run can be ended; and the next time it is not executed at all."""
     root = models.repository(tmp_path, {"looper": models.looper(), "whole": models.whole_linear()})
     alone = {"whole": Alone(models.whole_linear())}
     poison = 5
@@ -230,16 +237,18 @@ def test_input_that_never_returns_harms_nobody_else(tmp_path: Path) -> None:
             return await gather_all([ask(served.port, number) for number in range(12)])
 
     with gateway("serve", str(root), "--workers", "2") as served:
+        assert asyncio.run(ask(served.port, 3)).status == 200  # from here on it is known how long a run takes
         answers = asyncio.run(story(served))
         for number, answer in enumerate(answers):
             if number == poison:
-                assert answer.status == 502
-                assert "every attempt failed" in answer.error
+                assert answer.status == 500
+                assert "failed on this input alone" in answer.error
             else:
                 assert decode(answer)["y"][1].tolist() == [number]
-        homes = {name: worker["name"] for worker in served.workers() for name in worker["models"]}
-        assert homes["looper/1"].startswith("onnx-looper")
-        assert not homes["whole/1"].startswith("onnx-looper")
+        assert served.metric("gateway_worker_restarts_total") == 0
+        executed = served.metric("gateway_backend_attempts_total", model="looper")
+        assert asyncio.run(ask(served.port, poison)).status == 500
+        assert served.metric("gateway_backend_attempts_total", model="looper") == executed
         assert asyncio.run(ask(served.port, 3)).status == 200
 
 

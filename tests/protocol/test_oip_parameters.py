@@ -218,10 +218,11 @@ def test_requests_share_a_batch_only_with_those_that_say_the_same() -> None:
     assert len({request_with(said).key for said in different}) == len(different)
 
 
-def test_a_step_of_a_servers_sequence_runs_alone() -> None:
-    first, second = request_with({"sequence_id": 7}), request_with({"sequence_id": 7})
-    assert first.key != second.key
-    assert first.sequence == second.sequence == SequenceStep(7)
+def test_steps_of_a_servers_sequences_wait_together_apart_from_others() -> None:
+    first, second = request_with({"sequence_id": 7}), request_with({"sequence_id": 8, **OWN})
+    assert first.key == second.key
+    assert first.key not in (request_with({}).key, request_with(OWN).key)
+    assert (first.sequence, second.sequence) == (SequenceStep(7), SequenceStep(8))
     assert request_with({"sequence_id": 7}, forwarded=False).key == "key"
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 
 from tests.simulation.campaign import campaign, reduced, sweep
 from tests.simulation.controls import CONTROLS
@@ -42,7 +41,7 @@ def main() -> int:
         if chosen.json:
             last = chosen.first + chosen.stride * chosen.histories
             done = sweep(range(chosen.first, last, chosen.stride), chosen.keep_going)
-            say(json.dumps(asdict(done)))
+            say(json.dumps(done.plain()))
             return 0
         done = campaign(chosen.first, chosen.histories, chosen.processes, chosen.keep_going)
     say(done.figures())

@@ -28,6 +28,13 @@ class Campaign:
     """One text for each history in which an invariant did not hold, with its seed."""
     tally: Counter[str] = field(default_factory=Counter)
 
+    def plain(self) -> dict[str, object]:
+        """For a process to say; see `_side_by_side`."""
+        return {
+            "histories": self.histories, "cpu_seconds": self.cpu_seconds, "failures": self.failures,
+            "tally": dict(self.tally),
+        }  # fmt: skip
+
     def figures(self) -> str:
         rate = self.histories / self.cpu_seconds if self.cpu_seconds else 0.0
         happened = ", ".join(f"{count} {what}" for what, count in self.tally.most_common())

@@ -192,7 +192,8 @@ class Checker:
                     run.abandoned_at = now
         else:
             self.waiting_rows -= item.request.rows
-            alone_s = now - max(self.world.nobody_since, item.request.received)
+            since = item.attempts[-1].ended if item.attempts else item.request.received
+            alone_s = now - max(self.world.nobody_since, since)
             if alone_s > self.patience_s + GRACE_S + self.stalled_s:
                 self.violated("nobody", f"{item} waited {alone_s:.3f} s although no replica could be reached")
 
@@ -207,7 +208,9 @@ class Checker:
         failed = [run for run in item.attempts if run.kind is not None]
         has = bool(failed)  # BackendError, RetryBudgetExhausted
         if kind is DeadlineExceeded:
-            has = self.world.loop.now >= item.deadline - 1e-9
+            left_s = item.deadline - self.world.loop.now
+            # ... or a run took all its time, and what is left is too short for another one.
+            has = left_s <= 1e-9 or (left_s < PROMPT_S and any(run.kind is FailureKind.TIMEOUT for run in failed))
         elif kind is Cancelled:
             has = item.left
         elif kind is Draining:

@@ -23,6 +23,7 @@ from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher import Dispatcher
 from gateway.errors import GatewayError
 from gateway.scheduler import Scheduler
+from gateway.scheduler_replicas import BackendWatch
 from tests.simulation.histories import history
 from tests.simulation.play import play_history
 
@@ -159,7 +160,7 @@ CONTROLS: Final[dict[str, Control]] = {
         "denied", "nobody remembers what broke replicas", Denylist, "denied", returning(False), ("poison",)
     ),
     "never_gives_up": Control(
-        "nobody", "nobody is told that no replica is left", Scheduler, "_give_up", returning(None), ("storm", "outage")
+        "nobody", "nobody is told that none is left", BackendWatch, "_give_up", returning(None), ("storm", "outage")
     ),
     "expired_are_sent": Control(
         "wasted", "rows past their deadline are sent", BatchQueue, "next_deadline", returning(None)

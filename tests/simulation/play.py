@@ -114,8 +114,10 @@ class Player:
 
     def _arrives(self, arrival: Arrival, place: int = -1) -> None:
         before = self.items.get(place - arrival.again) if arrival.again else None
-        over = before is not None and (before.settled or before.refused is not None)
-        item = self.world.item(arrival, place, before if over else None)
+        if before is not None:
+            latest = self.world.sender(before)
+            before = before if latest.settled or latest.refused is not None else None
+        item = self.world.item(arrival, place, before)
         self.items[place] = item
         item.request.received = self.loop.now
         self.world.note(f"{item} arrives: {arrival}")

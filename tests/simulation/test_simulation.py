@@ -36,6 +36,14 @@ def test_the_invariants_hold_in_a_few_hundred_histories() -> None:
     assert done.histories == FEW
 
 
+def test_two_processes_play_what_one_does() -> None:
+    alone, shared = campaign(7, 31), campaign(7, 31, processes=2)
+    assert shared.failures == alone.failures == []
+    assert shared.tally == alone.tally
+    assert shared.histories == 31
+    assert shared.cpu_seconds > 0
+
+
 @pytest.mark.slow
 def test_the_invariants_hold_in_a_hundred_thousand_histories() -> None:
     done = campaign(1_000_000, MANY, processes=min(2, os.cpu_count() or 1))

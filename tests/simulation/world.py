@@ -410,6 +410,10 @@ class World:
             self.senders[made.nonces[0] // NONCES] = made
         return made
 
+    def sender(self, item: Item) -> Item:
+        """Who sent the bytes of `item` last."""
+        return self.senders[item.nonces[0] // NONCES]
+
     def run_of(self, replica: ScriptedReplica, batch: Batch) -> Run:
         run = Run(len(self.runs), replica, batch, self.loop.now)
         self.runs.append(run)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
-from gateway.workers.deadlines import Sweep
+from gateway.workers.deadlines import LATE_S, Sweep
 from tests.workers.rig import until
 
 
@@ -46,4 +47,28 @@ async def test_later_deadlines_do_not_arm_it_again() -> None:
     assert sweep._handle is handle
     sweep.watch(sweep.loop.time() + 500)
     assert sweep._handle is not handle
+    sweep.stop()
+
+
+async def test_a_loop_that_stood_still_gives_the_others_time_once() -> None:
+    """Late by no fault of theirs: nothing is done the first time, and it is not put off for ever."""
+    sweep = Sweep(asyncio.get_running_loop())
+    source = Source(sweep.loop.time() + 0.01)
+    sweep.channels.add(source)
+    sweep.watch(min(source.deadlines))
+    fired: list[bool] = []
+    fire = sweep._fire
+
+    def watched() -> None:
+        fire()
+        fired.append(bool(source.expired))
+
+    handle = sweep._handle
+    assert handle is not None
+    handle.cancel()
+    sweep._handle = sweep.loop.call_at(handle.when(), watched)
+    time.sleep(LATE_S + 0.02)  # the loop stands still
+    await until(lambda: bool(fired), "fired")
+    assert fired == [False]
+    await until(lambda: bool(source.expired), "expired")
     sweep.stop()
