@@ -180,10 +180,6 @@ class Lanes:
         """The groups of the other two, in the order in which they are to be looked at."""
         return [*self._retry.values(), *self._sequences.values()]
 
-    def waits(self, sequence: object) -> bool:
-        """Whether steps of `sequence` wait: a later one must not overtake them."""
-        return sequence in self._sequences
-
     def take(self, waiting: Waiting, max_rows: int, one: bool = False) -> list[InferRequest]:
         """The first of its members that fit `max_rows`, at least one; `one`: no more than that. They are out."""
         taken: list[InferRequest] = []

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from gateway.backends.binding import Binding, BoundReplica
 from gateway.backends.interface import Failure, Replica
@@ -126,6 +126,21 @@ class LoadedModel(Protocol):
     async def unload(self) -> None: ...
 
 
+@runtime_checkable
+class Bounded(Protocol):
+    """A `LoadedModel` some of whose replicas take no more than so many rows at once."""
+
+    @property
+    def most_rows(self) -> int:
+        """0: any number."""
+
+
+def _chosen_rows(loaded: LoadedModel) -> int:
+    """The size of batches where nobody states one."""
+    most = loaded.most_rows if isinstance(loaded, Bounded) else 0
+    return min(CHOSEN_MAX_BATCH_SIZE, most) if most else CHOSEN_MAX_BATCH_SIZE
+
+
 def refuse_not_yet(scheduling: Scheduling) -> None:
     """Raises ConfigError: the model asks for what is read and not built."""
     asked = {
@@ -174,7 +189,7 @@ async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedM
         trial = await _trial(wanted, loaded, _tried(wanted, loaded, whole=not size), outputs, None)
         await _warm_up(wanted, loaded, spec, trial)
         return Settled(spec, spent_s(trial), probe_of(spec, loaded, trial))
-    limit = wanted.max_batch_size or CHOSEN_MAX_BATCH_SIZE
+    limit = wanted.max_batch_size or _chosen_rows(loaded)
     # Who states a size without a proof may refuse more rows than that.
     rows = min(batchability.PROOF_ROWS, limit if wanted.independent else max(limit, 2))
     tried = _tried(wanted, loaded, whole=False)

@@ -17,7 +17,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
@@ -37,6 +36,7 @@ from gateway.errors import (
     Unsupported,
 )
 from gateway.loading import WantedVersion
+from gateway.management_fingerprints import fingerprints
 from gateway.management_override import Override, overridden, read_override
 from gateway.management_servers import NoServers, Servers
 from gateway.protocol.model_config import ModelConfig
@@ -98,7 +98,7 @@ class Repository:
         chosen = self._config.server.load_models
         if self._mode != "explicit" or ALL in chosen:
             wanted = plan.versions(self._config, self._load)
-            self._seen = self._fingerprints(self._config)
+            self._seen = fingerprints(self._config)
             return wanted
         faults: list[Fault] = []
         found: list[WantedVersion] = []
@@ -358,7 +358,7 @@ class Repository:
             return await self._poll()
 
     async def _poll(self) -> list[str]:
-        now = await asyncio.to_thread(self._fingerprints, self._config) | self._servers.settings()
+        now = await asyncio.to_thread(fingerprints, self._config) | self._servers.settings()
         for name in sorted(self._seen.keys() - now.keys()):
             log.info("model %s has left the repository and is unloaded", name)
             async with self._turn(name):
@@ -392,29 +392,6 @@ class Repository:
         failed = await self.poll() if self._mode != "explicit" else []
         await self._servers.reconcile()
         return failed
-
-    @staticmethod
-    def _fingerprints(config: Config) -> dict[str, object]:
-        """Settings, and path, size and time of every file, of every model; runs in a thread."""
-        found: dict[str, object] = {}
-        for name in model_names(config):
-            located = locate_model(config, name)
-            if located is not None:
-                entry, place = located
-                files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.is_file()]
-                # Backends come and go without a load; whether there are any decides what a load makes.
-                own = entry.model_dump_json(exclude={"backends"})
-                settings = (own, bool(entry.backends), config.defaults.model_dump_json(), config.instances)
-                found[name] = (settings, *[_look(path) for path in files])
-        return found
-
-
-def _look(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return str(path), -1, -1
-    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _cause(version: ServedVersion) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Awaitable, Collection, Container, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
+
+import orjson
 
 from gateway.backends.remote_endpoint import RemoteError, RemoteModel
 from gateway.backends.remote_server import RemoteServer
@@ -22,8 +24,12 @@ from gateway.remote_versions import MAX_VERSIONS, Offer, advice, usable_versions
 
 log = logging.getLogger("gateway.backends")
 
+T = TypeVar("T")
+
 PARALLEL: Final = 8
 """Servers that are asked whether they are there at one time, and questions to one server about its models."""
+MAX_RAW_BYTES: Final = 16_384
+"""Of a model's metadata as its server wrote it: more is not kept to be shown."""
 PATIENCE: Final = 3
 """Questions in a row without an answer after which a server counts as silent."""
 
@@ -110,7 +116,7 @@ class Census:
                 try:
                     async with asyncio.timeout(START_S):
                         if site in sources:
-                            ready = dict.fromkeys(e.name for e in await server.index() if e.ready)
+                            ready = dict.fromkeys(e.name for e in await _readable(server.index()) if e.ready)
                             self._index[server] = tuple(ready)
                         else:
                             await server.connect()
@@ -153,7 +159,7 @@ class Census:
     async def _asked(self, line: Line, server: RemoteServer, version: str) -> RemoteModel | None:
         try:
             async with asyncio.timeout(START_S):
-                found = await server.model(line.model, version)
+                found = await _readable(server.model(line.model, version))
             usable = usable_versions(found.versions)
             if found.versions and not usable:
                 raise RemoteError(f"none of the versions of '{line.model}' that it lists has a usable name")
@@ -167,7 +173,8 @@ class Census:
                 self._heard.pop((server, line.model, version), None)
             return None
         self._unanswered[server] = 0
-        return replace(found, versions=usable)
+        small = len(orjson.dumps(found.raw)) <= MAX_RAW_BYTES
+        return replace(found, versions=usable, raw=found.raw if small else {})
 
     def _note_silence(self, server: RemoteServer, error: RemoteError | TimeoutError) -> None:
         """A server that went away, or answers nothing any more, is not waited for again and again."""
@@ -182,6 +189,11 @@ class Census:
 
     def offers(self, model: Redundant) -> list[Offer]:
         return [self.offer(line, server) for line, server in model.servers()]
+
+    def most_rows(self, model: Redundant) -> int:
+        """What all of its servers that were heard of take at once; 0: none of them states a limit."""
+        known = [self._heard.get((server, line.model, line.pinned)) for line, server in model.servers()]
+        return min([said.max_batch_size for said in known if said is not None and said.max_batch_size], default=0)
 
     def unheard(self, model: Redundant) -> bool:
         """Whether one of its servers that answer did not say yet what it has."""
@@ -202,3 +214,14 @@ class Census:
             if cause := self._lacking.get((server, line.model, line.pinned), ""):
                 causes.append(f"{server.endpoint.url}: {cause}")
         return "; ".join(causes) or "none has it"
+
+
+async def _readable(answer: Awaitable[T]) -> T:
+    """Raises RemoteError, whatever a server may have said."""
+    try:
+        return await answer
+    except (RemoteError, TimeoutError):
+        raise
+    except Exception as error:
+        log.exception("what a server says of its models could not be read")
+        raise RemoteError(f"what it says of its models could not be read: {type(error).__name__}") from error

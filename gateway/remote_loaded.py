@@ -74,9 +74,11 @@ class RemoteLoaded:
 class MixedLoaded:
     """Fits `loading.LoadedModel`: instances on workers, which define the signature, and remote servers beside them."""
 
-    def __init__(self, local: LoadedModel, side: RemoteSide) -> None:
+    def __init__(self, local: LoadedModel, side: RemoteSide, most_rows: int = 0) -> None:
+        """`most_rows`: what all of the servers that were heard of take at once; 0: they do not say."""
         self.local = local
         self.side = side
+        self.most_rows = most_rows
 
     @property
     def replicas(self) -> Sequence[Replica]:

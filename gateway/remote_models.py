@@ -128,7 +128,9 @@ class RemoteModels:
     def mixed(self, name: str, loaded: LoadedModel) -> LoadedModel:
         """What was loaded on workers, with room for the servers beside it, if the configuration names any."""
         model = self._models.get(name)
-        return loaded if model is None or not model.mixed else MixedLoaded(loaded, RemoteSide())
+        if model is None or not model.mixed:
+            return loaded
+        return MixedLoaded(loaded, RemoteSide(), self.census.most_rows(model))
 
     def attach(self, version: ServedVersion) -> None:
         """A version was loaded and is about to serve; its other replicas follow."""

@@ -17,10 +17,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from gateway.backends.interface import Replica
-from gateway.core.admission import Rejected, admit, admit_beside, admit_in_order, admit_to_level, deadline_of
+from gateway.core.admission import admit, deadline_of
 from gateway.core.arrival_order import ArrivalOrder, Told
 from gateway.core.batch import FinishedBatch
 from gateway.core.batch_queue import BatchQueue, Group, QueueStatistics
@@ -35,12 +34,12 @@ from gateway.errors import (
     Cancelled,
     DeadlineExceeded,
     GatewayError,
-    PoisonRequest,
     QueueTimeout,
     Refused,
 )
 from gateway.observe.record import ModelStatistics
 from gateway.observe.request_trace import ModelTracer
+from gateway.scheduler_door import Door
 from gateway.scheduler_replicas import NO_BACKEND_S, NO_REMOTE_S, BackendWatch, FleetAccess
 from gateway.scheduler_timer import TIMER_SLACK_S, Timer, earlier
 
@@ -77,8 +76,6 @@ class Scheduler(FleetAccess):
         """The queue, where the model has priority levels or queue policies."""
         self._queue: BatchQueue = self._levels or BatchQueue()
         self._order = ArrivalOrder() if stated.preserve_ordering else None
-        self._plain = bounded and self._levels is None and self._order is None
-        self._bounded = bounded
         self._now = clock  # the loop's own time is cached and, on uvloop, rounded to milliseconds
         rng = rng or random.Random()  # noqa: S311 - which replica goes first is no secret
         self._dispatcher = Dispatcher(spec, statistics, clock, self, row_s, rng)
@@ -86,11 +83,11 @@ class Scheduler(FleetAccess):
         self._let_more_in = False
         """Whether the pump should let the loop turn once more before it decides."""
         self._timer = Timer(self._loop, clock, self._pump)
-        self._closed: GatewayError | None = None
         self._idle = asyncio.Event()
-        self._watch = BackendWatch(self._dispatcher, self._loop, clock, self.fail_waiting)
+        self._watch = BackendWatch(self._dispatcher, self._loop, clock, self.fail_waiting, self.kick)
+        self._door = Door(spec, self._queue, self._order, self._dispatcher, self._watch, statistics, clock, bounded)
         for replica in replicas:
-            self._join(replica)
+            self._watch.join(replica)
         self._watch.look(clock())
 
     # -- what callers do -----------------------------------------------------------------------------------------
@@ -112,62 +109,32 @@ class Scheduler(FleetAccess):
         self._admit(whole)
         if self._dispatcher.failures.denies:
             for part in parts:
-                self._keep_out(part)
+                self._door.keep_out(part)
         if self._order is not None:
             self._keep_in_order(whole, self._order)
         for part in parts:
             self._accept(part)
 
     def _admit(self, request: InferRequest) -> None:
-        if self._closed is not None or self._watch.hopeless is not None:
-            self._refuse()
+        if self._door.closed is not None or self._watch.hopeless is not None:
+            self._door.refuse()
         dispatcher = self._dispatcher
         if dispatcher.failures.denies:
-            self._keep_out(request)
-        if self._plain and not dispatcher.lanes.count:
+            self._door.keep_out(request)
+        if self._door.plain and not dispatcher.lanes.count:
             rejected = admit(self._queue, self._policy, request)
         else:
-            rejected = self._why_not(request)
+            rejected = self._door.why_not(request)
         if rejected is None:
             return
         if self._pumping and dispatcher.fleet.choose(self._now(), 1) is not None:
             # Who came in this very turn only waits because nothing was handed out yet: that is no reason to refuse.
             self._let_more_in = False
             self._pump()
-            rejected = self._why_not(request)
+            rejected = self._door.why_not(request)
         if rejected is not None:
             self.statistics.reject(rejected.reason)
             raise rejected.error(rejected.message)
-
-    def _refuse(self) -> None:
-        """Raises what newcomers are told, unless it was for want of a backend and one has become usable by itself."""
-        if self._watch.since is not None:
-            self._watch.look(self._now())
-        refusal = self._closed or self._watch.hopeless
-        if refusal is not None:
-            self.statistics.reject(refusal.reason)
-            raise type(refusal)(str(refusal))
-
-    def _keep_out(self, request: InferRequest) -> None:
-        """Raises PoisonRequest: it broke backends before, all by itself."""
-        if self._dispatcher.failures.denied(request, self._now()):
-            self.statistics.reject(PoisonRequest.reason)
-            raise PoisonRequest(
-                f"model '{self.spec.name}' failed on this very input alone a short while ago; it is not executed again"
-            )
-
-    def _why_not(self, request: InferRequest) -> Rejected | None:
-        if not self._bounded:
-            return None
-        lanes = self._dispatcher.lanes
-        rejected = admit(self._queue, self._policy, request)
-        if rejected is None and lanes.count:
-            rejected = admit_beside(self._queue, lanes.rows, lanes.nbytes, self._policy, request)
-        if rejected is None and self._order is not None:
-            rejected = admit_in_order(self._queue, self._order, self._policy, request)
-        if rejected is None and self._levels is not None:
-            rejected = admit_to_level(self._levels, request)
-        return rejected
 
     def _accept(self, request: InferRequest) -> None:
         request.owner = self
@@ -191,7 +158,7 @@ class Scheduler(FleetAccess):
 
     def close(self, error: GatewayError) -> None:
         """Refuse new requests with `error` from now on; those inside are still answered."""
-        self._closed = error
+        self._door.closed = error
 
     def fail_waiting(self, error: GatewayError) -> None:
         """Settle everyone who waits with `error`, and who comes back from a failed batch later, until a replica is
@@ -203,7 +170,7 @@ class Scheduler(FleetAccess):
                 self._settle(request, error)
 
     def reopen(self) -> None:
-        self._closed = None
+        self._door.closed = None
         self._watch.forget()
         self.kick()
 
@@ -218,19 +185,12 @@ class Scheduler(FleetAccess):
 
     def add_replica(self, replica: Replica) -> None:
         """It takes part from now on, slowly at first."""
-        self._join(replica)
+        self._watch.join(replica)
         self.kick()
 
     async def remove_replica(self, replica: Replica) -> None:
         """No batch goes there any more; returns when those under way are over. Harmless for one that is not here."""
-        member = self._dispatcher.member_of(replica)
-        if member is None:
-            return
-        replica.set_listener(_nobody_listens)
-        over = asyncio.Event()
-        self._dispatcher.leave(member, over.set)
-        self.kick()
-        await over.wait()
+        await self._watch.part_from(replica)
 
     async def drained(self) -> None:
         """Returns when no accepted request is unsettled and no batch is running."""
@@ -475,21 +435,3 @@ class Scheduler(FleetAccess):
     def _check_drained(self) -> None:
         if not (self._queue.unsettled or self._dispatcher.running):
             self._idle.set()
-
-    # -- replicas come and go --------------------------------------------------------------------------------------
-
-    def _join(self, replica: Replica) -> None:
-        member = self._dispatcher.join(replica)
-        replica.set_listener(partial(self._replica_changed, member))
-
-    def _replica_changed(self, member: Member) -> None:
-        now = self._now()
-        self._dispatcher.fleet.availability_changed(member, now)
-        self._dispatcher.fleet_changed()
-        if self._dispatcher.reachable(now):
-            self._watch.hopeless = None
-        self.kick()
-
-
-def _nobody_listens() -> None:
-    """A replica that was removed has nothing to say any more."""

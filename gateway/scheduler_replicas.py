@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from gateway.core.fleet import Fleet
+from gateway.backends.interface import Replica
+from gateway.core.fleet import Fleet, Member
 from gateway.dispatcher import Dispatcher, Observer
 from gateway.errors import GatewayError, NoBackend
 
@@ -67,9 +69,9 @@ class FleetAccess:
 
 
 class BackendWatch:
-    """Whether there is anyone to wait for. See the module's docstring."""
+    """Who there is, and whether there is anyone to wait for. See the module's docstring."""
 
-    __slots__ = ("_dispatcher", "_given_up", "_loop", "_now", "hopeless", "since")
+    __slots__ = ("_dispatcher", "_given_up", "_kick", "_loop", "_now", "hopeless", "since")
 
     def __init__(
         self,
@@ -77,8 +79,9 @@ class BackendWatch:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         given_up: Callable[[GatewayError], None],
+        kick: Callable[[], None],
     ) -> None:
-        """`given_up`: told what those who wait are to be told."""
+        """`given_up`: told what those who wait are to be told. `kick`: looks at whoever waits again."""
         self.since: float | None = None
         """Since when no replica can be reached; None: one can, or nobody has looked."""
         self.hopeless: GatewayError | None = None
@@ -87,6 +90,35 @@ class BackendWatch:
         self._loop = loop
         self._now = clock
         self._given_up = given_up
+        self._kick = kick
+
+    # -- who there is ----------------------------------------------------------------------------------------------
+
+    def join(self, replica: Replica) -> None:
+        """Batches may go there; what happens to it is heard of from now on."""
+        member = self._dispatcher.join(replica)
+        replica.set_listener(partial(self._changed, member))
+
+    async def part_from(self, replica: Replica) -> None:
+        """No batch goes there any more; returns when those under way are over. Harmless for one that is not here."""
+        member = self._dispatcher.member_of(replica)
+        if member is None:
+            return
+        replica.set_listener(_nobody_listens)
+        over = asyncio.Event()
+        self._dispatcher.leave(member, over.set)
+        self._kick()
+        await over.wait()
+
+    def _changed(self, member: Member) -> None:
+        now = self._now()
+        self._dispatcher.fleet.availability_changed(member, now)
+        self._dispatcher.fleet_changed()
+        if self._dispatcher.reachable(now):
+            self.hopeless = None
+        self._kick()
+
+    # -- whether anyone can be reached -----------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
         """Start, or stop, to count how long nobody could take a batch."""
@@ -111,3 +143,7 @@ class BackendWatch:
 
     def __repr__(self) -> str:
         return f"<BackendWatch {'reachable' if self.since is None else f'nobody since {self.since:.3f}'}>"
+
+
+def _nobody_listens() -> None:
+    """A replica that was removed has nothing to say any more."""

@@ -102,13 +102,21 @@ async def test_workers_that_crash_for_good_leave_the_servers_serving(folder: Pat
         assert subject.version().state is ModelState.READY
 
 
-async def test_a_server_that_takes_fewer_rows_than_the_workers_stays_out(folder: Path) -> None:
+async def test_a_size_that_nobody_states_is_one_that_the_servers_take(folder: Path) -> None:
     async with serving() as a, rig(mixed(folder, Backend(url=url(a)))) as subject:
         Loads(subject)
         a.config["max_batch_size"] = 4
         assert await subject.start() == []
-        assert subject.version().spec.policy.max_batch_size == 64
-        await until(lambda: "it takes at most 4 rows, and batches have up to 64" in subject.replica(a).cause)
+        assert subject.version().spec.policy.max_batch_size == 4
+        await subject.all_available(2)
+
+
+async def test_a_server_that_takes_fewer_rows_than_stated_stays_out(folder: Path) -> None:
+    entry = double(Backend(url="http://127.0.0.1:1"), source=str(folder), max_batch_size=9)
+    async with serving() as a, rig(entry.model_copy(update={"backends": (Backend(url=url(a)),)})) as subject:
+        Loads(subject)
+        assert await subject.start() == []
+        await until(lambda: "it takes at most 8 rows, and batches have up to 9" in subject.replica(a).cause)
         assert (await subject.ask(2.0))[0].backend == "onnx-1"
 
 

@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway import loading_trial, management_repository, remote_census, remote_models, remote_sites, remote_versions
+from gateway import (
+    loading_trial,
+    management_repository,
+    plan,
+    remote_census,
+    remote_models,
+    remote_sites,
+    remote_versions,
+)
 from gateway.backends.remote_addresses import Addresses
+from gateway.backends.remote_server import RemoteServer
 from gateway.config import Backend, Config, ModelEntry, ModelKeys
 from gateway.protocol.schema import message
 from tests.backends.oip_server import Reply, binary_answer, http_json, serving
@@ -194,6 +203,31 @@ async def test_metadata_that_nobody_should_send_harms_nobody(metadata: Any) -> N
                 assert all(len(text) < 1500 and text.isprintable() for text in texts), texts
                 assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", version.version)
             assert (await subject.ask(2.0, "other"))[1] == [4.0, 1.0]
+
+
+async def test_what_cannot_be_read_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def deep(*_: object, **__: object) -> Any:
+        raise RecursionError
+
+    async with serving() as a:
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteServer, "model", deep)
+            async with rig(double(Backend(url=url(a)))) as subject:
+                (failed,) = await subject.start()
+                assert "could not be read: RecursionError" in failed.reason
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteServer, "index", deep)
+            async with rig(ModelEntry(source=url(a))) as subject:
+                assert await subject.start() == []
+                assert "could not be read: RecursionError" in subject.remotes.obstacle()
+
+
+async def test_metadata_too_long_to_be_shown_is_not_kept() -> None:
+    async with serving() as a:
+        a.metadata["more"] = "x" * 100_000
+        async with rig(double(Backend(url=url(a)))) as subject:
+            assert await subject.start() == []
+            assert plan.manifest_of(subject.version())["backends"][0]["metadata"] == {}
 
 
 async def test_of_countless_versions_the_newest_are_served() -> None:

@@ -260,7 +260,7 @@ class Loose(PolicyQueue):
 async def test_a_broken_promise_is_seen(sabotage: Callable[[PolicyQueue], None], seen: str) -> None:
     bench = Bench(BatchPolicy(LIMIT), scheduling=STATED)
     queue = Loose(STATED)
-    bench.scheduler._queue = bench.scheduler._levels = queue
+    bench.scheduler._queue = bench.scheduler._levels = bench.scheduler._door._queue = queue
     sabotage(queue)
     with pytest.raises(AssertionError, match=seen):
         await run(bench, HISTORY)

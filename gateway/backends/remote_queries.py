@@ -336,7 +336,10 @@ def signature_fault(
     the server does not describe is not judged.
     """
     if found.max_batch_size and found.max_batch_size < max_rows:
-        return f"signature mismatch: it takes at most {found.max_batch_size} rows, and batches have up to {max_rows}"
+        return (
+            f"signature mismatch: it takes at most {found.max_batch_size} rows, and batches have up to {max_rows} "
+            "(max_batch_size)"
+        )
     for role, wanted, given in (("input", inputs, found.inputs), ("output", outputs, found.outputs)):
         if not given:
             continue

@@ -297,9 +297,10 @@ def test_who_proved_itself_is_as_good_as_before() -> None:
 
 
 def test_a_worker_is_given_ten_times_the_longest_run_and_five_seconds_at_least() -> None:
-    time = BatchTime(row_s=0.5)
+    time = BatchTime()
     assert time.worker_timeout_s(4, 30.0) == 30.0
     assert time.worker_timeout_s(4, 1.0) == WORKER_TIMEOUT_FLOOR_S
+    assert BatchTime(row_s=1.0).worker_timeout_s(4, 300.0) == pytest.approx(40.0), "the trial at load counts as seen"
     time.observe(4, 2.0, 0.0)
     assert time.worker_timeout_s(4, 30.0) == pytest.approx(20.0)
     assert time.worker_timeout_s(8, 30.0) == pytest.approx(40.0, rel=0.02), "by rows"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gateway.core.batchability import (
     ATOL_OF_SCALE,
     HALF_RTOL,
+    MAX_TRIAL_ELEMENTS,
     PROOF_ROWS,
     RTOL,
     VARIABLE_DIMS,
@@ -195,3 +196,12 @@ def test_signatures_that_rule_batching_out() -> None:
     assert obstacle((good,), (SignatureTensor("y", FP32, ()),)) == "output 'y' has no dimensions"
     fixed = obstacle((SignatureTensor("x", FP32, (1, 4)),), (good,))
     assert fixed == "the first dimension of input 'x' is fixed to 1"
+
+
+def test_no_trial_is_larger_than_memory_may_bear() -> None:
+    rng = np.random.default_rng(1)
+    wide = SignatureTensor("x", DATATYPE["FP32"], (None, MAX_TRIAL_ELEMENTS // 2 + 1))
+    assert list(trial_inputs((wide,), 2, rng)) == []
+    many = SignatureTensor("x", DATATYPE["FP32"], (None, None, None, None, None))
+    first = next(trial_inputs((many,), 1, rng))  # the smaller sizes are tried
+    assert 0 < element_count(first[0].shape) <= MAX_TRIAL_ELEMENTS

@@ -74,9 +74,9 @@ async def all_leave(run: Run, result: Result) -> Result:
             began = asyncio.get_running_loop().time()
             result.injected += burst.history.window().left
             with contextlib.suppress(AssertionError):
-                await eventually(lambda: _in_flight(rig) == 0, 2.0, "batches are still in flight", every_s=0.005)
+                await eventually(lambda: _in_flight(rig) == 0, 20.0, "batches are still in flight", every_s=0.005)
             result.recover_s = max(result.recover_s or 0.0, asyncio.get_running_loop().time() - began)
-            result.at_most("batches in flight 2 s after the last client left", _in_flight(rig), 0)
+            result.at_most("batches in flight long after the last client left", _in_flight(rig), 0)
             await rig.backends[0].behave()
         rig.load.start()
         await rig.inject()

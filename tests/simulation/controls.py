@@ -23,6 +23,7 @@ from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher import Dispatcher
 from gateway.errors import GatewayError
 from gateway.scheduler import Scheduler
+from gateway.scheduler_door import Door
 from gateway.scheduler_replicas import BackendWatch
 from tests.simulation.histories import history
 from tests.simulation.play import play_history
@@ -146,7 +147,7 @@ CONTROLS: Final[dict[str, Control]] = {
         "I4", "the retry budget never refuses", RetryBudget, "withdraw", returning(True), ("outage",)
     ),
     "rows_never_returned": Control("I5", "a failed batch keeps a row in flight", Fleet, "failed", kept),
-    "no_bound": Control("I6", "everybody is let in", Scheduler, "_why_not", returning(None), ("overload",)),
+    "no_bound": Control("I6", "everybody is let in", Door, "why_not", returning(None), ("overload",)),
     "no_second_attempt": Control("answered", "the retry budget is empty", RetryBudget, "withdraw", returning(False)),
     "cancellation_counts": Control(
         "calm", "a cancelled attempt is a broken one", Fleet, "failed", cancellation_counts, ("calm",)
