@@ -242,7 +242,8 @@ class BatchTime:
     def worker_timeout_s(self, rows: int, latest_s: float) -> float:
         """The same for a worker of ours, where giving up kills a process: 10 × the longest run, at least 5 s.
 
-        `latest_s`: seconds until the latest deadline among the members, which bounds it while nobody knows how long a row takes, not even from the trial at load.
+        `latest_s`: seconds until the latest deadline among the members, which bounds it while nobody knows how long a
+        row takes, not even from the trial at load.
         """
         if not self._peak_row_s:
             return max(WORKER_TIMEOUT_FLOOR_S, latest_s)
