@@ -139,7 +139,9 @@ def of_grpc() -> dict[str, Attack]:
         "other streams": mine(lambda stream: grpc_frames(stream + 2, evil)),
         "even stream": mine(lambda stream: grpc_frames(2, evil)),
         "before it was asked": mine(lambda stream: grpc_frames(stream, None, 13, "no") + grpc_frames(stream + 2, evil)),
-        "huge frame": mine(lambda stream: b"\xff\xff\xff\0\0" + struct.pack(">L", stream), "flood"),
+        "huge frame": lambda asked: Reply(
+            b"\xff\xff\xff\0\0" + struct.pack(">L", asked.stream), "flood", more=bytes(FLOOD)
+        ),
         "table bomb": lambda asked: Reply(
             frame(1, 4, asked.stream, b"\x40\1a\x7f\xa1\x1e" + b"x" * 4000 + b"\xbe" * 60_000), "hang"
         ),
