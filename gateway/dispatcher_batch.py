@@ -65,9 +65,9 @@ class RunningBatch:
         self.suspects: Member | None = None
         """Who is to blame if these rows succeed here."""
         self.twin: RunningBatch | None = None
-        """The same members on another replica, while both are under way."""
-        self.failed_twins: tuple[tuple[Member, Failure], ...] = ()
-        """Where the same members failed meanwhile, and how."""
+        """The same members, as far as they were alive, on another replica, while both are under way."""
+        self.failed_twins: tuple[tuple[RunningBatch, Failure], ...] = ()
+        """Other attempts for the same members that failed meanwhile, and how."""
         self.second = False
         """It was sent because its twin is late."""
         self.over = False

@@ -110,11 +110,11 @@ class Failures:
         if not members:
             self._owner.batch_returned()
             return
-        for member, earlier in batch.failed_twins:
-            self._remember(batch, member, members, earlier)
-        self._remember(batch, batch.member, members, failure)
-        culprit, failure = _decisive(batch, failure)
-        verdict = after_failure(self._case(batch, culprit, members, failure, now))
+        for twin, earlier in batch.failed_twins:
+            self._remember(twin, members, earlier)
+        self._remember(batch, members, failure)
+        batch, failure = _decisive(batch, failure)
+        verdict = after_failure(self._case(batch, members, failure, now))
         self._log(batch, members, failure, verdict, now)
         error = self._final_error(verdict, failure)
         if error is not None:
@@ -122,11 +122,12 @@ class Failures:
                 self._condemn(members, now)
             self._owner.batch_failed(members, error)
             return
-        self._again(batch, culprit, members, failure, verdict, now)
+        self._again(batch, members, failure, verdict, now)
         self._owner.batch_returned()
 
     @staticmethod
-    def _remember(batch: RunningBatch, replica: Member, members: list[InferRequest], failure: Failure) -> None:
+    def _remember(batch: RunningBatch, members: list[InferRequest], failure: Failure) -> None:
+        replica = batch.member
         taken = ran(failure.kind)
         broken = int(counts(failure.kind, failure.sign))
         # What a worker says of the input, every worker would say.
@@ -144,11 +145,9 @@ class Failures:
             if not taken:
                 request.attempt -= 1
 
-    def _case(
-        self, batch: RunningBatch, culprit: Member, members: list[InferRequest], failure: Failure, now: float
-    ) -> FailedBatch:
+    def _case(self, batch: RunningBatch, members: list[InferRequest], failure: Failure, now: float) -> FailedBatch:
         resilience = self._spec.resilience
-        remote = culprit.kind == "oip"
+        remote = batch.member.kind == "oip"
         troubles = [trouble_of(request) for request in members]
         return FailedBatch(
             len(batch.members),  # those who left were executed too: who is left was not alone
@@ -189,13 +188,7 @@ class Failures:
     # -- another attempt -------------------------------------------------------------------------------------------
 
     def _again(
-        self,
-        batch: RunningBatch,
-        culprit: Member,
-        members: list[InferRequest],
-        failure: Failure,
-        verdict: Verdict,
-        now: float,
+        self, batch: RunningBatch, members: list[InferRequest], failure: Failure, verdict: Verdict, now: float
     ) -> None:
         if failure.kind is FailureKind.TIMEOUT:
             members = self._in_time(members, self._fleet.soonest_s(batch.rows, now), now)
@@ -212,7 +205,7 @@ class Failures:
         if batch.lane is Lane.SEQUENCE:
             lanes.park(members[0], batch.place, pause, first=True)
         elif verdict is Verdict.HALVE:
-            polite = failure.kind is FailureKind.SUSPECT and culprit.kind == "onnx"
+            polite = failure.kind is FailureKind.SUSPECT and batch.member.kind == "onnx"
             lane = Lane.ISOLATED if polite and batch.lane is not Lane.QUARANTINE else Lane.QUARANTINE
             middle = (len(members) + 1) // 2
             for half in filter(None, (members[:middle], members[middle:])):
@@ -223,7 +216,7 @@ class Failures:
         elif verdict is Verdict.QUARANTINE or batch.isolated:
             lane = batch.lane if calm and batch.lane is not None else Lane.QUARANTINE
             # Whoever refused politely is to blame if the same rows succeed elsewhere; the rest was counted already.
-            suspects = batch.suspects if calm else culprit if failure.kind is FailureKind.SUSPECT else None
+            suspects = batch.suspects if calm else batch.member if failure.kind is FailureKind.SUSPECT else None
             if len(members) < len(batch.members):
                 suspects = None
             lanes.isolate(lane, members, _tried(members), suspects=suspects, not_before=pause, first=calm)
@@ -278,9 +271,9 @@ class Failures:
         )  # fmt: skip
 
 
-def _decisive(batch: RunningBatch, failure: Failure) -> tuple[Member, Failure]:
+def _decisive(batch: RunningBatch, failure: Failure) -> tuple[RunningBatch, Failure]:
     """Of a batch and its twins, the last failure that means something for the members, and whose it was."""
-    failures = [*batch.failed_twins, (batch.member, failure)]
+    failures = [*batch.failed_twins, (batch, failure)]
     return next((found for found in reversed(failures) if not _blameless(found[1])), failures[-1])
 
 

@@ -1,6 +1,7 @@
 """The second, simultaneous attempt of a batch that is late: sent to an idle replica, and the first answer wins.
 
-Whether a batch may be hedged is decided in core/hedging.py; here it is carried out. The twin has the same members.
+Whether a batch may be hedged is decided in core/hedging.py; here it is carried out. The twin has the members who still
+wait.
 Rules: the first answer is everybody's, the other attempt is cancelled and told nobody; while one of the two is under
 way, a failure of the other is nobody's; if both fail, both replicas have failed these rows. Only batches from the queue
 are hedged, and no steps of sequences: whoever waited in a lane had a second attempt already, and a step is executed
@@ -65,12 +66,13 @@ class Hedges:
         return wake
 
     def _send(self, batch: RunningBatch, other: Member, now: float) -> None:
-        self.share.spend(len(batch.alive))
-        twin = RunningBatch(batch.sender, batch.members, batch.rows, batch.reason, other)
+        members = batch.alive
+        self.share.spend(len(members))
+        twin = RunningBatch(batch.sender, members, sum([request.rows for request in members]), batch.reason, other)
         twin.deadline, twin.attempt = batch.deadline, batch.attempt + 1
         twin.second = True
         batch.twin, twin.twin = twin, batch
-        for request in batch.members:
+        for request in members:
             request.attempt += 1
         self._execute(twin, now)
 
@@ -81,8 +83,9 @@ class Hedges:
 
     def failed(self, batch: RunningBatch, twin: RunningBatch, failure: Failure) -> None:
         """`batch` failed while its twin is still under way: nothing is lost yet."""
-        twin.failed_twins = (*twin.failed_twins, (batch.member, failure))
-        if failure.kind is FailureKind.SUSPECT and batch.member.kind == "oip":
+        twin.failed_twins = (*twin.failed_twins, (batch, failure))
+        same_rows = batch.rows == twin.rows
+        if failure.kind is FailureKind.SUSPECT and batch.member.kind == "oip" and same_rows:
             twin.suspects = batch.member
         if batch.second:
             self._statistics.hedge("failed")

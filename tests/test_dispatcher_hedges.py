@@ -131,6 +131,20 @@ async def test_a_step_of_a_sequence_is_never_sent_twice() -> None:
 
 
 @simulated
+async def test_only_those_who_still_wait_are_sent_twice() -> None:
+    bench = hedging_bench(["oip", "oip"])
+    leaver, _, stays = bench.send(), bench.send(), bench.send()
+    first = await bench.backend.expect_batch(rows=3)
+    leaver.request.abort()
+    second = await bench.backend.expect_batch(rows=2)
+    assert second.numbers == first.numbers[1:]
+    second.reply()
+    assert stays.answered
+    first.end_early()
+    await bench.finish()
+
+
+@simulated
 async def test_when_everybody_left_both_attempts_are_cancelled_and_nobody_is_blamed() -> None:
     bench = hedging_bench(["oip", "oip"])
     bench.backend.obeys = True

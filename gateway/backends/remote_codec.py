@@ -23,6 +23,9 @@ from gateway.errors import GatewayError
 MAX_DIM: Final = 2**63 - 1
 MAX_STRINGS: Final = 1 << 20
 """In one tensor of an answer: each of them is looked at."""
+ROOM_BYTES: Final = 16 << 20
+ROOM_FACTOR: Final = 32
+"""Numbers in JSON take several times the bytes of binary ones; a server may add outputs of its own."""
 REMEMBERED: Final = 256
 """Request heads remembered per model before starting afresh."""
 BatchForm = tuple[tuple[Any, ...], tuple[int, ...]]
@@ -64,6 +67,18 @@ def check_version(asked: str, answered: object) -> None:
     """Raises Mismatch: one version was asked for, and another says that it answered."""
     if asked and answered and answered != asked:
         raise Mismatch(f"the answer of another version than {asked}")
+
+
+def most_bytes(outputs: Sequence[SignatureTensor], rows: int) -> int:
+    """Of an answer that holds these tensors for a batch of `rows`, in any form, with room for more that nobody asked
+    for; 0: not to be told from the signature."""
+    total = 0
+    for tensor in outputs:
+        dims = [rows if place == 0 and dim is None else dim for place, dim in enumerate(tensor.shape)]
+        if None in dims or not tensor.datatype.itemsize:
+            return 0
+        total += element_count([dim for dim in dims if dim is not None]) * tensor.datatype.itemsize
+    return ROOM_BYTES + ROOM_FACTOR * total
 
 
 def check_described(tensor: SignatureTensor, datatype: Any, shape: Any) -> tuple[int, ...]:

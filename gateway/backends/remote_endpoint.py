@@ -151,8 +151,14 @@ def said(content: object, secrets: Sequence[str] = ()) -> str:
         text = content[: 8 * MAX_TEXT].decode(errors="replace")
     else:
         text = str(content) if isinstance(content, (str, int, float)) else ""
+    text = _without(secrets, text)
+    text = " ".join("".join([c if c.isprintable() else " " for c in text[: 8 * MAX_TEXT]]).split())
+    text = _without(secrets, text)  # which may have been taken apart by what is not printable
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
     for secret in secrets:
         if secret:
             text = text.replace(secret, "***")
-    text = " ".join("".join([c if c.isprintable() else " " for c in text[: 8 * MAX_TEXT]]).split())
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+    return text

@@ -17,6 +17,10 @@ from gateway.backends.remote_connections import IDLE_S, Channel, Connection
 from gateway.backends.remote_outcome import broken
 
 MAX_HEAD_BYTES: Final = 65_536
+MIN_STATUS: Final = 100
+MAX_STATUS: Final = 999
+MAX_PIECES: Final = 20_000
+"""Chunks of a body, besides one for each 64 bytes of it: each costs some time."""
 MAX_READ_BYTES: Final = 262_144
 """That arrive at one time."""
 
@@ -51,6 +55,7 @@ class Http1Connection(Connection):
         self._status = 0
         self._headers: dict[bytes, bytes] = {}
         self._body = bytearray()
+        self._pieces = 0
         self._head_bytes = 0
         self._field_bytes = 0
         self._quiet_bytes = 0
@@ -118,6 +123,8 @@ class Http1Connection(Connection):
         if self._complete:
             return
         self._status = self._parser.get_status_code()
+        if not MIN_STATUS <= self._status <= MAX_STATUS:
+            self._fault = "an answer with an impossible status"
         headers = self._headers
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[-20:]) > self.max_bytes:
@@ -131,6 +138,9 @@ class Http1Connection(Connection):
         if self._complete or self._fault:
             return
         self._body += data
+        self._pieces += 1
+        if self._pieces > MAX_PIECES + (len(self._body) >> 6):
+            self._fault = "an answer in too many pieces"
         if len(self._body) > self.max_bytes:
             self._fault = self._too_large()
             self._body = bytearray()

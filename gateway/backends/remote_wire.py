@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 import orjson
 
 from gateway.backends.interface import Batch, Failure, Success
+from gateway.backends.remote_codec import most_bytes
 from gateway.backends.remote_connections import Channel, Done, Exchange
 from gateway.backends.remote_endpoint import Endpoint, ServerInfo, said
 from gateway.backends.remote_grpc_codec import GrpcCodec
@@ -57,6 +59,7 @@ class HttpWire:
     ) -> None:
         """`model`: its name and version, empty: whichever the server chooses."""
         self._channel = channel
+        self._bound = _bounds(outputs, endpoint.max_answer_bytes)
         self._secrets = tuple(endpoint.headers.values())
         self._triton = info.is_triton
         binary = endpoint.json == "auto" and info.binary
@@ -65,7 +68,7 @@ class HttpWire:
 
     def begin(self, batch: Batch, budget_s: float, done: Done) -> Exchange:
         request, tag = self._codec.request(batch, budget_s, _timeout_us(self._triton, budget_s))
-        exchange = self._channel.begin(request, done)
+        exchange = self._channel.begin(request, done, self._bound(batch.rows))
         exchange.tag = tag
         return exchange
 
@@ -99,6 +102,7 @@ class GrpcWire:
     ) -> None:
         """`model`: its name and version, empty: whichever the server chooses."""
         self._channel = channel
+        self._bound = _bounds(outputs, endpoint.max_answer_bytes)
         self._secrets = tuple(endpoint.headers.values())
         self._triton = info.is_triton
         self._block = grpc_block(endpoint, "ModelInfer")
@@ -106,7 +110,8 @@ class GrpcWire:
 
     def begin(self, batch: Batch, budget_s: float, done: Done) -> Exchange:
         message = self._codec.request(batch, _timeout_us(self._triton, budget_s))
-        return self._channel.begin(GrpcRequest(self._block + grpc_timeout(budget_s), message), done)
+        request = GrpcRequest(self._block + grpc_timeout(budget_s), message)
+        return self._channel.begin(request, done, self._bound(batch.rows))
 
     def outcome(self, result: Any, batch: Batch) -> Success | Failure:
         if isinstance(result, Failure):
@@ -118,6 +123,15 @@ class GrpcWire:
 
     def out_of_time(self, result: Any) -> bool:
         return isinstance(result, GrpcAnswer) and result.status == 200 and result.code == _DEADLINE_EXCEEDED
+
+
+def _bounds(outputs: Sequence[SignatureTensor], most: int) -> Callable[[int], int]:
+    """Rows of a batch → bytes that its answer may have."""
+
+    def bound(rows: int) -> int:
+        return min(most_bytes(outputs, rows) or most, most)
+
+    return lru_cache(maxsize=64)(bound)
 
 
 def _timeout_us(triton: bool, budget_s: float) -> int:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from tests.fuzz import targets_call, targets_config, targets_grpc, targets_remote, targets_rest, targets_wire
+from tests.fuzz import (
+    targets_call,
+    targets_config,
+    targets_grpc,
+    targets_remote,
+    targets_remote_answers,
+    targets_rest,
+    targets_wire,
+)
 from tests.fuzz.target import Target
 
-_ROOMS = (targets_rest, targets_grpc, targets_call, targets_config, targets_wire, targets_remote)
+_ROOMS = (
+    targets_rest,
+    targets_grpc,
+    targets_call,
+    targets_config,
+    targets_wire,
+    targets_remote,
+    targets_remote_answers,
+)
 TARGETS: dict[str, Target] = {target.name: target for room in _ROOMS for target in room.TARGETS}

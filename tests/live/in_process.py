@@ -34,9 +34,9 @@ class InProcess(Gateway):
     def _catch_signals(self) -> None:
         pass
 
-    async def _serve(self, wanted, listener, grpc_listener, *, demo):  # type: ignore[no-untyped-def]
+    async def _serve(self, wanted, listener, grpc_listener, *others, demo):  # type: ignore[no-untyped-def]
         self.port, self.grpc_port = listener.port, grpc_listener.port
-        return await super()._serve(wanted, listener, grpc_listener, demo=demo)
+        return await super()._serve(wanted, listener, grpc_listener, *others, demo=demo)
 
     @property
     def loaded(self) -> bool:

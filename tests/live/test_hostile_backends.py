@@ -59,7 +59,7 @@ def of_http() -> dict[str, Attack]:
         "endless trailer": Reply(CHUNKED + b"0\r\nX-A: ", "flood", more=b"y" * FLOOD),
         "endless extension": Reply(CHUNKED + b"1;", "flood", more=b"y" * FLOOD),
         "interim": Reply(b"", "flood", more=b"HTTP/1.1 103 E\r\nLink: x\r\n\r\n" * 8000),
-        "drip": Reply(evil, cuts=range(1, len(evil))),
+        "drip": Reply(evil[:-1], "hang", cuts=range(1, len(evil) - 1)),
         "silence": Reply(b"", "hang"),
         "half": Reply(evil[:-1], "hang"),
         "short": Reply(evil[:-1], "close"),
