@@ -182,7 +182,7 @@ class AgreementSampler:
                     self._tell(name, differences)
                 return
         else:
-            outcome_text = outcome.message
+            outcome_text = outcome.in_full
         self._agreement.count("failed")
         log.debug("model %s: the second run on %s gave no answer: %s", self._spec.name, name, outcome_text)
 

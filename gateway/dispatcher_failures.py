@@ -43,6 +43,9 @@ from gateway.observe.record import ModelStatistics
 log = logging.getLogger("gateway.dispatch")
 
 LOG_INTERVAL_S: Final = 1.0
+SILENCES: Final = 2
+DOUBT_S: Final = 0.5
+"""Longer than it takes to find out that a server does not accept connections any more."""
 NEAR_S: Final = 0.002
 """Resolution of timers: what is due within it is due."""
 _KEY: Final = os.urandom(32)
@@ -116,7 +119,7 @@ class Failures:
         batch, failure = _decisive(batch, failure)
         verdict = after_failure(self._case(batch, members, failure, now))
         self._log(batch, members, failure, verdict, now)
-        error = self._final_error(verdict, failure)
+        error = self._final_error(verdict, failure, alone=len(batch.members) == 1)
         if error is not None:
             if verdict is Verdict.POISON:
                 self._condemn(members, now)
@@ -164,10 +167,11 @@ class Failures:
             self.outage.outage,
         )
 
-    def _final_error(self, verdict: Verdict, failure: Failure) -> GatewayError | None:
+    def _final_error(self, verdict: Verdict, failure: Failure, *, alone: bool) -> GatewayError | None:
+        """`alone`: nobody else's rows were in the batch, so what a server says of its input is about this one's."""
         name = self._spec.name
         if verdict is Verdict.FAIL_MODEL:
-            return ModelError(f"model '{name}' failed: {failure.message}")
+            return ModelError(f"model '{name}' failed: {failure.in_full if alone else failure.message}")
         if verdict is Verdict.FAIL_BACKEND:
             return BackendError(f"model '{name}': every attempt failed, the last: {failure.message}")
         if verdict is Verdict.FAIL_OVERLOADED:
@@ -200,7 +204,7 @@ class Failures:
         if taken:
             self._statistics.retry(len(members))
         calm = _blameless(failure)
-        pause = self._pause_until(batch, members, now) if calm else 0.0
+        pause = self._pause_until(batch, members, now) if calm else _doubt_until(batch, members, failure, now)
         lanes = self._lanes
         if batch.lane is Lane.SEQUENCE:
             lanes.park(members[0], batch.place, pause, first=True)
@@ -267,8 +271,19 @@ class Failures:
         log.log(
             logging.INFO if loud else logging.DEBUG,
             "model %s: batch of %d requests on %s failed (%s: %s): %s",
-            self._spec.name, len(members), batch.backend, failure.kind.value, failure.message, verdict.value,
+            self._spec.name, len(members), batch.backend, failure.kind.value, failure.in_full, verdict.value,
         )  # fmt: skip
+
+
+def _doubt_until(batch: RunningBatch, members: list[InferRequest], failure: Failure, now: float) -> float:
+    """When a lone request may be tried once more whose attempts on remote servers ended in silence again; 0.0: at once.
+
+    Servers that die together must have been noticed by then: their deaths are no proof against who was there.
+    """
+    silent = batch.member.kind == "oip" and failure.kind is FailureKind.BROKEN and failure.sign is Sign.NONE
+    if not silent or len(members) > 1 or trouble_of(members[0]).broken < SILENCES:
+        return 0.0
+    return now + min(DOUBT_S, (members[0].deadline - now) / 2.0)
 
 
 def _decisive(batch: RunningBatch, failure: Failure) -> tuple[RunningBatch, Failure]:

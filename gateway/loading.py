@@ -325,7 +325,7 @@ async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, 
             for _ in range(run.count):
                 outcome = await run_patiently(replica, run.inputs, outputs)
                 if isinstance(outcome, Failure):
-                    raise ModelError(f"{run.name} failed on {replica.name}: {outcome.message}")
+                    raise ModelError(f"{run.name} failed on {replica.name}: {outcome.in_full}")
     # A worker that dies from here on is replaced by one that runs the same again.
     loaded.set_warm_up([run.inputs for run in runs for _ in range(run.count)])
 

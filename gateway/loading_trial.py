@@ -86,7 +86,7 @@ async def run_patiently(
         outcome = await run_once(replica, inputs, outputs, patience_s)
         if isinstance(outcome, Success) or replica.available:
             return outcome
-        why = outcome.message
+        why = outcome.in_full
         back = asyncio.Event()
         replica.set_listener(back.set)
         try:
@@ -110,7 +110,7 @@ async def prove_rows(loaded: LoadedModel, trial: Trial | None, outputs: tuple[Si
         cut = [None if tensor is None else batchability.one_row([tensor], row)[0] for tensor in inputs]
         outcome = await run_patiently(loaded.replicas[0], cut, _places(loaded, outputs))
         if isinstance(outcome, Failure):
-            return Verdict(False, f"it does not run on a single row: {outcome.message}")
+            return Verdict(False, f"it does not run on a single row: {outcome.in_full}")
         alone.append(list(outcome.outputs))
     return batchability.compare(list(together.outputs), alone)
 

@@ -214,7 +214,7 @@ class Prober:
             self._scheduler.kick()  # it held a slot, and may be usable again
         if isinstance(outcome, Failure):
             text = "model %s: a trial inference on backend %s failed (%s): %s"
-            log.debug(text, self._spec.name, member.replica.name, outcome.kind.value, outcome.message)
+            log.debug(text, self._spec.name, member.replica.name, outcome.kind.value, outcome.in_full)
 
     async def _executed(self, member: Member) -> Success | Failure | None:
         replica, timeout_s = member.replica, self._timeout_s(member)

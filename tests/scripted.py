@@ -131,9 +131,14 @@ class ScriptedBatch:
         self._end(Success([outputs[index] for index in self._batch.outputs], 1, infer_ns, 1))
 
     def fail(
-        self, kind: FailureKind, message: str = "scripted", sign: Sign = Sign.NONE, retry_after_s: float = 0.0
+        self,
+        kind: FailureKind,
+        message: str = "scripted",
+        sign: Sign = Sign.NONE,
+        retry_after_s: float = 0.0,
+        words: str = "",
     ) -> None:
-        self._end(Failure(kind, message, sign, retry_after_s))
+        self._end(Failure(kind, message, sign, retry_after_s, words))
 
     def end_early(self) -> None:
         """What a backend does that was asked to, unless it is done already."""

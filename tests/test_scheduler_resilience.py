@@ -11,6 +11,7 @@ from gateway.core.model import BatchPolicy
 from gateway.core.request import SequenceStep
 from gateway.core.resilience import Resilience
 from gateway.core.scheduling import Scheduling
+from gateway.dispatcher_failures import DOUBT_S
 from gateway.dispatcher_lanes import Lane
 from gateway.errors import (
     BackendError,
@@ -613,3 +614,57 @@ async def test_nothing_is_sent_twice_unless_somebody_asked_for_it() -> None:
     await bench.backend.expect_nothing()
     first.reply()
     await bench.finish()
+
+
+# -- what callers are told ---------------------------------------------------------------------------------------------
+
+
+@simulated
+@pytest.mark.parametrize("kind", [FailureKind.SUSPECT, FailureKind.BROKEN])
+async def test_what_a_server_writes_is_shown_only_to_the_one_whose_input_it_refused(kind: FailureKind) -> None:
+    bench = Bench(replicas=2, kinds=["oip", "oip"])
+    callers = [bench.send() for _ in range(4)]
+    bad = callers[2].numbers[0]
+    bench.backend.respond = lambda batch: (
+        batch.fail(kind, "b answered with status", Sign.ANSWERED, words=f"/srv/m.py: {batch.numbers}")
+        if bad in batch.numbers
+        else batch.reply()
+    )
+    await bench.finish()
+    assert [caller.answered for caller in callers] == [True, True, False, True]
+    told = str(callers[2].error)
+    assert "b answered with status" in told
+    assert ("/srv/m.py" in told) == (kind is FailureKind.SUSPECT)
+    assert not any(str(caller.numbers[0]) in told for caller in callers if caller is not callers[2])
+
+
+@simulated
+async def test_servers_that_die_together_condemn_nobody() -> None:
+    """Three lost connections within a moment: by the time a third attempt is made it is known who is gone."""
+    bench = Bench(replicas=3, kinds=["oip", "oip", "oip"])
+    caller = bench.send()
+    (await bench.backend.expect_batch(rows=1)).fail(FailureKind.BROKEN)
+    second = await bench.backend.expect_batch(rows=1)
+    at = bench.loop.time()
+    second.fail(FailureKind.BROKEN)
+    await bench.backend.expect_nothing()
+    for replica in bench.backend.replicas:
+        replica.set_available(False)
+    await asyncio.sleep(DOUBT_S)
+    for replica in bench.backend.replicas:
+        replica.set_available(True)
+    (await bench.backend.expect_batch(rows=1)).reply()
+    assert bench.loop.time() >= at + DOUBT_S
+    await bench.finish()
+    assert caller.answered
+
+
+@simulated
+async def test_a_doubt_never_takes_more_than_half_of_what_is_left() -> None:
+    bench = Bench(replicas=3, kinds=["oip", "oip", "oip"])
+    caller = bench.send(timeout_s=0.2)
+    for _ in range(2):
+        (await bench.backend.expect_batch(rows=1)).fail(FailureKind.BROKEN)
+    (await bench.backend.expect_batch(rows=1)).reply()
+    await bench.finish()
+    assert caller.answered

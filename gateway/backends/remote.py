@@ -277,7 +277,7 @@ class RemoteReplica:
         self._attempts.pop(id(attempt.batch), None)
         if isinstance(outcome, Failure):
             if outcome.sign is Sign.MISSING:
-                self._unverified(outcome.message)
+                self._unverified(outcome.in_full)
             elif outcome.sign is Sign.MISMATCH or outcome.kind is FailureKind.SUSPECT:
                 self.server.check_soon()
         if self._drained is not None and not self._attempts and not self._drained.done():
@@ -325,7 +325,7 @@ class RemoteReplica:
         if self._sample is None:
             return ""
         outcome = await run_once(_OnTrial(self, wire), self._sample, tuple(range(len(self.outputs))), WARM_UP_S)
-        return "" if isinstance(outcome, Success) else f"{self.name}: its trial run failed: {outcome.message}"
+        return "" if isinstance(outcome, Success) else f"{self.name}: its trial run failed: {outcome.in_full}"
 
     async def ping(self, timeout_s: float) -> bool:
         """Whether the server says that the model is ready."""

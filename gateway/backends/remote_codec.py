@@ -23,7 +23,7 @@ from gateway.errors import GatewayError
 MAX_DIM: Final = 2**63 - 1
 MAX_STRINGS: Final = 1 << 20
 """In one tensor of an answer: each of them is looked at."""
-ROOM_BYTES: Final = 16 << 20
+ROOM_BYTES: Final = 8 << 20
 ROOM_FACTOR: Final = 32
 """Numbers in JSON take several times the bytes of binary ones; a server may add outputs of its own."""
 REMEMBERED: Final = 256

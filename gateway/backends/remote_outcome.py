@@ -66,7 +66,7 @@ def of_code(code: int, name: str, text: str, server: str, retry_after_s: float =
 
 def _failure(kind: FailureKind, sign: Sign, what: str, text: str, retry_after_s: float) -> Failure:
     after = min(max(retry_after_s, 0.0), MAX_RETRY_AFTER_S) if kind is FailureKind.OVERLOAD else 0.0
-    return Failure(kind, f"{what}: {text}" if text else what, sign, after)
+    return Failure(kind, what, sign, after, text)
 
 
 def retry_after_s(text: str, date: str = "") -> float:

@@ -115,7 +115,7 @@ class HttpQueries:
         answer = await self._ask(method, path, timeout_s)
         if answer.status != 200:
             failure = of_status(answer.status, http_words(answer, self._secrets), self._channel.name)
-            raise RemoteError(failure.message, missing=answer.status // 100 == 4 or failure.sign is Sign.MISSING)
+            raise RemoteError(failure.in_full, missing=answer.status // 100 == 4 or failure.sign is Sign.MISSING)
         try:
             return orjson.loads(answer.body)
         except orjson.JSONDecodeError:
@@ -183,7 +183,7 @@ class GrpcQueries:
         assert isinstance(answer, GrpcAnswer)  # noqa: S101  # what the channel's connections give
         if answer.status != 200 or answer.code:
             failure = grpc_refusal(answer, self._channel.name, self._secrets)
-            raise RemoteError(failure.message, missing=failure.sign is Sign.MISSING)
+            raise RemoteError(failure.in_full, missing=failure.sign is Sign.MISSING)
         try:
             return message(f"inference.{method}Response").FromString(bytes(answer.message))
         except DecodeError:

@@ -46,6 +46,11 @@ P95_SAMPLES: Final = 100
 """Observations of a size class below which its p95 is not known; and ..."""
 TIMEOUT_SAMPLES: Final = 200
 """... below which no timeout is derived from it."""
+EARLY_SAMPLES: Final = 5
+EARLY_FACTOR: Final = 10.0
+EARLY_FLOOR_S: Final = 1.0
+"""Until then a generous rule, so that a server which hangs early in the life of a version is noticed in a second or so
+instead of at its callers' deadlines."""
 TIMEOUT_FACTOR: Final = 1.5
 """Times p99.9: AWS chooses a timeout by the share of false ones it tolerates, such as 0.1 %."""
 TIMEOUT_FLOOR_S: Final = 0.05
@@ -230,14 +235,17 @@ class BatchTime:
     def attempt_timeout_s(self, rows: int) -> float | None:
         """Seconds after which a batch of `rows` rows is given up: 1.5 × p99.9, at least `TIMEOUT_FLOOR_S`.
 
-        From its size class or, where that is hardly used, from the next larger one that is. None: not known yet, and
-        the members' deadlines bound the attempt, as they do anyway.
+        From its size class or, where that is hardly used, from the next larger one that is. Early on 10 × the longest
+        run, at least 1 s. None: not known yet, and the members' deadlines bound the attempt, as they do anyway.
         """
         size = min((rows - 1).bit_length(), SIZES - 1)
         for histogram in self._classes[size:]:
             if histogram is not None and histogram.seen >= TIMEOUT_SAMPLES:
                 return max(TIMEOUT_FACTOR * histogram.p999_s(), TIMEOUT_FLOOR_S) * self._backoff[size]
-        return None
+        if self._seen < EARLY_SAMPLES:
+            return None
+        longest, by_rows = self._peak_s, self._peak_row_s * rows
+        return max(EARLY_FLOOR_S, EARLY_FACTOR * max(longest, by_rows)) * self._backoff[size]
 
     def worker_timeout_s(self, rows: int, latest_s: float) -> float:
         """The same for a worker of ours, where giving up kills a process: 10 × the longest run, at least 5 s.

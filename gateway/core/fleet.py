@@ -304,7 +304,7 @@ class Fleet:
         if timed_out or weight is Weight.OVERLOAD:
             member.slots.overloaded(now)
         if weight is not Weight.NEUTRAL:
-            member.note = failure.message[:NOTE_LENGTH]
+            member.note = failure.in_full[:NOTE_LENGTH]
         breaker = member.breaker
         before = breaker.state
         if not self.sampled:
@@ -374,7 +374,7 @@ class Fleet:
         if weight is Weight.NEUTRAL and failure.kind is not FailureKind.SUSPECT:
             member.breaker.rest(now)
             return
-        member.note = failure.message[:NOTE_LENGTH]
+        member.note = failure.in_full[:NOTE_LENGTH]
         if weight in (Weight.HARD, Weight.NEUTRAL):
             member.breaker.health_probe_failed(started, now)
         else:

@@ -59,6 +59,13 @@ class Failure:
     sign: Sign = Sign.NONE
     retry_after_s: float = 0.0
     """What the backend asked for with OVERLOAD, seconds; 0.0: it did not say."""
+    words: str = ""
+    """What a remote server wrote about it, free text: it may quote any row of the batch, or a path of that server."""
+
+    @property
+    def in_full(self) -> str:
+        """For operators, and for the only caller whose input was refused."""
+        return f"{self.message}: {self.words}" if self.words else self.message
 
 
 @dataclass(frozen=True, slots=True)

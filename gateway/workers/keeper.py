@@ -367,7 +367,7 @@ class Keeper:
                 return str(error)
             outcome = await attempt.outcome
             if isinstance(outcome, Failure):
-                return outcome.message
+                return outcome.in_full
         return ""
 
     async def unload(self, instance: Instance) -> None:

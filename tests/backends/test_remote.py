@@ -76,7 +76,8 @@ async def test_statuses(status: int, expected: object) -> None:
         assert seen(outcome) == expected
         assert isinstance(outcome, Failure)
         assert f"status {status}" in outcome.message
-        assert ("so it is" in outcome.message) == bool(body)
+        assert "so it is" not in outcome.message, "callers who shared the batch do not see what the server wrote"
+        assert ("so it is" in outcome.words) == ("so it is" in outcome.in_full) == bool(body)
         assert outcome.retry_after_s == (2.0 if status in (429, 503) else 0.0)
 
 
@@ -100,7 +101,8 @@ async def test_codes_of_grpc(code: int, expected: object) -> None:
         outcome = await execute(r.replica, 1)
         assert seen(outcome) == expected
         assert isinstance(outcome, Failure)
-        assert ("so it is" in outcome.message) == (code != 99)
+        assert "so it is" not in outcome.message
+        assert outcome.in_full.endswith(": so it is") == (code != 99)
         assert outcome.retry_after_s == (1.5 if code in (8, 14) else 0.0)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.batch_time import (
+    EARLY_SAMPLES,
     FAILURE_S,
     MAX_BACKOFF,
     P95_SAMPLES,
@@ -217,11 +218,17 @@ def test_quantiles_need_enough_observations_of_that_size() -> None:
     for count in range(1, TIMEOUT_SAMPLES + 1):
         time.observe(8, 0.1, 0.0)
         assert (time.p95_s(8) is None) == (count < P95_SAMPLES)
-        assert (time.attempt_timeout_s(8) is None) == (count < TIMEOUT_SAMPLES)
+        timeout_s = time.attempt_timeout_s(8)
+        if count < EARLY_SAMPLES:
+            assert timeout_s is None
+        elif count < TIMEOUT_SAMPLES:
+            assert timeout_s == pytest.approx(1.0), "ten times the longest run"
+        else:
+            assert timeout_s == pytest.approx(0.15, rel=0.11)
     assert time.p95_s(5) is not None, "5 to 8 rows are one class"
     assert time.p95_s(4) is None
     assert time.attempt_timeout_s(4) == time.attempt_timeout_s(8), "what suffices for 8 rows suffices for 4"
-    assert time.attempt_timeout_s(9) is None
+    assert time.attempt_timeout_s(16) == pytest.approx(2.0, rel=0.05), "by rows, where that size was never seen"
 
 
 def test_no_timeout_is_shorter_than_the_floor() -> None:

@@ -7,7 +7,11 @@ from typing import Any, Final
 from tests.faults import nonce
 from tests.faults.backend_engine import Engine
 
-SERVER: Final = {"name": "triton", "version": "0.0.0-faults", "extensions": ["model_repository", "model_configuration", "binary_tensor_data"]}
+SERVER: Final = {
+    "name": "triton",
+    "version": "0.0.0-faults",
+    "extensions": ["model_repository", "model_configuration", "binary_tensor_data"],
+}
 """Called `triton` because it speaks Triton's extensions."""
 
 

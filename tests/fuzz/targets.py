@@ -13,13 +13,6 @@ from tests.fuzz import (
 )
 from tests.fuzz.target import Target
 
-_ROOMS = (
-    targets_rest,
-    targets_grpc,
-    targets_call,
-    targets_config,
-    targets_wire,
-    targets_remote,
-    targets_remote_answers,
-)
-TARGETS: dict[str, Target] = {target.name: target for room in _ROOMS for target in room.TARGETS}
+_CLIENTS = (targets_rest, targets_grpc, targets_call, targets_config, targets_wire)
+_SERVERS = (targets_remote, targets_remote_answers)
+TARGETS: dict[str, Target] = {target.name: target for room in (*_CLIENTS, *_SERVERS) for target in room.TARGETS}

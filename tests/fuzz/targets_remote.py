@@ -27,14 +27,20 @@ MAX_BYTES = 400
 SECRETS = ("Bearer s3cret",)
 
 
-def words(text: str) -> None:
-    """They get into messages and logs."""
+def shown(text: str) -> None:
+    """It gets into messages and logs."""
     require(text.isprintable() and len(text) < MAX_WORDS, "words that cannot be shown", text)
+
+
+def words(text: str) -> None:
+    """What a server said when it refused a request, in which there was a credential."""
+    shown(text)
     require(SECRETS[0] not in text, "a credential is shown", text)
 
 
 def failed(failure: Failure) -> Failure:
     words(failure.message)
+    words(failure.words)
     require(0.0 <= failure.retry_after_s <= 300.0, "an impossible pause", failure)
     return failure
 

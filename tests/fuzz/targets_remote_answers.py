@@ -29,7 +29,7 @@ from gateway.protocol.oip_json import parse_large
 from gateway.protocol.schema import DecodeError, message
 from tests.backends.oip_server import METADATA, infer_response
 from tests.fuzz.target import Target, require
-from tests.fuzz.targets_remote import SECRETS, failed, words
+from tests.fuzz.targets_remote import SECRETS, failed, shown, words
 
 # -- codecs ----------------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ def run_queries(given: bytes) -> None:
     try:
         _QUESTIONS[given[0] % len(_QUESTIONS)](given[1:])
     except RemoteError as error:
-        words(str(error))
+        shown(str(error))
     except (orjson.JSONDecodeError, DecodeError):
         return
 
@@ -169,8 +169,8 @@ def _asked_info(body: bytes) -> None:
 
 
 def _check_info(info: Any) -> None:
-    words(info.name)
-    words(info.version)
+    shown(info.name)
+    shown(info.version)
     require(isinstance(info.binary, bool) and len(info.extensions) <= remote_queries.MAX_LISTED, "too much", info)
 
 
@@ -178,8 +178,8 @@ def _asked_index(body: bytes) -> None:
     items = orjson.loads(body)
     for entry in remote_queries._index(items if isinstance(items, list) else []):
         _check_name(entry.name)
-        words(entry.version)
-        words(entry.reason)
+        shown(entry.version)
+        shown(entry.reason)
 
 
 def _check_name(name: str) -> None:
@@ -195,7 +195,7 @@ def _asked_model(body: bytes) -> None:
 def _check_model(metadata: Any, config: Any) -> None:
     found = remote_queries.described(metadata, config, "m", "")
     for text in (found.platform, *found.versions):
-        words(text)
+        shown(text)
     for tensor in (*found.inputs, *found.outputs):
         _check_name(tensor.name)
         require(all(dim is None or 0 <= dim < 2**63 for dim in tensor.shape), "impossible dims", tensor)
