@@ -28,6 +28,7 @@ COLORS: Final = {
     "closed": "green", "ramp": "green", "half_open": "yellow", "open": "red", "unavailable": "red", "drained": "yellow",
 }  # fmt: skip
 MAX_TOKEN_CHARACTERS: Final = 4096
+UNAUTHORIZED: Final = 401
 NARROW: Final = 100
 """Columns of a terminal below which a table leaves out what `/api/backends` has."""
 
@@ -63,7 +64,10 @@ def show(out: Console, url: str, access: Access, *, name: str | None, model: str
         for one in chosen:
             out.file.write("\t".join(_cell(one.get(field)) for field in FIELDS) + "\n")
         return
-    out.print(_table(chosen, wide=out.width >= NARROW))
+    wide = out.width >= NARROW
+    out.print(_table(chosen, wide=wide))
+    for cause, held in [] if wide else _reasons(chosen):
+        out.print(f"{', '.join(held)}: {cause}", markup=False, highlight=False)
 
 
 def _listed(url: str, access: Access) -> list[dict[str, Any]]:
@@ -83,14 +87,15 @@ def _cell(value: object) -> str:
 
 
 def _table(chosen: Sequence[Mapping[str, Any]], *, wide: bool) -> Table:
-    """A row a backend. A narrow one leaves out zone, slots and latency; why and until when are always there."""
+    """A row a backend. A narrow one leaves out zone, slots and latency, and why, which then stands below it."""
     table = Table(show_edge=False)
     headings = ["model", "backend", "state", "in flight", "share"]
     headings += ["slots", "latency", "zone"] if wide else []
     for heading in headings:
         numeric = heading in ("in flight", "share", "slots", "latency")
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    table.add_column("why", overflow="fold")
+    if wide:
+        table.add_column("why", overflow="fold")
     versions: dict[object, set[object]] = {}
     for one in chosen:
         versions.setdefault(one["model"], set()).add(one.get("version"))
@@ -105,9 +110,19 @@ def _table(chosen: Sequence[Mapping[str, Any]], *, wide: bool) -> Table:
         if wide:
             latency = one.get("latency_ms")
             cells += [_number(one.get("slots")), "-" if latency is None else f"{latency:.1f} ms"]
-            cells += [escape(_cell(one.get("zone")))]
-        table.add_row(*cells, escape(str(one.get("cause") or "")))
+            cells += [escape(_cell(one.get("zone"))), escape(str(one.get("cause") or ""))]
+        table.add_row(*cells)
     return table
+
+
+def _reasons(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Each reason once, with the backends that it holds for."""
+    names: dict[str, list[str]] = {}
+    for one in chosen:
+        if cause := str(one.get("cause") or ""):
+            held = names.setdefault(cause, [])
+            held += [name] if (name := str(one.get("backend"))) not in held else []
+    return list(names.items())
 
 
 def _share(share: object) -> str:
@@ -132,7 +147,12 @@ def change(out: Console, url: str, wanted: Wanted, access: Access, token_file: s
     if token_file is not None:
         headers["Authorization"] = f"Bearer {_token(token_file)}"
     patient = replace(access, timeout_s=access.timeout_s + wanted.wait_s)
-    done = fetch(url, path, b"{}", headers, patient, option="--ops-url").json()
+    try:
+        done = fetch(url, path, b"{}", headers, patient, option="--ops-url").json()
+    except ServerError as error:
+        if error.http_status != UNAUTHORIZED:
+            raise
+        raise ClientError(f"{error}; name a file that holds the token with --token-file") from None
     for line in _report(wanted, done if isinstance(done, dict) else {}):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from gateway.cli_text import count
 from gateway.client import Access, Answer, ClientError, ServerError, fetch
 from gateway.client_tensors import Output, build_request, read_data, read_outputs
+from gateway.core.breaker_states import WORDS
 from gateway.provenance.headers import HeaderError, Provenance, parse
 
 MAX_ROWS_SHOWN: Final = 50
@@ -194,9 +195,12 @@ def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool, lines: 
     return row
 
 
+_STATE_WORDS: Final = {state.value: words for state, words in WORDS.items()}
+
+
 def state_in_words(state: str, seconds_left: object = None) -> str:
     """`open` → `ejected for 3 s more`: people need not know what circuit breakers call it."""
-    words = {"closed": "in use", "open": "ejected", "half_open": "on trial", "ramp": "ramping up"}.get(state, state)
+    words = _STATE_WORDS.get(state, state)
     return f"{words} for {seconds_left:.0f} s more" if isinstance(seconds_left, int | float) else words
 
 

@@ -22,6 +22,7 @@ MAX_SECRET_BYTES: Final = 8192
 _HEADER: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _VALUE: Final = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORKER: Final = re.compile(r"onnx-[0-9]+")
 _OURS: Final = frozenset(
     (
         *("accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect"),
@@ -135,6 +136,8 @@ def _backend_faults(
     if url is not None:
         yield from _scheme_faults(backend, url)
         name = backend.get("name") or url.authority
+        if isinstance(name, str) and _WORKER.fullmatch(name):
+            yield EntryFault(("name",), "is what the gateway calls its own workers; choose another, such as triton-a")
         if isinstance(name, str) and servers.setdefault(name, url.url) != url.url:
             yield EntryFault(("name",), f"the name '{name[:64]}' is taken by {servers[name]}; choose another")
     yield from _tls_faults(backend.get("tls"), base)

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from gateway import config_later as later
 from gateway.config_backends import entry_faults
-from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Section, Server, Tls
+from gateway.config_schema import BACKEND_NAME, HEADER_NAME, ConfigFile, ModelEntry, ModelKeys, Section, Server, Tls
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest, unknown_key
@@ -48,6 +48,8 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 _TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control")
 _PORTS: Final = ("http_port", "grpc_port", "metrics_port")
 _ONE_MODEL: Final = ("name", "source", "digest", "backends")
+_ADDRESS: Final = re.compile(r"[A-Za-z0-9.-]+:[0-9]{1,5}")
+"""A server's URL whose scheme was forgotten."""
 
 
 @dataclass(slots=True)
@@ -287,6 +289,8 @@ def _path_fault(source: Source) -> str | None:
     if isinstance(source, DirectorySource) and not source.path.is_dir():
         if source.path.exists():
             return f"{source.path} is neither a directory nor an .onnx file; only ONNX models are served"
+        if _ADDRESS.fullmatch(source.text):
+            return f"there is no directory {source.path}; for a running server write http://{source.text}"
         return f"there is no directory {source.path}; write the path of a model repository or model"
     return None
 
@@ -341,6 +345,13 @@ _EXPECTED: Final = {
 }
 
 
+PATTERNS: Final = {
+    BACKEND_NAME: "up to 128 of A-Z a-z 0-9 . _ : -",
+    HEADER_NAME: "up to 64 of A-Z a-z 0-9 -",
+}
+"""What the texts of keys may consist of, in words."""
+
+
 def _explain(kind: type[Section], details: ErrorDetails) -> str:
     """The fault's text in the file's own terms, with an example of what to write."""
     error, context, value = details["type"], details.get("ctx", {}), details["input"]
@@ -355,7 +366,10 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     if error == "literal_error":
         return _explain_choice(value, str(context["expected"]))
     if error == "string_pattern_mismatch":
-        return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
+        if key == "digest":
+            return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
+        allowed = PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
+        return f"expected {allowed}, found {_shown(value)}; {example}"
     return f"{_explain_bound(details, context)}; {example}"
 
 

@@ -35,6 +35,8 @@ def _bare_switch(value: object) -> object:
 _Batching = Annotated[Batching, BeforeValidator(_bare_switch)]
 
 MIB: Final = 1024 * 1024
+BACKEND_NAME: Final = r"^[A-Za-z0-9._:-]{1,128}$"
+HEADER_NAME: Final = r"^[A-Za-z0-9-]{1,64}$"
 _Port = Annotated[int, Field(ge=0, le=65_535)]
 _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -120,7 +122,7 @@ class RestrictedApi(Section):
 
     apis: tuple[Api, ...] = Field(strict=False, min_length=1, max_length=16, examples=[["model-repository"]])
     """Groups of requests, by Triton's names."""
-    header: str = Field(pattern=r"^[A-Za-z0-9-]{1,64}$", examples=["x-admin"])
+    header: str = Field(pattern=HEADER_NAME, examples=["x-admin"])
     """Name of the header; over gRPC the metadata key is `triton-grpc-protocol-` and this name."""
     value: str = Field(min_length=1, max_length=1024, examples=["secret"])
     """What the header must be."""
@@ -280,7 +282,7 @@ class Backend(Section):
     url: str = Field(min_length=1, max_length=2048, examples=["http://triton-a:8000"])
     """`http://`, `https://`, `grpc://` or `grpcs://`, host and port; a name with several addresses is several
     backends."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,128}$", examples=["triton-a"])
+    name: str | None = Field(default=None, pattern=BACKEND_NAME, examples=["triton-a"])
     """Name in headers, metrics and commands; by default host:port."""
     weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False, strict=False, examples=[1])
     """Share of the work relative to the model's other backends."""

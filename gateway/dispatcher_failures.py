@@ -35,6 +35,7 @@ from gateway.errors import (
     GatewayError,
     ModelError,
     Overloaded,
+    PerhapsExecuted,
     PoisonRequest,
     RetryBudgetExhausted,
 )
@@ -117,9 +118,10 @@ class Failures:
             self._remember(twin, members, earlier)
         self._remember(batch, members, failure)
         batch, failure = _decisive(batch, failure)
-        verdict = after_failure(self._case(batch, members, failure, now))
+        case = self._case(batch, members, failure, now)
+        verdict = after_failure(case)
         self._log(batch, members, failure, verdict, now)
-        error = self._final_error(verdict, failure, alone=len(batch.members) == 1)
+        error = self._final_error(verdict, failure, case)
         if error is not None:
             if verdict is Verdict.POISON:
                 self._condemn(members, now)
@@ -167,13 +169,18 @@ class Failures:
             self.outage.outage,
         )
 
-    def _final_error(self, verdict: Verdict, failure: Failure, *, alone: bool) -> GatewayError | None:
-        """`alone`: nobody else's rows were in the batch, so what a server says of its input is about this one's."""
+    def _final_error(self, verdict: Verdict, failure: Failure, case: FailedBatch) -> GatewayError | None:
         name = self._spec.name
         if verdict is Verdict.FAIL_MODEL:
-            return ModelError(f"model '{name}' failed: {failure.in_full if alone else failure.message}")
+            # Where nobody else's rows were in the batch, what a server says of its input is about this one's.
+            return ModelError(f"model '{name}' failed: {failure.in_full if case.members == 1 else failure.message}")
         if verdict is Verdict.FAIL_BACKEND:
-            return BackendError(f"model '{name}': every attempt failed, the last: {failure.message}")
+            if case.idempotent:
+                return BackendError(f"model '{name}': every attempt failed, the last: {failure.message}")
+            why = "" if self._spec.resilience.idempotent else " (idempotent: false)"
+            return PerhapsExecuted(
+                f"model '{name}': an attempt failed, and what may have run is not sent again{why}: {failure.message}"
+            )
         if verdict is Verdict.FAIL_OVERLOADED:
             return Overloaded(f"model '{name}': its backends have too much to do: {failure.message}; retry later")
         if verdict is Verdict.POISON:

@@ -30,6 +30,7 @@
     │   ├── LoadFailed            500  a model that was asked to be loaded could not be
     │   ├── RegionFailed          500  a client's shared memory could not be opened or written
     │   └── BackendError          502  the backend's answer could not be used
+    │       └── PerhapsExecuted   502  and what may have run is not sent again
     ├── Cancelled                 499  the caller left; only ever seen in metrics and logs
     ├── ConfigError               never on the wire: bad configuration, model repository or command line
     └── BindError                 never on the wire: a port that cannot be listened on
@@ -259,6 +260,14 @@ class BackendError(ExecutionFailed):
     status = 502
     grpc_code = 14
     reason = "backend_error"
+
+
+class PerhapsExecuted(BackendError):
+    """502: the one attempt failed, and what may have run must not run again. gRPC clients repeat UNAVAILABLE by
+    themselves, which this must not be."""
+
+    grpc_code = 13
+    reason = "perhaps_executed"
 
 
 class Cancelled(GatewayError):

@@ -28,6 +28,7 @@ from gateway.backends.interface import Replica
 from gateway.backends.one_shot import run_once
 from gateway.catalog import ServedVersion
 from gateway.core.assembly import AssemblyError, check_outputs
+from gateway.core.breaker_states import WORDS
 from gateway.core.fleet import Fleet, Member, State
 from gateway.core.member import cause_of
 from gateway.core.model import ModelSpec
@@ -250,11 +251,11 @@ class Prober:
             return  # its worker died or is back: that is told once, not for each of the models there
         now = self._now()
         wait = f" for {max(0.0, member.breaker.until - now):.1f} s" if state is State.OPEN else ""
-        cause = cause_of(member, now)
+        cause = cause_of(member, now) if state in (State.OPEN, State.UNAVAILABLE) else ""
         log.log(
             logging.WARNING if state in (State.OPEN, State.UNAVAILABLE) else logging.INFO,
-            "model %s: backend %s went from %s to %s%s%s",
-            self._spec.name, name, before.value, state.value, wait, f": {cause}" if cause else "",
+            "model %s: backend %s is %s%s%s",
+            self._spec.name, name, WORDS[state], wait, f": {cause}" if cause else "",
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -39,6 +39,7 @@ from gateway.remote_wanted import broken_version, settings_of, wanted_version
 
 log = logging.getLogger("gateway.backends")
 
+NONE_HAS_IT: Final = "no backend can serve it; start one that has it, or correct its url or model"
 REDISCOVERY_S: Final = 3.0
 """Between two looks for servers that were never heard of."""
 
@@ -121,7 +122,7 @@ class RemoteModels:
         await self.census.ask(model)
         versions = versions_of(self.census.offers(model))
         if not versions:
-            why = ModelError(f"no backend answers: {self.census.silence(model)}")
+            why = ModelError(f"{NONE_HAS_IT}: {self.census.silence(model)}")
             return [broken_version(self._config, model, ONLY, why)]
         return [await self._wanted_version(model, version, versions[-1]) for version in versions]
 
@@ -226,7 +227,8 @@ class RemoteModels:
         for key, replica in coming.items():
             side.replicas[key] = replica
             version.add_replica(replica)
-            log.info("model %s: backend %s joins", version.name, replica.name)
+            when = "" if replica.available else " as soon as it is verified"
+            log.info("model %s: backend %s joins%s", version.name, replica.name, when)
         for replica in gone:
             log.info("model %s: backend %s leaves", version.name, replica.name)
             # One that hangs must not hold up what happens to the others.
@@ -312,7 +314,7 @@ class RemoteModels:
                 heard.append(found)
         try:
             if not heard:
-                raise ModelError(f"no backend answers: {self.census.silence(model)}")
+                raise ModelError(f"{NONE_HAS_IT}: {self.census.silence(model)}")
             load = partial(self._load, model.name, version, newest, heard[0])
             return wanted_version(self._config, model, version, heard, load)
         except GatewayError as error:

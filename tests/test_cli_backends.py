@@ -97,6 +97,8 @@ def test_a_person_sees_why_and_until_when(port: Port, width: int) -> None:
     for word in ("failures", "[boom]", "more", "operator"):
         assert word in words
     assert ("rack-1" in words) is (width == 120)
+    assert ("triton-a:8000: 5 failures in a row: status 500 [boom]" in words) is (width == 80)  # below the table
+    assert all("triton-a:8000" in line for line in said.splitlines() if "triton" in line)  # no name is broken
 
 
 def test_what_does_not_exist_is_said_with_what_does(port: Port, capsys: Said) -> None:
@@ -159,3 +161,12 @@ def test_the_wrong_port_is_named(reply: Any, capsys: Said) -> None:
     with serving(lambda *_: reply) as url:
         assert main(["backends", "--ops-url", url]) == 1
     assert "operations port" in capsys.readouterr().err
+
+
+def test_who_has_no_token_is_told_how_to_give_one(port: Port, capsys: Said) -> None:
+    port.reply = 401, {}, b'{"error": "this needs the token"}'
+    with serving(port) as url:
+        assert main(["backends", "drain", "onnx-2", "--ops-url", url]) == 1
+    assert "this needs the token (status 401); name a file that holds the token with --token-file" in (
+        capsys.readouterr().err
+    )

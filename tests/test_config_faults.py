@@ -143,7 +143,23 @@ CORPUS: list[tuple[str, list[str]]] = [
     ),
     ("models: [{source: 'http://h:8000/v2'}]", ["1: models[0].source: has more than host and port"]),
     ("models: [{source: 'models:/a@b'}]", ["1: models[0].source: registry references are not supported"]),
-    ("models: [{source: 's3://a/b'}]", ["1: models[0].source: has the unknown scheme 's3://'"]),
+    ("models: [{source: 's3://a/b'}]", ["1: models[0].source: has the unknown scheme 's3://'", "grpc:// or grpcs://"]),
+    (
+        "models: [{source: 'localhost:8000'}]",
+        ["1: models[0].source: there is no directory", "for a running server write http://localhost:8000"],
+    ),
+    (
+        "models:\n  - name: a\n    backends: [{url: 'http://h', name: a b}]",
+        ['3: models[0].backends[0].name: expected up to 128 of A-Z a-z 0-9 . _ : -, found the text "a b"; write for'],
+    ),
+    (
+        "server:\n  restricted_apis: [{apis: [trace], header: a b, value: v}]",
+        ['2: server.restricted_apis[0].header: expected up to 64 of A-Z a-z 0-9 -, found the text "a b"; write for'],
+    ),
+    (
+        "models:\n  - name: a\n    backends: [{url: 'http://h', name: onnx-1}]",
+        ["3: models[0].backends[0].name: is what the gateway calls its own workers; choose another"],
+    ),
     ("models: [{source: 5}]", ['1: models[0].source: expected text, found 5; write source: "5" (in quotes)']),
     (
         "models:\n  - {source: ., name: a}\n  - {source: ., name: a}",

@@ -375,11 +375,11 @@ def test_changes_of_state_are_told_to_the_log(caplog: pytest.LogCaptureFixture) 
         run()
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert said[0][0] == "WARNING"
-    assert said[0][1].startswith("model m: backend host-1 went from closed to open for ")
+    assert said[0][1].startswith("model m: backend host-1 is ejected for ")
     assert "several attempts in a row failed; the last: scripted" in said[0][1]
     assert [(level, text.split(":")[1].strip()) for level, text in said[1:]] == [
-        ("INFO", "backend host-1 went from open to half_open"),
-        ("INFO", "backend host-1 went from half_open to ramp"),
+        ("INFO", "backend host-1 is on trial"),
+        ("INFO", "backend host-1 is ramping up"),
     ]
 
 

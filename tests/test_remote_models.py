@@ -16,6 +16,7 @@ from gateway.config import Backend, Config, ModelEntry, Server
 from gateway.core.model import ModelState
 from gateway.errors import ConfigError
 from gateway.remote_loaded import MixedLoaded
+from gateway.remote_models import NONE_HAS_IT
 from tests.backends.oip_server import refused_port, serving
 from tests.remote_bench import double, rig, until, url
 
@@ -96,7 +97,7 @@ async def test_a_configured_model_whose_backends_are_all_down_says_why() -> None
     async with rig(double(Backend(url=f"http://127.0.0.1:{port}"))) as subject:
         (failed,) = await subject.start()
         assert failed.state is ModelState.FAILED
-        assert failed.reason.startswith(f"no backend answers: http://127.0.0.1:{port}: ")
+        assert failed.reason.startswith(f"{NONE_HAS_IT}: http://127.0.0.1:{port}: ")
 
 
 async def test_a_name_is_served_from_one_place_unless_the_entry_says_both(tmp_path: Path) -> None:

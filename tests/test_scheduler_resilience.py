@@ -164,6 +164,7 @@ async def test_what_may_not_be_executed_twice_is_not(kind: FailureKind) -> None:
     (await bench.backend.expect_batch(rows=2)).fail(kind, "it is gone")
     await bench.finish()
     assert all(isinstance(caller.error, BackendError) for caller in callers)
+    assert all("what may have run is not sent again (idempotent: false): it is gone" in str(c.error) for c in callers)
     assert len(bench.backend.executed) == 1
 
 

@@ -335,11 +335,21 @@ class Connection(asyncio.Protocol):
             return -1
 
 
+_CERTIFICATE_HINTS: Final = {
+    **dict.fromkeys((18, 19, 20, 21), "; tls.ca names the authorities to trust"),
+    **dict.fromkeys((62, 64), "; tls.server_name is the name it must have, where that is not the URL's host"),
+}
+"""By OpenSSL's X509_V_ERR codes: nobody known vouches for it; it is another host's or address's."""
+
+
 def _fault(error: Exception, endpoint: Endpoint) -> str:
     """Why there is no connection, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is refused: {error.verify_message.rstrip('.')}"
+        hint = _CERTIFICATE_HINTS.get(error.verify_code, "")
+        return f"its certificate is refused: {error.verify_message.rstrip('.')}{hint}"
     if isinstance(error, ssl.SSLError):
+        if error.reason == "WRONG_VERSION_NUMBER":
+            return "what answers does not speak TLS; write http:// or grpc:// in url, or the port that does"
         return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"
     if isinstance(error, TimeoutError) and not error.errno:
         return f"none was made within {round(endpoint.connect_timeout_s * 1000)} ms"

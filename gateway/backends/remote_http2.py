@@ -174,6 +174,8 @@ class Http2Connection(Connection):
             upper, lower, kind, flags, stream = h2.unpack_head(received, at)
             length = upper << 16 | lower
             if length > MAX_FRAME_BYTES:
+                if received.startswith(b"HTTP/", at):
+                    raise _Refused("an answer in HTTP/1: no gRPC there; for its HTTP port write http:// in url")
                 raise _Refused("a frame larger than allowed")
             if size - at < h2.FRAME_HEAD_BYTES + length:
                 break

@@ -337,8 +337,8 @@ def signature_fault(
     """
     if found.max_batch_size and found.max_batch_size < max_rows:
         return (
-            f"signature mismatch: it takes at most {found.max_batch_size} rows, and batches have up to {max_rows} "
-            "(max_batch_size)"
+            f"signature mismatch: it takes at most {found.max_batch_size} rows, and batches have up to {max_rows}; "
+            f"write max_batch_size: {found.max_batch_size} for the model"
         )
     for role, wanted, given in (("input", inputs, found.inputs), ("output", outputs, found.outputs)):
         if not given:

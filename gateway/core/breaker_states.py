@@ -25,6 +25,18 @@ class State(enum.Enum):
     """Held closed by an operator."""
 
 
+WORDS: Final[dict[State, str]] = {
+    State.CLOSED: "in use",
+    State.OPEN: "ejected",
+    State.HALF_OPEN: "on trial",
+    State.RAMP: "ramping up",
+    State.UNAVAILABLE: "unavailable",
+    State.DRAINED: "drained",
+    State.PINNED: "pinned",
+}
+"""For people."""
+
+
 class Event(enum.Enum):
     TRIP = "trip"
     TIME = "time"

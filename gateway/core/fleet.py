@@ -55,6 +55,9 @@ RAMP_START: Final = 0.1
 LONGEST_ATTEMPT_S: Final = 120.0
 """Where nothing is known of times and no deadline says otherwise; no caller may ask for more."""
 SHORTEST_ATTEMPT_S: Final = 0.05
+ALONE_S: Final = 5.0
+"""A replica that has no peer to give the work to is waited for, a quarter of its callers' time and at most so long: a
+pause there is no reason to use up their attempts."""
 PEERS: Final = 9
 """Slowness is judged against at most so many peers."""
 
@@ -225,6 +228,8 @@ class Fleet:
             if not member.adaptive:
                 return member.time.worker_timeout_s(rows, left_s)
             timeout_s = member.time.attempt_timeout_s(rows)
+            if timeout_s is not None and not self.others(now, (member,)):
+                timeout_s = max(timeout_s, min(ALONE_S, left_s / 4.0))
         elif not member.adaptive:
             return timeout_s  # giving up costs the process: a deadline is no reason for that
         return max(min(left_s, left_s if timeout_s is None else timeout_s), SHORTEST_ATTEMPT_S)

@@ -93,7 +93,10 @@ def parse(source: str, base: Path | None = None) -> Source:
     if scheme is not None:
         if scheme[1].lower() in DEFAULT_PORTS:
             return parse_server(source)
-        raise ValueError(f"has the unknown scheme '{scheme[1]}://'; write a path such as ./models")
+        raise ValueError(
+            f"has the unknown scheme '{scheme[1]}://'; write a path such as ./models, or a server's URL with http://, "
+            "https://, grpc:// or grpcs://"
+        )
     path = (base or Path()) / Path(source).expanduser()
     return ModelFileSource(source, path) if path.suffix == ".onnx" else DirectorySource(source, path)
 

@@ -255,7 +255,8 @@ def test_small_pieces_are_paid_for_by_what_they_hold() -> None:
 
 
 FLAWS = [
-    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "larger than allowed"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "for its HTTP port write http:// in url"),
+    (b"\xff" * 20, "larger than allowed"),
     (frame(0, 0, 1, b"\0\0\0\0\1a") + frame(0, 1, 1), "breaks HTTP/2"),
     (frame(1, 4, 1, HEAD) + frame(1, 5, 1, TAIL), "no message"),
     (frame(1, 4, 1, HEAD) + frame(0, 0, 1, b"\1\0\0\0\1a") + frame(1, 5, 1, TAIL), "compressed"),

@@ -110,7 +110,7 @@ def test_a_model_that_takes_less_than_is_taken_here_cannot_stand_in() -> None:
     small = replace(model([X], [Y]), max_batch_size=4)
     assert signature_fault((X,), (Y,), small, 4) == ""
     assert signature_fault((X,), (Y,), small, 5) == (
-        "signature mismatch: it takes at most 4 rows, and batches have up to 5 (max_batch_size)"
+        "signature mismatch: it takes at most 4 rows, and batches have up to 5; write max_batch_size: 4 for the model"
     )
     assert signature_fault((X,), (Y,), replace(small, max_batch_size=0), 5) == ""  # whatever its shape says
     needs = replace(model([X, replace(OPTIONAL, optional=False)], [Y]), max_batch_size=4)

@@ -574,9 +574,19 @@ def test_attempt_timeouts_before_anything_is_known(
 
 
 def test_attempt_timeouts_are_learned() -> None:
-    it = bench(1)
+    it = bench(2)
     it.run(it.members[0], *[OK] * 300, took_s=0.1)
     assert 0.1 < it.fleet.attempt_timeout_s(it.members[0], 1, it.now, inf) < 0.3
+
+
+def test_who_has_no_peer_to_give_the_work_to_is_waited_for() -> None:
+    """A pause of the only backend is no reason to use up its callers' attempts there."""
+    it = bench(1)
+    (member,) = it.members
+    it.run(member, *[OK] * 300, took_s=0.1)
+    assert it.fleet.attempt_timeout_s(member, 1, it.now, inf) == 5.0
+    assert it.fleet.attempt_timeout_s(member, 1, it.now, it.now + 8.0) == pytest.approx(2.0)
+    assert 0.1 < it.fleet.attempt_timeout_s(member, 1, it.now, it.now + 0.2) <= 0.2
 
 
 def test_slots_are_learned_from_what_the_backend_computes() -> None:

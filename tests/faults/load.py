@@ -21,6 +21,7 @@ from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, OPEN, RIGHT, TWICE
 from tests.faults.nonce import INPUT, MODEL, OUTPUT, POISON, answers
 
 DOCUMENTED: Final = frozenset({400, 404, 408, 413, 415, 422, 429, 431, 499, 500, 502, 503, 504})
+MODEL_ERROR: Final = 500
 PATIENCE_S: Final = 40.0
 """How long after the end of the load an answer may still come."""
 _FIRST: Final = 1 << 44
@@ -61,7 +62,8 @@ class Load:
         self.poisoned: set[int] = set()
         """Indexes of the requests that carry a poisoned row."""
         self.leaks = 0
-        """Answers of any kind that hold a text which only a backend knows."""
+        """Answers that hold a text which only a backend knows. With status 500 they may: a model's own refusal of this
+        very request is meant for whoever sent it."""
         self._port = port
         self._profile = profile
         self._rng = random.Random(profile.seed)
@@ -277,7 +279,7 @@ class _Client(asyncio.Protocol):
 
     def _outcome(self, index: int, status: int, fields: dict[str, str], body: bytes) -> int:
         load = self._load
-        if b"upstream-secret" in body:
+        if b"upstream-secret" in body and status != MODEL_ERROR:
             load.leaks += 1
         if status != RIGHT:
             return _refusal(load, status, body)

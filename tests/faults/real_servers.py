@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import triton as wheel
-from benchmarks.server import BenchmarkError, free_port
+from benchmarks.server import BenchmarkError
 from tests.faults import nonce
 from tests.faults.processes import Child
 from tests.faults.registry import Unavailable
+from tests.faults.servers import free_port
 from tests.live import venvs
 
 SHM: Final = f"faults_{os.getpid()}_"

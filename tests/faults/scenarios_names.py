@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from benchmarks.server import free_port
 from tests.faults import nonce
 from tests.faults.load import Profile
 from tests.faults.registry import Unavailable, scenario
 from tests.faults.results import Result
 from tests.faults.rig import PACE, Rig, Run, with_rate
-from tests.faults.servers import BackendProcess, GatewayServer, Where, eventually
+from tests.faults.servers import BackendProcess, GatewayServer, Where, eventually, free_port
 
 NAME = "backends.test"
 INSIDE = 'mount --bind "$0" /etc/hosts && exec "$@"'

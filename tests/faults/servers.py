@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import random
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +15,27 @@ from typing import Any, Final
 
 import orjson
 
-from benchmarks.server import free_port
 from tests.faults import backend_log
 from tests.faults.behaviour import HEALTHY, Behaviour, Pace
 from tests.faults.processes import Child
 
 START_S: Final = 90.0
 """Generous: a loaded machine is slow, not broken."""
+
+
+def free_port() -> int:
+    """A port that is free, and that no outgoing connection will be given while its server is dead: below the range from
+    which Linux takes those (a connection to a dead port of that range may even end up connected to itself)."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(1000):
+        port = random.randrange(10_000, max(lowest, 20_000))
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float, otherwise: str, every_s: float = 0.02) -> None:

@@ -90,7 +90,15 @@ async def test_a_client_without_a_gateway_sees_every_fault(tmp_path: Path, fault
     outcomes = load.history.window().outcomes
     # A binary answer of no rows has no blob: it cannot be told from JSON without `data`.
     assert set(outcomes) <= {outcome, MALFORMED if outcome == WRONG else outcome}
-    assert load.leaks == (len(load.history) if fault is Fault.STATUS else 0)
+    assert load.leaks == 0
+
+
+async def test_a_backends_text_in_a_refusal_is_a_leak_unless_its_model_refused(tmp_path: Path) -> None:
+    async with backend(tmp_path) as made:
+        for status, leaks in ((502, True), (503, True), (500, False)):
+            await made.behave(Behaviour(Fault.STATUS, status=status))
+            load = await ask(made.http_port)
+            assert load.leaks == (len(load.history) if leaks else 0)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from gateway.errors import (
     ModelError,
     NoBackend,
     Overloaded,
+    PerhapsExecuted,
     PoisonRequest,
     RetryBudgetExhausted,
 )
@@ -69,8 +70,8 @@ FAULTLESS: Final = frozenset({Sign.BYSTANDER})
 UNWANTED: Final = frozenset({FailureKind.NOT_SENT, FailureKind.OVERLOAD})
 
 DOCUMENTED: Final = (
-    BackendError, Cancelled, DeadlineExceeded, Draining, ModelError, NoBackend, Overloaded, PoisonRequest,
-    RetryBudgetExhausted,
+    BackendError, Cancelled, DeadlineExceeded, Draining, ModelError, NoBackend, Overloaded, PerhapsExecuted,
+    PoisonRequest, RetryBudgetExhausted,
 )  # fmt: skip
 """What a scheduler of a plain model may say."""
 
