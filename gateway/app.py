@@ -111,6 +111,8 @@ class Gateway:
         """Whether a successor serves the same ports."""
         self._successor: asyncio.Task[None] | None = None
         self._loaded = False
+        self._serving: tuple[Listener, Listener] | None = None
+        """The data ports, once they may be handed to a successor."""
         self._starting = asyncio.Lock()
         self._started = False
         """Whether there are workers."""
@@ -294,7 +296,7 @@ class Gateway:
         )
         if demo:
             self._spawn(self._show_demo(listener.port))
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._take_over, listener, grpc_listener)
+        self._serving = (listener, grpc_listener)
         tell_ready(os.environ)
         await self._stopping.wait()
         await self._drain(listener, grpc_listener)
@@ -398,7 +400,13 @@ class Gateway:
         loop.add_signal_handler(signal.SIGTERM, self._signalled, self.config.server.drain_delay_s > 0)
         loop.add_signal_handler(signal.SIGINT, self._signalled, False)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload()))
-        loop.add_signal_handler(signal.SIGUSR2, lambda: log.warning("SIGUSR2: not yet serving, nothing to hand over"))
+        loop.add_signal_handler(signal.SIGUSR2, self._asked_to_hand_over)
+
+    def _asked_to_hand_over(self) -> None:
+        if self._serving is None:
+            log.warning("SIGUSR2: not yet serving, nothing to hand over")
+        else:
+            self._take_over(*self._serving)
 
     def _take_over(self, listener: Listener, grpc_listener: Listener) -> None:
         """SIGUSR2: have a successor take over the ports; see app_takeover.py."""
