@@ -7,7 +7,11 @@ one to another are in core/breaker_states.py. Rules:
     raises k, every 60 s CLOSED lower it by one (gRPC A50's multiplier decay), and it stays in 0 … `MAX_LEVEL`;
   * HALF_OPEN has one permit; three probes in a row have to succeed. A probe that was cancelled, and one whose outcome
     never came, give it back;
-  * RAMP is ten seconds of small batches, one at a time: a server that has just started is slow at first;
+  * RAMP is small batches, one at a time: a server that has just started is slow at first. It takes ten seconds, or one
+    where the batches show that this server is not: the share doubles with each that took no longer than it should,
+    starts again with one that did, and a dozen in a row end the ramp;
+  * a replica that goes away is let back in after a second if it had served for ten; one that comes and goes waits
+    longer every time;
   * an outcome counts only if the attempt began after the state did (`_stale`): what was sent before a trip says
     nothing about the recovery from it;
   * an overloaded replica is left alone for as long as it asked for, in every state;
@@ -58,15 +62,16 @@ class Breaker:
     """See the module's docstring. `started`: when the attempt began, monotonic seconds."""
 
     __slots__ = (
-        "_closed_at", "_connects", "_health", "_mismatches", "_policy", "_proofs", "_rng", "_streak", "blocked_until",
-        "cause", "level", "pauses", "permit_at", "probe_after", "since", "state", "trips", "until", "window",
+        "_closed_at", "_connects", "_health", "_mismatches", "_policy", "_proofs", "_rng", "_served_from", "_streak",
+        "blocked_until", "cause", "in_time", "level", "pauses", "permit_at", "probe_after", "since", "state", "trips",
+        "until", "window",
     )  # fmt: skip
 
     def __init__(self, policy: BreakerPolicy, rng: Rng, now: float, state: State = State.CLOSED) -> None:
         self._policy = policy
         self._rng = rng
         self.state = state
-        self.since = self._closed_at = now
+        self.since = self._closed_at = self._served_from = now
         """When the state began."""
         self.cause = Cause.NONE
         self.level = 0
@@ -86,13 +91,17 @@ class Breaker:
 
     def _settle(self) -> None:
         self._streak = self._connects = self._health = self._proofs = 0
+        self.in_time = 0
+        """Batches in a row, while RAMP, that took no longer than they should."""
         self.permit_at = None
 
     # -- transitions ---------------------------------------------------------------------------------------------
 
     def _go(self, event: Event, now: float) -> None:
-        self.state = TRANSITIONS[self.state, event]
+        before, self.state = self.state, TRANSITIONS[self.state, event]
         self.since = now
+        if before not in (State.CLOSED, State.RAMP):
+            self._served_from = now
         self._settle()
         if self.state in (State.CLOSED, State.RAMP):
             self.window.clear()
@@ -100,8 +109,8 @@ class Breaker:
         if self.state is State.CLOSED:
             self._closed_at = now
 
-    def _trip(self, event: Event, cause: Cause, now: float, at_least_s: float = 0.0) -> None:
-        level = min(self.level_at(now) + 1, MAX_LEVEL)
+    def _trip(self, event: Event, cause: Cause, now: float, at_least_s: float = 0.0, worse: int = 1) -> None:
+        level = min(max(self.level_at(now) + worse, 1), MAX_LEVEL)
         self._go(event, now)
         self.level = level
         policy = self._policy
@@ -142,13 +151,14 @@ class Breaker:
         return min(wake, self.blocked_until) if self.blocked_until > now else wake
 
     def lost(self, now: float, remote: bool) -> None:
-        """The replica is not available any more. A remote one that keeps going away is trusted less and less."""
+        """The replica is not available any more. A remote one that comes and goes is trusted less and less."""
         if (self.state, Event.LOST) not in TRANSITIONS:
             return
         self.blocked_until = now
         self.pauses = 0
         if remote and self.state in (State.CLOSED, State.RAMP):
-            self._trip(Event.LOST, Cause.LOST, now)
+            settled = now - self._served_from >= self._policy.settled_s
+            self._trip(Event.LOST, Cause.LOST, now, worse=0 if settled else 1)
         else:
             until = self.until
             self._go(Event.LOST, now)
@@ -184,8 +194,9 @@ class Breaker:
     def _stale(self, started: float) -> bool:
         return started < self.since - _EPSILON_S
 
-    def succeeded(self, started: float, now: float, in_use: bool, slow: bool | None = None) -> None:
-        """`in_use`: it would get batches even if it were open. `slow`: None where there is nobody to compare with."""
+    def succeeded(self, started: float, now: float, in_use: bool, slow: bool | None = None, late: bool = False) -> None:
+        """`in_use`: it would get batches even if it were open. `slow`: None where there is nobody to compare with.
+        `late`: it took longer than it should, by whatever is known."""
         self.pauses = 0
         state = self.state
         if state is State.CLOSED or state is State.PINNED or state is State.RAMP:
@@ -195,6 +206,8 @@ class Breaker:
                 self.window.time(slow, now)
                 if slow:
                     self._judge(now)
+            if state is self.state is State.RAMP and not self._stale(started):
+                self._ramped(now, late)
         elif state in (State.OPEN, State.HALF_OPEN) and not self._stale(started):
             self._proofs += 1
             if self._proofs < self._policy.proofs:
@@ -203,6 +216,18 @@ class Breaker:
                 self._go(Event.PROVED_IN_USE, now)
             else:
                 self._go(Event.PROVED, now)
+
+    def _ramped(self, now: float, late: bool) -> None:
+        """A batch on the ramp was answered."""
+        self.in_time = 0 if late else self.in_time + 1
+        if self.in_time >= self._policy.ramp_proofs and now >= self.since + self._policy.quick_ramp_s:
+            self._go(Event.PROVED, now)
+
+    def ramp_share(self, now: float, start: float) -> float:
+        """Of the largest batch, while RAMP: `start` at first, then what time or the batches so far vouch for."""
+        on_s = now - self.since
+        vouched = min(start * 2.0 ** min(self.in_time, 30), on_s / self._policy.quick_ramp_s)
+        return min(1.0, max(start, on_s / self._policy.ramp_s, vouched))
 
     def failed(
         self,

@@ -77,6 +77,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.HALF_OPEN, Event.DRAIN): State.DRAINED,
     (State.HALF_OPEN, Event.PIN): State.PINNED,
     (State.RAMP, Event.TIME): State.CLOSED,
+    (State.RAMP, Event.PROVED): State.CLOSED,
     (State.RAMP, Event.TRIP): State.OPEN,
     (State.RAMP, Event.LOST): State.UNAVAILABLE,
     (State.RAMP, Event.DRAIN): State.DRAINED,
@@ -192,6 +193,13 @@ class BreakerPolicy:
     probe_again_s: float = 0.25
     """Shortest time between a permit that came back unused and the next probe."""
     ramp_s: float = 10.0
+    """Of a ramp on which nothing is learned."""
+    quick_ramp_s: float = 1.0
+    """Shortest ramp, of a replica whose every batch took no longer than it should."""
+    ramp_proofs: int = 12
+    """Batches in a row that took no longer than they should and end a ramp early."""
+    settled_s: float = 10.0
+    """A replica that goes away after it served for so long is none that comes and goes."""
     decay_s: float = 60.0
 
 

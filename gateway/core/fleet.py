@@ -51,7 +51,8 @@ FULL_SCAN: Final = 8
 TRIAL_ROWS: Final = 4
 """Most rows of a client batch that tries a half-open replica."""
 RAMP_START: Final = 0.1
-"""Share of the largest batch with which a ramp begins; it grows linearly (Envoy's slow start)."""
+"""Share of the largest batch with which a ramp begins; it grows linearly (Envoy's slow start), or faster where batches
+come back in time."""
 LONGEST_ATTEMPT_S: Final = 120.0
 """Where nothing is known of times and no deadline says otherwise; no caller may ask for more."""
 SHORTEST_ATTEMPT_S: Final = 0.05
@@ -216,8 +217,7 @@ class Fleet:
         if state is State.HALF_OPEN:
             return min(TRIAL_ROWS, self._max_rows)
         if state is State.RAMP and any(m.breaker.state is State.CLOSED and m.replica.available for m in self.members):
-            share = max(RAMP_START, (now - member.breaker.since) / self._policy.breaker.ramp_s)
-            return max(1, min(self._max_rows, int(share * self._max_rows)))
+            return max(1, int(member.breaker.ramp_share(now, RAMP_START) * self._max_rows))
         return self._max_rows
 
     def attempt_timeout_s(self, member: Member, rows: int, now: float, latest_deadline: float) -> float:
@@ -279,16 +279,23 @@ class Fleet:
         if member.adaptive:
             member.slots.observe(now, together, took_s, member.time.predict_s(rows), compute_s)
         slow = self._is_slow(member, rows, took_s / max(together, 1)) if len(self.members) > 2 else None
-        member.time.observe(rows, took_s, now, max(together, 1))
         breaker = member.breaker
+        late = breaker.state is State.RAMP and self._is_late(member, rows, took_s, slow)
+        member.time.observe(rows, took_s, now, max(together, 1))
         if breaker.state is State.CLOSED and not slow:
             breaker.succeeded(now - took_s, now, True, slow)
             return
         before = breaker.state
         if not self.sampled:
             breaker.return_permit(now, now - took_s)
-        breaker.succeeded(now - took_s, now, self.panic, slow)
+        breaker.succeeded(now - took_s, now, self.panic, slow, late)
         self._changed(member, before, now)
+
+    def _is_late(self, member: Member, rows: int, took_s: float, slow: bool | None) -> bool:
+        """Whether a batch on the ramp took longer than it should: by its peers' times, else by its own of before."""
+        if slow is not None:
+            return slow
+        return member.time.known and took_s > self._policy.breaker.slow_factor * member.time.predict_s(rows)
 
     def _is_slow(self, member: Member, rows: int, took_s: float) -> bool | None:
         """Among its own kind: a worker next door is no yardstick for a server across the network."""

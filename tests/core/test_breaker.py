@@ -434,6 +434,49 @@ def test_a_flapping_server_is_kept_open_for_longer_and_longer() -> None:
     assert it.level >= 3
 
 
+def test_a_server_that_served_well_before_it_went_away_is_let_back_soon_every_time() -> None:
+    it, now = breaker(), NOW
+    for _ in range(20):
+        now += 12.0
+        it.advance(now)
+        it.lost(now, remote=True)
+        assert it.level == 1
+        assert it.until <= now + 1.2
+        now += 1.5
+        it.back(now, cold=True)
+        assert state(it) is State.RAMP
+
+
+def test_a_ramp_ends_early_where_every_batch_is_in_time() -> None:
+    it = ramp()
+    start = it.since
+    for n in range(40):
+        it.succeeded(start + 0.02 * n, start + 0.02 * (n + 1), False)
+    assert state(it) is State.RAMP  # a second has not passed
+    it.succeeded(start + 1.0, start + 1.1, False)
+    assert state(it) is State.CLOSED
+
+
+def test_a_late_batch_starts_the_ramp_anew() -> None:
+    it = ramp()
+    now = it.since + 2.0
+    shares = []
+    for late in (False, False, False, True, False):
+        it.succeeded(now, now + 0.1, False, late=late)
+        now += 0.1
+        shares.append(it.ramp_share(it.since + 0.9, 0.1))
+    assert shares == pytest.approx([0.2, 0.4, 0.8, 0.1, 0.2])
+    assert state(it) is State.RAMP
+
+
+def test_the_share_never_grows_faster_than_a_quick_ramp() -> None:
+    it = ramp()
+    for n in range(30):
+        it.succeeded(it.since + 0.001 * n, it.since + 0.001 * (n + 1), False)
+    assert it.ramp_share(it.since + 0.03, 0.1) == pytest.approx(0.1)
+    assert it.ramp_share(it.since + 0.5, 0.1) == pytest.approx(0.5)
+
+
 def test_drained_is_for_good_whatever_happens() -> None:
     it = breaker()
     it.force(State.DRAINED, NOW, True, True)
