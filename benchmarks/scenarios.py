@@ -137,24 +137,24 @@ def heavy(plan: Plan) -> Outcome:
     return outcome
 
 
-def front_triton(plan: Plan) -> Outcome:
+def front_triton(plan: Plan, name: str = "front-triton", connections: int = 256) -> Outcome:
     """The gateway in front of one Triton against that Triton alone; each time everything shares the same two cores."""
     work = prepare("tiny")
-    what = "MLP 16-64-64-4, JSON, 64 connections; server, gateway and client share both cores, nothing pinned"
-    outcome = Outcome("front-triton", what)
+    what = f"MLP 16-64-64-4, JSON, {connections} connections; server, gateway and client share both cores, not pinned"
+    outcome = Outcome(name, what)
 
     def post(server: Server, seconds: float = plan.seconds) -> Round:
         if server.name == "triton":
-            return load(server, work.body_file, 64, seconds)
+            return load(server, work.body_file, connections, seconds)
         rows, batches = batch_rows(server, work.model)
-        result = load(server, work.body_file, 64, seconds)
+        result = load(server, work.body_file, connections, seconds)
         rows_after, batches_after = batch_rows(server, work.model)
         return replace(result, batch=(rows_after - rows) / max(1, batches_after - batches))
 
     with ExitStack() as stack:
-        flags = _triton_flags(plan, "front-triton", work, "", post)
+        flags = _triton_flags(plan, name, work, "", post)
         if flags is None:
-            raise BenchmarkError("front-triton measures the gateway in front of a Triton; leave out --without triton")
+            raise BenchmarkError(f"{name} measures the gateway in front of a Triton; leave out --without triton")
         alone = triton(work, flags)
         # Behind the gateway batches arrive formed: waiting for more there only costs time.
         behind = replace(flags, delay_us=0, instances=1)
@@ -215,6 +215,7 @@ SCENARIOS: Final[dict[str, Callable[[Plan], Outcome]]] = {
     "tiny-grpc": tiny_grpc,
     "heavy": heavy,
     "front-triton": front_triton,
+    "front-triton-64": partial(front_triton, name="front-triton-64", connections=64),
     "latency-1": latency_1,
     "idle-connections": idle_connections,
 }
