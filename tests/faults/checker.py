@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.faults.backend_log import EXECUTED, Execution
-from tests.faults.history import MALFORMED, OPEN, RIGHT, TWICE, WRONG, History
+from tests.faults.history import MALFORMED, OPEN, RIGHT, TWICE, UNSENT, WRONG, History
 from tests.faults.nonce import POISON
 
 
@@ -65,7 +65,7 @@ def check(history: History, logs: Sequence[Sequence[Execution]] | None, *, idemp
     answered = np.repeat(outcome == RIGHT, rows)
     return Verdict(
         requests=len(history),
-        rows=total,
+        rows=int(rows[outcome != UNSENT].sum()),
         answered=int(answered.sum()),
         lost=int(rows[outcome == OPEN].sum()),
         wrong=int(rows[(outcome == WRONG) | (outcome == TWICE)].sum()),

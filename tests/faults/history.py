@@ -24,6 +24,9 @@ LEFT: Final = 4
 MALFORMED: Final = 5
 """An answer that is not one of the protocol, or an error without a text or with an undocumented status."""
 
+UNSENT: Final = 6
+"""Still waiting for a free client when the run ended: the gateway never saw it."""
+
 NAMES: Final = {
     OPEN: "no answer",
     BROKEN_OFF: "broken off",
@@ -31,6 +34,7 @@ NAMES: Final = {
     TWICE: "twice",
     LEFT: "left",
     MALFORMED: "malformed",
+    UNSENT: "never sent",
 }
 
 
@@ -108,13 +112,18 @@ class History:
         if text in self.texts or len(self.texts) < 100:
             self.texts[text] = self.texts.get(text, 0) + 1
 
+    @property
+    def unsent(self) -> int:
+        """Requests for which no client was free before the run ended: the load was more than could be borne."""
+        return int((self.column("outcome") == UNSENT).sum())
+
     def column(self, name: str) -> NDArray[Any]:
         return np.array(getattr(self, name))
 
     def window(self, since: float = 0.0, until: float = float("inf")) -> Window:
-        """The requests that were due within [since, until)."""
+        """The requests that were due within [since, until) and were sent."""
         due = self.column("due")
-        chosen = (due >= since) & (due < until)
+        chosen = (due >= since) & (due < until) & (self.column("outcome") != UNSENT)
         outcome, rows = self.column("outcome")[chosen], self.column("rows")[chosen]
         took = (self.column("ended")[chosen] - due[chosen])[outcome == RIGHT]
         backend, attempt = self.column("backend")[chosen], self.column("attempt")[chosen]

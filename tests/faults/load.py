@@ -17,7 +17,7 @@ from typing import Final, cast
 import numpy as np
 import orjson
 
-from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, OPEN, RIGHT, TWICE, WRONG, History
+from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, OPEN, RIGHT, TWICE, UNSENT, WRONG, History
 from tests.faults.nonce import INPUT, MODEL, OUTPUT, POISON, answers
 
 DOCUMENTED: Final = frozenset({400, 404, 408, 413, 415, 422, 429, 431, 499, 500, 502, 503, 504})
@@ -93,9 +93,11 @@ class Load:
                 self._issue(time.monotonic())
 
     async def stop(self) -> None:
-        """No new requests; returns when all have ended, or patience has."""
+        """No new requests; returns when all that were sent have ended, or patience has."""
         self._running = False
         self._idle.clear()
+        while self._waiting:
+            self.ended(self._waiting.popleft()[0], UNSENT)
         if self._open:
             try:
                 async with asyncio.timeout(PATIENCE_S):

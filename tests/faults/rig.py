@@ -221,6 +221,7 @@ class Rig:
         result.at_most("rows answered wrong", verdict.wrong, 0)
         result.at_most("rows answered without an execution", verdict.unexplained, 0)
         result.at_most("malformed or undocumented answers", verdict.malformed, 0)
+        result.at_most("requests for which no client was free", self.load.history.unsent, 0, hard=False)
         result.at_most("answers that leak a backend's text", self.load.leaks, 0)
         if errors is not None:
             result.at_most("failed requests", result.errors, errors)

@@ -17,7 +17,7 @@ from tests.faults.backend import Backend
 from tests.faults.backend_log import ARRIVED, EXECUTED, ExecutionLog, read
 from tests.faults.behaviour import Behaviour, Fault, Pace
 from tests.faults.checker import check
-from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, RIGHT, TWICE, WRONG, History
+from tests.faults.history import BROKEN_OFF, LEFT, MALFORMED, OPEN, RIGHT, TWICE, UNSENT, WRONG, History
 from tests.faults.load import Load, Profile
 from tests.faults.load_grpc import GrpcLoad
 from tests.faults.processes import Child, left_behind
@@ -240,6 +240,13 @@ def test_a_window_counts_by_the_instant_a_request_was_due() -> None:
     assert (window.requests, window.right, window.errors, window.shares) == (2, 1, 1, {"b1": 1.0})
     assert (window.p50_s, window.worst_s) == (0.5, 0.5)
     assert made.window().errors == 1, "who left is no error"
+
+
+def test_what_was_never_sent_is_neither_lost_nor_an_error() -> None:
+    made = history(RIGHT, UNSENT, RIGHT)
+    verdict = check(made, None, idempotent=True)
+    assert (verdict.lost, verdict.rows, made.window().errors, made.window().requests, made.unsent) == (0, 4, 0, 2, 1)
+    assert check(history(RIGHT, OPEN), None, idempotent=True).lost == 2
 
 
 async def test_a_proxy_passes_everything_on_and_a_black_hole_nothing(tmp_path: Path) -> None:
