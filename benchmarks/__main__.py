@@ -25,10 +25,11 @@ def parse(arguments: list[str] | None = None) -> tuple[list[str], Plan]:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one round of one system")
     parser.add_argument("--without", action="append", default=[], choices=["nginx", "triton"], help="leave out")
     parser.add_argument("--tune-triton", action="store_true", help="search Triton's best flags first and keep them")
+    parser.add_argument("--rows", type=int, default=Plan.rows, help="log-show: rows of the log that is read")
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.scenario if name not in SCENARIOS]:
         parser.error(f"no scenario {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}")
-    plan = Plan(max(1, args.rounds), args.seconds, frozenset(args.without), args.tune_triton)
+    plan = Plan(max(1, args.rounds), args.seconds, frozenset(args.without), args.tune_triton, max(1, args.rows))
     return args.scenario or list(SCENARIOS), plan
 
 

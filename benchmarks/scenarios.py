@@ -15,7 +15,7 @@ from functools import partial
 from statistics import median
 from typing import Final
 
-from benchmarks import bare, grpc_load
+from benchmarks import bare, grpc_load, log_show
 from benchmarks.report import Claim, Outcome
 from benchmarks.server import BenchmarkError, Server
 from benchmarks.systems import batch_rows, gateway, gateway_before, grpc_echo, nginx
@@ -36,6 +36,8 @@ class Plan:
     seconds: float = 3.0
     without: frozenset[str] = frozenset()
     tune_triton: bool = False
+    rows: int = 10_000_000
+    """Of the inference log that is made to be read."""
 
     def has(self, system: str) -> bool:
         return system not in self.without
@@ -218,6 +220,7 @@ SCENARIOS: Final[dict[str, Callable[[Plan], Outcome]]] = {
     "front-triton-64": partial(front_triton, name="front-triton-64", connections=64),
     "latency-1": latency_1,
     "idle-connections": idle_connections,
+    "log-show": lambda plan: log_show.measure(plan.rows, plan.rounds),
 }
 
 

@@ -17,26 +17,35 @@ import random
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import uvloop
 
-from gateway import plan, terminal
+from gateway import app_registries, app_variants, plan, terminal, variants_metrics
 from gateway.agreement_sampling import AgreementSamplers
 from gateway.app_files import connections_for, raise_file_limit
+from gateway.app_log import ServingLog, serving_log
 from gateway.app_takeover import GRPC as GRPC_SOCKETS
 from gateway.app_takeover import HTTP as HTTP_SOCKETS
 from gateway.app_takeover import METRICS, Sockets, inherited, successor_serves, tell_ready
-from gateway.app_views import Views
+from gateway.app_variants import VariantLoader
+from gateway.app_views import Views, release_view
 from gateway.backends.onnx import LoadOptions, OnnxPool, PoolEvent
 from gateway.catalog import Catalog, ServedVersion
-from gateway.config import Config, ModelSettings, Server
+from gateway.config import Config, ModelEntry, ModelSettings, Server
+from gateway.config_sources import secret
+from gateway.config_variant_models import check_variants
 from gateway.core.model import Artifact
+from gateway.core.release import Happened
 from gateway.core.remembered import Store
 from gateway.errors import BindError, ConfigError, GatewayError, ModelError
+from gateway.inference_log.handover import InferenceLog
+from gateway.inference_log.segments import Layout
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.grpc_server import GrpcServer, Http2Limits
@@ -52,6 +61,7 @@ from gateway.management_repository import Repository
 from gateway.management_settings import TraceSettings
 from gateway.management_tracing import Tracing
 from gateway.observe import log as log_setup
+from gateway.observe import metrics_releases
 from gateway.observe.loop_lag import LoopLag
 from gateway.observe.metrics import Metrics, Sources, build_labels
 from gateway.observe.metrics_views import GrpcView, HttpView
@@ -59,11 +69,20 @@ from gateway.observe.record import Recent
 from gateway.observe.request_trace import TraceFile
 from gateway.operations import Operations
 from gateway.operations_backends import Backends
+from gateway.operations_feedback import Feedback
+from gateway.operations_releases import ReleasePages
+from gateway.operations_split import split_pages
+from gateway.operations_webhooks import MlflowWebhook
 from gateway.pipeline import Pipeline
+from gateway.plan_registry import RegisteredModels
 from gateway.prober import Probers
 from gateway.protocol.options import ProtocolOptions
+from gateway.releases import Releases
+from gateway.releases_sources import Following, following
 from gateway.remote_models import RemoteModels
 from gateway.shared_memory import SharedMemory
+from gateway.variants import Variants
+from gateway.variants_sources import Target
 
 log = logging.getLogger("gateway")
 
@@ -102,7 +121,15 @@ class Gateway:
         self.catalog = Catalog(self.pipeline.infer)
         self.remotes = RemoteModels(config, self.catalog)
         self.remotes.on_discovered = lambda name: self._spawn(self.repository.discovered(name))
-        self.repository = Repository(config, self.catalog, self._load, self.remotes)
+        self.releases = Releases(self.catalog, self._following)
+        self.registered = RegisteredModels(config, self._load)
+        self.repository = Repository(config, self.catalog, self._load, self.remotes, self.releases, self.registered)
+        self.variants = Variants(
+            self.catalog,
+            VariantLoader(self._load_apart, self._registered).find,
+            partial(self.pipeline.infer, past_cache=True),
+            self.releases.turn,
+        )
         self._stopping = asyncio.Event()
         self._delayed = False
         """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
@@ -116,6 +143,9 @@ class Gateway:
         self._starting = asyncio.Lock()
         self._started = False
         """Whether there are workers."""
+        self.serving_log: ServingLog | None = None
+        self.inference_log: InferenceLog | None = None
+        """Where requests and events are logged; None: nowhere."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -123,29 +153,41 @@ class Gateway:
     async def serve(self, *, demo: bool) -> int:
         try:
             wanted = await asyncio.to_thread(self.repository.initial)
+            await asyncio.to_thread(check_variants, self.config)
         except ConfigError as error:
             terminal.show_faults(error)
             return EXIT_CONFIG
         self._provide_files()
+        self.serving_log = serving_log(self.config)
+        self.inference_log = self.serving_log.log if self.serving_log is not None else None
         self._build()
         self._catch_signals()
         try:
+            if self.serving_log is not None:
+                await asyncio.to_thread(self.serving_log.start)
             sockets = inherited(os.environ)
             listener, grpc_listener = await self._listen(sockets)
             if METRICS not in sockets:
                 await self.operations.start(self.config.server.host, self.config.server.metrics_port)
         except ConfigError as error:
             terminal.show_faults(error)
+            await self._close_log()
             return EXIT_CONFIG
         except BindError as error:
             terminal.show_error(str(error))
+            await self._close_log()
             return EXIT_BIND
         try:
             return await self._serve(wanted, listener, grpc_listener, sockets.get(METRICS, ()), demo=demo)
         finally:
             await self.operations.close()
             await self.remotes.close()
+            await self._close_log()
             await self.pool.close()
+
+    async def _close_log(self) -> None:
+        if self.serving_log is not None:
+            await self.serving_log.close()
 
     def _provide_files(self) -> None:
         """Have as many descriptors as we may, and no more connections than there are descriptors for."""
@@ -171,6 +213,7 @@ class Gateway:
         memory = SharedMemory(server.limits.max_body_bytes) if server.client_shared_memory else None
         self.catalog.on_ready = self._model_ready
         self.catalog.on_retired = self._model_retired
+        self.releases.on_happened = self._release_happened
         self.probers = Probers(server.probe_interval_s, random.Random())  # noqa: S311  # jitter
         self.agreement = AgreementSamplers(random.Random())  # noqa: S311  # a sample
         self.views = Views(self.catalog.versions, self.agreement)
@@ -189,7 +232,9 @@ class Gateway:
             options = replace(options, memory=memory)
         limits = server.limits
         bodies = BodyCoding(limits.max_body_bytes, server.compression.min_bytes, server.compression.level)
-        application = OipApplication(self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies)
+        application = OipApplication(
+            self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies, self.inference_log
+        )
         self.http = HttpServer(
             application,
             HttpLimits(
@@ -207,8 +252,14 @@ class Gateway:
         self._build_grpc(options)
         self.loop_lag = LoopLag(self._requests)
         sources = Sources(
-            self.views.for_metrics, self._http_view, {"0": self.loop_lag.histogram}, build_labels(), self._grpc_view
-        )
+            self.views.for_metrics, self._http_view, {"0": self.loop_lag.histogram}, build_labels(), self._grpc_view,
+            more=[
+                lambda: metrics_releases.families(map(release_view, self.releases.statistics())),
+                lambda: variants_metrics.families(self.variants.statuses()),
+                lambda: app_registries.families(self.registered),
+                lambda: self.serving_log.families() if self.serving_log is not None else [],
+            ],
+        )  # fmt: skip
         token_file = self.config.base / server.admin_token_file if server.admin_token_file is not None else None
         self.operations = Operations(
             Metrics(sources, time.monotonic),
@@ -216,13 +267,31 @@ class Gateway:
             self._worker_statuses,
             Backends(self.catalog.versions),
             token_file,
+            health=lambda: self.serving_log.health() if self.serving_log is not None else {},
+            pages=[
+                *ReleasePages(self.releases).pages(),
+                MlflowWebhook(self.releases, self._webhook_secret).page(),
+                *split_pages(self.variants, self._promote),
+                self._feedback().page(),
+            ],
+        )
+
+    def _feedback(self) -> Feedback:
+        section = self.config.inference_log
+        file = section.feedback_token_file if section is not None else None
+        return Feedback(
+            self.inference_log,
+            lambda: time.time_ns() // 1000,
+            lambda: uuid.uuid4().hex,
+            self.config.base / file if file is not None else None,
         )
 
     def _build_grpc(self, options: ProtocolOptions) -> None:
         server, limits = self.config.server, self.config.server.limits
         self.services = GrpcServices(
-            self.catalog, self.pipeline, self.management, options, reflected=server.grpc_reflection
-        )
+            self.catalog, self.pipeline, self.management, options, reflected=server.grpc_reflection,
+            log=self.inference_log,
+        )  # fmt: skip
         self.grpc = GrpcServer(
             self.services,
             Http2Limits(
@@ -270,15 +339,20 @@ class Gateway:
         code = await self._load_models(wanted)
         if code is not None:
             return code
+        await self.releases.adopt(self.catalog.names(), "start")
         self._loaded = self.repository.open = True
+        if self.serving_log is not None:
+            self.serving_log.start_companions()
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self.loop_lag.start()
         self._spawn(self.repository.poll_for_ever())
+        self._spawn(app_registries.keep_cache_small(self.registered, self.catalog, self._logged_digests))
         if self.remotes.configured or self._reread is not None:
             self._spawn(self.remotes.follow())
         await self.remotes.reconcile()
+        await app_variants.start(self.variants, self.config, self._stopping, self._spawn)
         # Sockets that were handed over: nothing is accepted before it can be answered.
         for inherited_listener in (listener, grpc_listener):
             await inherited_listener.start()
@@ -323,6 +397,7 @@ class Gateway:
         if everything is None:
             return EXIT_OK
         with terminal.progress(len(everything)) as advance:
+            self.registered.told = advance.fetching
             failed = await self._until_stopped(self.catalog.load_all(everything, on_loaded=advance))
         if failed is None:
             return EXIT_OK
@@ -339,12 +414,14 @@ class Gateway:
                 self._started = True
 
     async def _with_remote(self, wanted: Sequence[WantedVersion]) -> list[WantedVersion]:
-        """`wanted`, and what is served from remote servers.
+        """`wanted`, and what is served from registries and remote servers.
 
         Raises:
             ConfigError: a model is served from two places, or from nowhere.
+            LoadFailed: nobody knows what a registry reference means.
             ModelError: there is nothing at all.
         """
+        wanted = [*wanted, *await self.repository.initial_registered()]
         if not self.remotes.configured:
             return list(wanted)
         await self.remotes.open()
@@ -372,6 +449,8 @@ class Gateway:
             self._successor.cancel()
         self._draining = not self._handed_over  # the ports serve on, and may be asked on a connection that we have
         self.repository.open = False
+        await self.releases.close()
+        self.variants.close()
         if self._delayed:
             log.info("stopping: not ready any more, still serving for %g s", server.drain_delay_s)
             await asyncio.sleep(server.drain_delay_s)
@@ -433,10 +512,14 @@ class Gateway:
         async with self._reloading:
             try:
                 config = await asyncio.to_thread(self._reread)
+                await asyncio.to_thread(check_variants, config)
                 failed = await self.repository.reload(config)
             except GatewayError as error:
                 log.error("SIGHUP: nothing was changed: %s", error)
                 return
+            await self.releases.refresh_all("SIGHUP")
+            await self.variants.configure(config)
+            await self.variants.settle()
         if changed := _changed(self.config.server, config.server):
             log.warning("SIGHUP: changed too, but takes a restart: %s", ", ".join(changed))
         if self.config.server.model_control == "explicit":
@@ -465,7 +548,8 @@ class Gateway:
     # -- what the parts ask of each other --------------------------------------------------------------------------
 
     def ready(self) -> bool:
-        return self._loaded and not self._draining and self.catalog.ready()
+        logged = self.serving_log is None or not any(version.log_blocked for version in self.catalog.versions())
+        return self._loaded and not self._draining and logged and self.catalog.ready()
 
     def _requests(self) -> float:
         return float(self.http.statistics().requests + self.grpc.statistics().requests)
@@ -475,6 +559,8 @@ class Gateway:
 
     def _model_ready(self, version: ServedVersion) -> None:
         """A version is loaded and about to serve."""
+        if self.serving_log is not None:
+            self.serving_log.attach(version)
         self.tracing.attach(version)
         self.remotes.attach(version)
         self.probers.attach(version)
@@ -486,6 +572,13 @@ class Gateway:
         """A version takes no new callers."""
         self.probers.detach(version)
         self.agreement.detach(version)
+
+    def _release_happened(self, name: str, happened: Happened) -> None:
+        """A model's releases changed, or were not allowed to: the inference log keeps that with the predictions."""
+        if self.inference_log is not None:
+            details = asdict(happened)
+            kind, version = details.pop("outcome"), happened.to_version or happened.from_version
+            self.inference_log.event("lifecycle", kind, name, version, details)
 
     def _pool_event(self, event: PoolEvent) -> None:
         if event.kind == "model_failed":
@@ -499,10 +592,43 @@ class Gateway:
         elif event.kind == "worker_ready" and event.generation > 1:
             log.info("worker %s is back (pid %d)", event.worker, event.pid)
 
+    def _webhook_secret(self) -> str | None:
+        """What MLflow signs its events with; may block. None: none are taken."""
+        config = self.repository.config
+        place = config.registries.mlflow.webhook_secret if config.registries.mlflow is not None else None
+        return None if place is None else secret(place, config.base, config.environ)()
+
+    def _following(self, name: str) -> Following:
+        """How a model is followed; runs in a thread."""
+        return following(self.repository.config, self._load, name, self.registered)
+
     async def _load(self, artifact: Artifact, settings: ModelSettings) -> LoadedModel:
         await self._start_pool()
         options = LoadOptions(settings.instances, settings.dedicated, settings.intra_op_threads)
         return self.remotes.mixed(artifact.name, await self.pool.load(artifact, options))
+
+    async def _load_apart(self, artifact: Artifact, options: LoadOptions) -> LoadedModel:
+        await self._start_pool()
+        return await self.pool.load(artifact, options)
+
+    async def _promote(self, name: str, version: ServedVersion) -> object:
+        """The canary takes over; a browser or the command line asked."""
+        async with self.releases.turn(name):
+            return await self.releases.promote(name, [version], by="operations port")
+
+    def _registered(self, config: Config, entry: ModelEntry, name: str, load: plan.Load) -> Target:
+        """What a variant's reference means, from its registry; runs in a thread."""
+        settled = self.registered.registries.settle(entry.source)
+        wanted = self.registered.release(config, entry, settled, load, name)
+        return Target(settled.resolved.immutable_id, wanted, settled.resolved.mutable or bool(settled.stale))
+
+    def _logged_digests(self) -> set[str]:
+        """Digests of the models that sealed parts of the inference log refer to. Runs in a thread."""
+        section = self.config.inference_log
+        if section is None:
+            return set()
+        commits = Layout(self.config.base / section.directory).commits()
+        return {digest for commit in commits.values() for digest in commit.digests}
 
     def _http_view(self) -> HttpView:
         statistics = self.http.statistics()

@@ -10,9 +10,11 @@ from gateway.backends.onnx import OnnxReplica
 from gateway.catalog import ServedVersion
 from gateway.core.fleet import Member, MemberStatistics
 from gateway.core.model import ModelState
+from gateway.observe.metrics_releases import ReleasesView
 from gateway.observe.metrics_views import ModelView, ReplicaView
 from gateway.operations import BackendStatus, ModelStatus
 from gateway.operations_backends import cause_of, member_statistics
+from gateway.releases_model import ModelReleasesStatus
 from gateway.scheduler import Scheduler
 from gateway.sequence_scheduler import SequenceScheduler
 
@@ -71,6 +73,9 @@ class Views:
             version.spec.batching_note if known else "",
             "" if version.state is ModelState.READY else version.reason,
             self._agreement.statistics(version),
+            version.role,
+            version.artifact.source if version.artifact is not None else version.wanted.uri,
+            *_registered(version),
         )
 
     def _backends(self, version: ServedVersion) -> list[BackendStatus]:
@@ -79,6 +84,27 @@ class Views:
             return [BackendStatus("ensemble", version.ready, version.scheduler.pending)]
         now = self._now()
         return [_backend_status(member, seen, now) for member, seen in member_statistics(version, now)]
+
+
+def _registered(version: ServedVersion) -> tuple[str, list[str]]:
+    """The reference that led to it, and what people should know of what its registry says."""
+    if version.wanted.facts is None:
+        return "", []
+    facts = version.wanted.facts()
+    return facts["reference"], [*facts["warnings"], *facts["notes"]]
+
+
+def release_view(status: ModelReleasesStatus) -> ReleasesView:
+    """One model's releases, for metrics."""
+    return ReleasesView(
+        status.model,
+        status.swaps,
+        status.last_swap,
+        status.asked_at,
+        bool(status.trouble),
+        bool(status.refused),
+        [(one.version, one.digest, one.role) for one in status.releases if one.role != "trial"],
+    )
 
 
 def _backend_status(member: Member, seen: MemberStatistics, now: float) -> BackendStatus:

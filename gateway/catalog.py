@@ -1,31 +1,31 @@
 """The models: which versions exist, what state each is in, and which one a name means.
 
-Loading a version: read and hash its bytes → load its instances on workers → read its signature → settle how it may
-be batched, with proof → warm every instance up → READY. A failure at any step leaves that version FAILED with its
-reason, and everyone else untouched. States change only along `core.model.TRANSITIONS`.
+A version that cannot be loaded (catalog_load.py) is FAILED with its reason, and everyone else untouched. States change
+only along `core.model.TRANSITIONS`.
 
 Replacing a model that serves: its new versions are loaded beside the old ones and out of sight, all of them or none;
 then the name changes hands between two turns of the event loop, and the old versions answer what they had taken before
 their workers are freed. Unloading ends the same way. A request belongs to the version it was decoded for and never
-changes it. Invariant: whoever is in `_models` or retiring is the only holder of its workers.
+changes it.
+
+Beside the versions that a name means there may be others of it, loaded and never elected: one on trial before it takes
+the name (`stage`), one that had it before and can have it back at once (`flip`). Invariant: whoever is in `_models`,
+beside or retiring is the only holder of its workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
-from gateway.catalog_version import GONE, ServedVersion
-from gateway.core.ensemble_plan import load_order
+from gateway.catalog_load import in_order, load_version
+from gateway.catalog_version import GONE, Role, ServedVersion
 from gateway.core.model import TRANSITIONS, ModelEvent, ModelState, next_state
 from gateway.core.request import InferRequest
-from gateway.ensemble import Ensemble, check_cacheable, ensemble_spec
-from gateway.errors import ConfigError, GatewayError, NotFound, NotReady
-from gateway.loading import WantedVersion, document, settle_spec
+from gateway.errors import LoadFailed, NotFound, NotReady
+from gateway.loading import WantedVersion
 
 __all__ = ["GONE", "Catalog", "ServedVersion"]
 
@@ -40,12 +40,16 @@ class Catalog:
         queue of the step's model."""
         self._infer = infer or _into_the_queue
         self._models: dict[str, dict[str, ServedVersion]] = {}
+        self._beside: dict[str, list[ServedVersion]] = {}
+        """By model: versions that its name does not mean; `role` says what for. Two may have one version number."""
         self._newest: dict[str, ServedVersion] = {}
         """The version a name without a version means: the highest that is READY."""
         self.on_ready: Callable[[ServedVersion], None] = lambda version: None
         """Called with each version that was loaded, before the first request reaches it."""
         self.on_retired: Callable[[ServedVersion], None] = lambda version: None
         """Called with each version that takes no new callers any more, before it is freed."""
+        self.on_elected: Callable[[str], None] = lambda name: None
+        """Called with the name of a model whenever it may mean another version than before."""
         self._retiring: dict[str, set[asyncio.Task[None]]] = {}
         """By model: versions out of service that still answer, and are freed then."""
 
@@ -79,22 +83,38 @@ class Catalog:
             raise NotFound(f"Request for unknown model: '{_short(name)}' is not found")
         if version is None:
             return self._newest.get(name) or versions[max(versions, key=_numeric)]
-        found = versions.get(version)
+        found = versions.get(version) or self._reachable_beside(name, version)
         if found is None:
             raise NotFound(f"Request for unknown model: '{name}' version {_short(version)} is not found")
         return found
 
+    def _reachable_beside(self, name: str, version: str) -> ServedVersion | None:
+        beside = self._beside.get(name, ())
+        return next((v for v in beside if v.version == version and v.reachable and v.state not in GONE), None)
+
     def ready_versions(self, name: str) -> list[str]:
-        versions = self._models.get(name, {})
-        return sorted((v.version for v in versions.values() if v.state is ModelState.READY), key=_numeric)
+        """The numbers that clients may ask for, in order."""
+        return sorted({v.version for v in self.of(name) if v.state is ModelState.READY and v.reachable}, key=_numeric)
 
     def versions(self) -> list[ServedVersion]:
-        """Every version, by name and number."""
-        return [
-            self._models[name][version]
-            for name in sorted(self._models)
-            for version in sorted(self._models[name], key=_numeric)
-        ]
+        """Every version, by name and number; those beside behind those that the name means."""
+        return [version for name in sorted(self._models.keys() | self._beside.keys()) for version in self.of(name)]
+
+    def distinct(self) -> list[ServedVersion]:
+        """`versions`, without those beside whose number another one has: what clients and dashboards can tell apart."""
+        found: dict[tuple[str, str], ServedVersion] = {}
+        for version in self.versions():
+            found.setdefault((version.name, version.version), version)
+        return list(found.values())
+
+    def champions(self, name: str) -> list[ServedVersion]:
+        """The versions that the name means, by number; none for an unknown one."""
+        versions = self._models.get(name, {})
+        return [versions[version] for version in sorted(versions, key=_numeric)]
+
+    def beside(self, name: str, role: Role | None = None) -> list[ServedVersion]:
+        """Versions of a model that its name does not mean; None: whatever for."""
+        return [version for version in self._beside.get(name, ()) if role in (None, version.role)]
 
     def ready(self) -> bool:
         """Whether every version that should be served can take requests; one that was unloaded should not."""
@@ -105,9 +125,8 @@ class Catalog:
         return sorted(self._models)
 
     def of(self, name: str) -> list[ServedVersion]:
-        """The versions of a model, by number; none for an unknown one."""
-        versions = self._models.get(name, {})
-        return [versions[version] for version in sorted(versions, key=_numeric)]
+        """The versions of a model, by number; those beside behind the others; none for an unknown one."""
+        return [*self.champions(name), *self._beside.get(name, ())]
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +153,7 @@ class Catalog:
         plain = [version for version in versions if not version.wanted.scheduling.ensemble]
         served = await asyncio.gather(*[one(version) for version in plain])
         # Ensembles read no more than a file; what they are made of must be there first.
-        for version in _in_order([version for version in versions if version.wanted.scheduling.ensemble]):
+        for version in in_order([version for version in versions if version.wanted.scheduling.ensemble]):
             served.append(await one(version))
         return [version for version in served if version.state is ModelState.FAILED]
 
@@ -142,22 +161,19 @@ class Catalog:
         """Load one version; the outcome is its state and reason."""
         return await self._load_registered(self._register(wanted))
 
-    async def replace(self, wanted: Sequence[WantedVersion]) -> list[ServedVersion]:
+    async def replace(self, wanted: Sequence[WantedVersion], *, keep: bool = False) -> list[ServedVersion]:
         """Load all versions of one model, in place of those that are there; returns those that FAILED,
         which the caller tells.
 
         All or none: while the model serves, a failure changes nothing for its callers. Returns as soon as the name
-        means the new versions; the old ones are still answering then. Calls for one model must not overlap.
+        means the new versions; the old ones are still answering then. `keep`: as in `flip`. Calls for one model must
+        not overlap.
         """
         name = wanted[0].name
         await self._retired(name)
         before = self._models.get(name, {})
         serving = any(version.scheduler is not None for version in before.values())
-        versions = [ServedVersion(version) for version in wanted]
-        for version in versions:
-            version.required = False
-            if (former := before.get(version.version)) is not None and former.state is ModelState.READY:
-                version.statistics = former.statistics  # the same version goes on counting
+        versions = self._made(wanted, "champion")
         coming = {version.version: version for version in versions}
         if not serving:
             self._models[name] = coming
@@ -171,13 +187,74 @@ class Catalog:
         if failed:
             await self._discard(versions)
             return failed
-        for version in versions:
-            version.required = True
-        self._models[name] = coming
-        self._elect(name)
-        for version in before.values():
-            self._retire(version)
+        self.flip(name, versions, keep=keep)
         return []
+
+    async def stage(self, wanted: Sequence[WantedVersion], role: Role) -> list[ServedVersion]:
+        """Load versions of one model where its callers do not see them; they are READY and beside. Calls for one model
+        must not overlap.
+
+        Raises:
+            LoadFailed: one cannot be loaded; then none is.
+        """
+        name = wanted[0].name
+        await self._retired(name)
+        versions = self._made(wanted, role)
+        self._beside.setdefault(name, []).extend(versions)
+        try:
+            for version in versions:
+                await self._load_registered(version)
+        except BaseException:
+            await self._discard(versions)
+            raise
+        failed = next((version for version in versions if version.state is ModelState.FAILED), None)
+        if failed is not None:
+            reason = failed.reason.removeprefix(f"model '{name}' version {failed.version}: ")
+            await self._discard(versions)
+            raise LoadFailed(f"version {failed.version} cannot be loaded: {reason}")
+        return versions
+
+    def flip(self, name: str, versions: Sequence[ServedVersion], *, keep: bool) -> list[ServedVersion]:
+        """The name means `versions`, all of them loaded, from now on; between two turns of the event loop.
+
+        `keep`: those that it meant stay loaded beside (role `previous`), if all of them are well; else they answer
+        what they have taken and are freed. Returns those that were kept.
+        """
+        former = [version for version in self._models.get(name, {}).values() if version not in versions]
+        kept = former if keep and all(version.state is ModelState.READY for version in former) else []
+        self._beside[name] = [version for version in self._beside.get(name, ()) if version not in versions]
+        for version in versions:
+            version.role, version.required = "champion", True
+        for version in kept:
+            version.role, version.required = "previous", False
+            self._beside[name].append(version)
+        if not self._beside[name]:
+            del self._beside[name]
+        self._models[name] = {version.version: version for version in versions}
+        self._elect(name)
+        if not kept:
+            self.retire(former)
+        return kept
+
+    def retire(self, versions: Iterable[ServedVersion]) -> None:
+        """They take no new callers; each is freed when the others are answered, see `freed`."""
+        for version in list(versions):
+            self._retire(version)
+
+    async def freed(self, name: str) -> None:
+        """Returns when what was retired of a model is freed."""
+        await self._retired(name)
+
+    def _made(self, wanted: Sequence[WantedVersion], role: Role) -> list[ServedVersion]:
+        versions = [ServedVersion(version) for version in wanted]
+        before = self._models.get(wanted[0].name, {})
+        for version in versions:
+            version.role, version.required = role, False
+            if role not in ("champion", "standby"):
+                continue
+            if (former := before.get(version.version)) is not None and former.state is ModelState.READY:
+                version.statistics = former.statistics  # the same version goes on counting
+        return versions
 
     async def unload(self, name: str) -> None:
         """Take a model out of service; returns when its callers are answered and its workers free.
@@ -210,7 +287,7 @@ class Catalog:
         self.on_retired(version)
         task = asyncio.get_running_loop().create_task(self._free(version))
         self._retiring.setdefault(version.name, set()).add(task)
-        task.add_done_callback(partial(self._freed, version.name))
+        task.add_done_callback(partial(self._freed, version))
 
     async def _free(self, version: ServedVersion) -> None:
         scheduler, loaded = version.scheduler, version.loaded
@@ -230,7 +307,12 @@ class Catalog:
             if version.state is ModelState.UNLOADING:
                 version.state = next_state(version.state, ModelEvent.DRAINED)
 
-    def _freed(self, name: str, task: asyncio.Task[None]) -> None:
+    def _freed(self, version: ServedVersion, task: asyncio.Task[None]) -> None:
+        name = version.name
+        if version in self._beside.get(name, ()):
+            self._beside[name].remove(version)
+            if not self._beside[name]:
+                del self._beside[name]
         tasks = self._retiring.get(name, set())
         tasks.discard(task)
         if not tasks:
@@ -260,60 +342,21 @@ class Catalog:
 
     async def _load_registered(self, version: ServedVersion) -> ServedVersion:
         """A failure is its state and reason; who asked for the load tells it, once."""
-        started = time.monotonic()
-        try:
-            await self._load(version)
-        except GatewayError as error:
-            return _load_failed(version, str(error))
-        except Exception as error:
-            log.exception("loading a model failed in a way nobody foresaw")
-            return _load_failed(version, f"the gateway failed on it: {type(error).__name__}: {error}")
-        version.state = next_state(version.state, ModelEvent.LOADED)
-        version.load_s = time.monotonic() - started
-        self.on_ready(version)
-        self._elect(version.name)
-        spec = version.spec
-        about = {"digest": spec.digest} if spec.digest else {}
-        log.info("model %s version %s is ready: %s", spec.name, spec.version, spec.batching_note, extra=about)
+        if await load_version(version, self.resolve, self._infer):
+            self.on_ready(version)
+            self._elect(version.name)
+            spec = version.spec
+            about = {"digest": spec.digest} if spec.digest else {}
+            log.info("model %s version %s is ready: %s", spec.name, spec.version, spec.batching_note, extra=about)
         return version
-
-    async def _load(self, version: ServedVersion) -> None:
-        wanted = version.wanted
-        try:
-            artifact, version.sidecar = await asyncio.to_thread(wanted.read)
-        except OSError as error:
-            raise ConfigError(f"cannot read the model's files: {error.strerror or error}") from error
-        if wanted.digest_pin is not None and artifact.digest != wanted.digest_pin:
-            raise ConfigError(
-                f"the files have digest {artifact.digest}, but the configuration pins {wanted.digest_pin}; "
-                "put the right files there or change the pin"
-            )
-        version.artifact = replace(artifact, model=b"")
-        check_cacheable(wanted.scheduling)
-        if wanted.scheduling.ensemble:
-            spec = ensemble_spec(wanted, artifact)
-            version.config_document = await asyncio.to_thread(document, wanted, artifact, spec, 0)
-            version.settle_ensemble(Ensemble(spec, version.statistics, self.resolve, self._infer))
-            return
-        loaded = await wanted.load(artifact)
-        try:
-            settled = await settle_spec(version.wanted, artifact, loaded)
-            instances = len(loaded.replicas)
-            version.config_document = await asyncio.to_thread(document, wanted, artifact, settled.spec, instances)
-        except BaseException:
-            await loaded.unload()
-            raise
-        version.settle(settled, loaded)
 
     def failed(self, name: str, version: str, reason: str, loaded: object = None) -> None:
         """A READY version's workers crash too often: it takes no more requests until `recovered`.
 
         `loaded`: whose workers they are, where that is known; another load of the same version is not meant.
         """
-        found = self._models.get(name, {}).get(version)
+        found = self._loaded(name, version, loaded)
         if found is None or found.state is not ModelState.READY or found.scheduler is None:
-            return
-        if loaded is not None and loaded is not found.loaded:
             return
         found.state = next_state(found.state, ModelEvent.CRASH_LOOP)
         found.reason = reason
@@ -322,11 +365,13 @@ class Catalog:
         found.scheduler.close(error)
         found.scheduler.fail_waiting(error)
 
+    def _loaded(self, name: str, version: str, loaded: object) -> ServedVersion | None:
+        same = [v for v in self.of(name) if v.version == version]
+        return next((v for v in same if loaded is None or loaded is v.loaded), None)
+
     def recovered(self, name: str, version: str, loaded: object = None) -> None:
-        found = self._models.get(name, {}).get(version)
+        found = self._loaded(name, version, loaded)
         if found is None or found.state is not ModelState.FAILED or found.scheduler is None:
-            return
-        if loaded is not None and loaded is not found.loaded:
             return
         found.state = next_state(found.state, ModelEvent.RECOVERED)
         found.reason = ""
@@ -344,32 +389,18 @@ class Catalog:
                 version.scheduler.stop()
 
     def _elect(self, name: str) -> None:
-        ready = self.ready_versions(name)
+        ready = [version for version in self.champions(name) if version.state is ModelState.READY]
         if ready:
-            self._newest[name] = self._models[name][ready[-1]]
+            self._newest[name] = ready[-1]
         else:
             self._newest.pop(name, None)
+        self.on_elected(name)
 
 
 def _into_the_queue(version: ServedVersion, request: InferRequest) -> None:
     if version.scheduler is None:
         raise NotReady(f"Request for unavailable model: '{version.name}' version {version.version}")
     version.scheduler.submit(request)
-
-
-def _in_order(ensembles: Sequence[ServedVersion]) -> list[ServedVersion]:
-    """Ensembles behind those they contain."""
-    steps: dict[str, set[str]] = {}
-    for version in ensembles:
-        steps.setdefault(version.name, set()).update(step.model for step in version.wanted.scheduling.ensemble)
-    places = {name: place for place, name in enumerate(load_order(steps))}
-    return sorted(ensembles, key=lambda version: places[version.name])
-
-
-def _load_failed(version: ServedVersion, reason: str) -> ServedVersion:
-    version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
-    version.reason = reason
-    return version
 
 
 def _numeric(version: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from gateway.backends.interface import Replica
 from gateway.core.breaker_states import State
@@ -31,14 +31,21 @@ _LOADS: Final = itertools.count(1)
 GONE: Final = frozenset((ModelState.UNLOADING, ModelState.UNAVAILABLE))
 """States of a version that somebody took out of service."""
 
+Role = Literal["champion", "standby", "previous", "canary", "shadow"]
+"""What a loaded version of a model is for: the model's name means it; it is on trial before it takes the name; it had
+the name and can have it back; or it answers a share of the requests; or it is only compared."""
+
 
 class ServedVersion:
     """One model version in the catalog. `scheduler` is there exactly while requests can be taken."""
+
+    _fingerprint = b""
 
     def __init__(self, wanted: WantedVersion) -> None:
         self.name = wanted.name
         self.version = wanted.version
         self.wanted = wanted
+        self.role: Role = "champion"
         self.state = ModelState.LOADING
         self.reason = ""
         """Why it is not READY, in words."""
@@ -52,6 +59,8 @@ class ServedVersion:
         self.http_codec: Any = None
         """Belongs to the ingress: decoder and encoder made for this version's signature. So does `grpc_codec`."""
         self.grpc_codec: Any = None
+        self.log: Any = None
+        """Where its requests are noted for the inference log (`inference_log.handover.VersionLog`); None: nowhere."""
         self.config_document: dict[str, Any] = {}
         """The completed configuration, as clients are shown it; known once the version is loaded."""
         self.split_rows = 0
@@ -64,6 +73,14 @@ class ServedVersion:
         """Belongs to the pipeline: the cache in front of this version, once it was needed."""
         self.required = True
         """Whether the gateway is not ready without it: not while somebody tries to load it at run time."""
+        self.variant = ""
+        """What answers call it where the model has a canary or a shadow: champion, canary or shadow; else nothing."""
+        self.split: Any = None
+        """Belongs to `traffic.py`: who answers instead of it, now and then; None: nobody. So does `mirror`."""
+        self.mirror: Any = None
+        """Copies of its requests for a shadow; None: none are made."""
+        self.chosen = 0
+        """Requests without a version that a split gave to it."""
         self.load_s = 0.0
         """Seconds that loading took; 0.0 before it is loaded."""
         self.probe: tuple[InputTensor | None, ...] | None = None
@@ -73,7 +90,6 @@ class ServedVersion:
         self._bound: list[tuple[Replica, Replica]] = []
         """Loaded replicas, and those that the scheduler knows them by, where that is not the same."""
         self._spec: ModelSpec | None = None
-        self._fingerprint = b""
         self._pins = 0
         self._unpinned = asyncio.Event()
 
@@ -89,6 +105,11 @@ class ServedVersion:
     @property
     def replicas(self) -> Sequence[Replica]:
         return self.loaded.replicas if self.loaded is not None else ()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether clients that name its number may be answered by it."""
+        return self.role in ("champion", "previous", "canary")
 
     @property
     def fleets(self) -> tuple[Fleet, ...]:
@@ -107,6 +128,11 @@ class ServedVersion:
         if isinstance(self.scheduler, Ensemble):
             return self.state is ModelState.READY and not self.scheduler.obstacle
         return self.state is ModelState.READY and self._answerable()
+
+    @property
+    def log_blocked(self) -> bool:
+        """Whether it refuses requests now because the inference log has no room for their rows."""
+        return self.log is not None and bool(self.log.blocked)
 
     def _answerable(self) -> bool:
         """Whether any replica takes batches. One on trial counts where only clients' batches can prove it: whoever

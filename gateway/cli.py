@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 import gateway
+from gateway.cli_log import log_app
 from gateway.cli_text import Verb, count
 from gateway.client import Access
 from gateway.config import Config, json_schema, load
@@ -42,7 +43,9 @@ app = typer.Typer(
 SourceArguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="SOURCE", help="A model repository, one model's directory, an .onnx file, or a running server's URL."
+        metavar="SOURCE",
+        help="A model repository, one model's directory, an .onnx file, a running server's URL, or a registry's "
+        "models:/name@alias.",
     ),
 ]
 ConfigOption = Annotated[
@@ -82,10 +85,22 @@ AllowClientShm = Annotated[
     bool | None,
     typer.Option("--allow-client-shm", help="Let local clients share memory for tensors (GATEWAY_ALLOW_CLIENT_SHM)."),
 ]
+ModelCache = Annotated[
+    str | None,
+    typer.Option(metavar="DIRECTORY", help="Where files from registries are kept, by digest (GATEWAY_MODEL_CACHE)."),
+]
+Locked = Annotated[
+    bool | None,
+    typer.Option("--locked", help="Serve only what models.lock names, and ask no registry (GATEWAY_LOCKED)."),
+]
 # Options of later versions: known, so that they are answered with a reason instead of "no such option".
 Later = Annotated[str | None, typer.Option(hidden=True)]
 Url = Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of the data port.")]
 OpsUrl = Annotated[str, typer.Option("--ops-url", envvar="GATEWAY_OPS_URL", help="Address of the operations port.")]
+TokenFile = Annotated[
+    str | None,
+    typer.Option("--token-file", envvar="GATEWAY_ADMIN_TOKEN_FILE", help="Its content allows to change something."),
+]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds to wait for an answer.")]
 Headers = Annotated[
     list[str] | None,
@@ -95,6 +110,7 @@ Authority = Annotated[
     str | None,
     typer.Option("--ca", metavar="FILE", help="Trust the authorities in this PEM file (https; SSL_CERT_FILE)."),
 ]
+_OF_ONE_MODEL: Final = ("load", "unload", "history", "refresh", "rollback", "split", "promote")
 _HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([\x20-\x7e]*)")
 
 
@@ -132,6 +148,9 @@ def _root(
     """What holds for every verb."""
 
 
+app.add_typer(log_app)
+
+
 @app.command(cls=Verb)
 def serve(
     sources: SourceArguments = None,
@@ -148,6 +167,8 @@ def serve(
     model_control: ModelControl = None,
     load_model: LoadModel = None,
     allow_client_shm: AllowClientShm = None,
+    model_cache: ModelCache = None,
+    locked: Locked = None,
     processes: Later = None,
 ) -> None:
     """Serve models over the Open Inference Protocol until told to stop."""
@@ -165,7 +186,10 @@ def serve(
 
 def _require_models(settings: Config) -> None:
     if not settings.models:
-        hint = "nothing to serve; name a SOURCE (a model repository, an .onnx file, a URL), or `models` in a -c file"
+        hint = (
+            "nothing to serve; name a SOURCE (a model repository, an .onnx file, a URL, models:/name@alias), or "
+            "`models` in a -c file"
+        )
         raise ConfigError([Fault(settings.file or "command line", 0, "", hint)])
 
 
@@ -214,12 +238,16 @@ def check(
     config: Annotated[Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")],
 ) -> None:
     from gateway.config_models import find_models, verify  # noqa: PLC0415  # see the header
-    from gateway.registry.reference import OipServerSource  # noqa: PLC0415
+    from gateway.config_sources import check_lock  # noqa: PLC0415
+    from gateway.config_variant_models import check_variants  # noqa: PLC0415
+    from gateway.registry.reference import OipServerSource, RegistrySource  # noqa: PLC0415
 
     settings = load(config, {}, os.environ)
     _require_models(settings)
     found = find_models(settings)
     verify(settings, found)
+    check_variants(settings)
+    check_lock(settings)
     _show_notes(settings)
     for _, model in found:
         for key in model.config.ignored if model.config is not None else ():
@@ -228,10 +256,55 @@ def check(
     names = {model.name for _, model in found} | {entry.name for entry in settings.models if entry.backends}
     what = f"{count(len(names), 'model')}, {count(versions, 'version')} to serve"
     backends = [backend for entry in settings.models for backend in entry.backends]
+    asked = sum(isinstance(settings.source(entry), RegistrySource) for entry in settings.models)
+    if asked:
+        what += f"; {count(asked, 'model')} from registries, not asked"
     servers = len(backends) + sum(isinstance(settings.source(entry), OipServerSource) for entry in settings.models)
     if servers:
         what += f"; {count(servers, 'remote backend')}, not contacted"
     _say(_console(), f"{config}: no faults; {what}; no model was loaded")
+
+
+@app.command()
+def lock(
+    sources: SourceArguments = None,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file with the models.")
+    ] = None,
+    model_cache: ModelCache = None,
+) -> None:
+    """Ask the registries what every model reference means now, fetch it, and write models.lock.
+
+    Shows what changed. With registries.locked: true (--locked) a gateway serves only what the lock names.
+    """
+    from gateway import cli_registry  # noqa: PLC0415  # see the header
+
+    settings = load(config, {"model_cache": model_cache}, os.environ).with_sources(sources or [])
+    cli_registry.lock(_console(), settings)
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="The scikit-learn model: .pkl, .pickle or .joblib.")],
+    out: Annotated[Path, typer.Argument(help="The ONNX file to write, for example models/digits/1/model.onnx.")],
+    trusted: Annotated[
+        bool, typer.Option("--i-trust-this-pickle", help="A pickle is a program; this says that it may run here.")
+    ] = False,
+    features: Annotated[int, typer.Option(min=0, help="Columns of the model's input; 0: as the model says.")] = 0,
+    memory_mb: Annotated[int, typer.Option(min=256, help="Memory that the conversion may take, in MiB.")] = 4096,
+    time_s: Annotated[int, typer.Option(min=1, help="Time that it may take, in seconds.")] = 300,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference, relative to the number or to 1.")] = 1e-3,
+) -> None:
+    """Turn a scikit-learn pickle into an ONNX model, compare their answers, and write its provenance beside it.
+
+    The pickle is opened in a process of its own, without network and in bounded memory and time. That process still
+    runs as you: it can read and write your files.
+    """
+    from gateway import cli_convert  # noqa: PLC0415  # see the header
+
+    cli_convert.convert_file(
+        _console(), model, out, features, trusted=trusted, memory_mb=memory_mb, time_s=time_s, tolerance=tolerance
+    )
 
 
 @app.command()
@@ -263,30 +336,72 @@ def infer(
 @app.command()
 def models(
     action: Annotated[
-        str, typer.Argument(metavar="list|status|load|unload", help="`status` adds batching and load.")
+        str,
+        typer.Argument(
+            metavar="list|status|history|refresh|rollback|split|promote|load|unload",
+            help="`status` adds batching and load; `refresh` asks the model's source now; `rollback` goes back; "
+            "`split` shows or changes the shares of its canary and shadow; `promote` lets the canary take over.",
+        ),
     ] = "list",
-    model: Annotated[str | None, typer.Argument(help="Only this model; the one to load or unload.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Only this model; the one to act on.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With refresh: also what was refused or rolled back from.")
+    ] = False,
+    canary: Annotated[
+        float | None,
+        typer.Option("--canary", metavar="PERCENT", help="With split: the canary's share of the requests."),
+    ] = None,
+    shadow: Annotated[
+        float | None, typer.Option("--shadow", metavar="PERCENT", help="With split: the share that the shadow is sent.")
+    ] = None,
     url: Url = "http://127.0.0.1:8000",
     ops_url: OpsUrl = "http://127.0.0.1:8002",
+    token_file: TokenFile = None,
     timeout: Timeout = 60.0,
     header: Headers = None,
     ca: Authority = None,
 ) -> None:
-    """List the models of a running gateway: version, state, digest, backends; or load and unload one.
+    """List the models of a running gateway: version, state, digest, backends; or change what one serves.
 
     Loading and unloading need a gateway that was started with --model-control explicit.
     """
     from gateway import cli_infer  # noqa: PLC0415  # see the header
 
     access = _access(timeout, header, ca)
+    if model is None and action in _OF_ONE_MODEL:
+        raise ConfigError(f"name the model: gateway models {action} NAME")
+    name = model or ""
     if action in ("load", "unload"):
-        if model is None:
-            raise ConfigError(f"name the model: gateway models {action} NAME")
-        cli_infer.change_model(_console(), url, action, model, access)
+        cli_infer.change_model(_console(), url, action, name, access)
+        return
+    if action in ("history", "refresh", "rollback"):
+        from gateway import cli_releases  # noqa: PLC0415  # see the header
+
+        if action == "history":
+            cli_releases.history(_console(), ops_url, name, access)
+        else:
+            cli_releases.change(_console(), ops_url, action, name, access, token_file, force=force)
+        return
+    if action in ("split", "promote"):
+        from gateway import cli_split  # noqa: PLC0415  # see the header
+
+        shares = {"canary": canary, "shadow": shadow}
+        cli_split.act(_console(), ops_url, action, name, shares, access, token_file)
         return
     if action not in ("list", "status"):
-        raise ConfigError(f"'models {action}' does not exist; write list, status, load or unload")
+        raise ConfigError(
+            f"'models {action}' does not exist; write list, status, history, refresh, rollback, split, promote, load "
+            "or unload"
+        )
     cli_infer.models(_console(), ops_url, access, detailed=action == "status", only=model)
+    if action == "status" and _console().is_terminal:
+        from gateway import cli_split  # noqa: PLC0415  # see the header
+
+        cli_split.show(_console(), ops_url, model, access)
+    if action == "status" and model is not None and _console().is_terminal:
+        from gateway import cli_releases  # noqa: PLC0415  # see the header
+
+        cli_releases.show(_console(), ops_url, model, access)
 
 
 @app.command()
@@ -301,10 +416,7 @@ def backends(
         float, typer.Option("--wait", min=0.0, max=600.0, help="With drain: seconds to wait until it is idle.")
     ] = 0.0,
     ops_url: OpsUrl = "http://127.0.0.1:8002",
-    token_file: Annotated[
-        str | None,
-        typer.Option("--token-file", envvar="GATEWAY_ADMIN_TOKEN_FILE", help="Its content allows drain and undrain."),
-    ] = None,
+    token_file: TokenFile = None,
     timeout: Timeout = 60.0,
     header: Headers = None,
     ca: Authority = None,

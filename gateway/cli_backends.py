@@ -6,7 +6,8 @@ is not over when the wait ends is no failure: it goes on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -143,21 +144,33 @@ def change(out: Console, url: str, wanted: Wanted, access: Access, token_file: s
     options["wait_s"] = f"{wanted.wait_s:.3f}" if wanted.wait_s else None
     query = urlencode({key: value for key, value in options.items() if value is not None})
     path = f"/api/backends/{quote(wanted.name, safe='')}/{wanted.action}" + (f"?{query}" if query else "")
-    headers = {"Content-Type": "application/json"}
-    if token_file is not None:
-        headers["Authorization"] = f"Bearer {_token(token_file)}"
     patient = replace(access, timeout_s=access.timeout_s + wanted.wait_s)
-    try:
+    with allowed(token_file) as headers:
         done = fetch(url, path, b"{}", headers, patient, option="--ops-url").json()
-    except ServerError as error:
-        if error.http_status != UNAUTHORIZED:
-            raise
-        raise ClientError(f"{error}; name a file that holds the token with --token-file") from None
     for line in _report(wanted, done if isinstance(done, dict) else {}):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _token(file: str) -> str:
+@contextmanager
+def allowed(token_file: str | None) -> Iterator[dict[str, str]]:
+    """Headers of a request that changes something.
+
+    Raises:
+        ClientError: the token cannot be read, or the server wants one (raised by what is done inside).
+    """
+    headers = {"Content-Type": "application/json"}
+    if token_file is not None:
+        headers["Authorization"] = f"Bearer {read_token(token_file)}"
+    try:
+        yield headers
+    except ServerError as error:
+        if error.http_status != UNAUTHORIZED:
+            raise
+        raise ClientError(f"{error}; name a file that holds the token with --token-file") from None
+
+
+def read_token(file: str) -> str:
+    """The token that a file holds. Raises ClientError."""
     try:
         with Path(file).open(encoding="ascii") as opened:
             token = opened.read(MAX_TOKEN_CHARACTERS).strip()

@@ -154,6 +154,7 @@ def models(out: Console, url: str, access: Access, *, detailed: bool, only: str 
         raise ClientError(f"no model is named '{only}'; there are: {', '.join(str(m.get('name')) for m in listed)}")
     headings = ["name", "version", "state", "digest", "backends"]
     headings += ["max_batch_size", "batching", "reason"] if detailed else []
+    headings += ["source", "notes"] if detailed else ["source"]
     watched = out.is_terminal
     rows = [
         _model_row(model, detailed=detailed, short=watched and not detailed, lines=watched and detailed)
@@ -165,6 +166,8 @@ def models(out: Console, url: str, access: Access, *, detailed: bool, only: str 
     elif detailed:
         _print_blocks(out, headings, rows)
     else:
+        if not any(model.get("reference") for model in chosen):  # a person knows where the files are
+            headings, rows = headings[:-1], [row[:-1] for row in rows]
         table = Table(show_edge=False)
         for heading in headings:
             table.add_column(heading, overflow="fold", no_wrap=heading in {"version", "state", "digest"})
@@ -188,11 +191,22 @@ def _model_row(model: Mapping[str, Any], *, detailed: bool, short: bool, lines: 
     backends = sorted(model.get("backends") or [], key=lambda backend: natural(str(backend.get("name"))))
     names = ("\n" if lines else ", ").join(_backend(backend, detailed=detailed) for backend in backends)
     row = [str(model.get(key) or "-") for key in ("name", "version", "state", "digest")] + [names or "-"]
+    if model.get("role", "champion") != "champion":
+        row[2] += f" ({model['role']})"
     if short and len(row[3]) > SHORT_DIGEST:
         row[3] = row[3][:SHORT_DIGEST] + "…"
     if detailed:
         row += [str(model.get(key) or "-") for key in ("max_batch_size", "batching", "reason")]
+    row.append(_source(model))
+    if detailed:
+        row.append(("\n" if lines else "; ").join(map(str, model.get("notes") or ())) or "-")
     return row
+
+
+def _source(model: Mapping[str, Any]) -> str:
+    """Where it comes from; with the reference that meant it, if that is another text."""
+    source, reference = str(model.get("source") or "-"), model.get("reference")
+    return f"{source} ({reference})" if reference and reference != source else source
 
 
 _STATE_WORDS: Final = {state.value: words for state, words in WORDS.items()}

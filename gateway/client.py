@@ -84,7 +84,7 @@ def fetch(
     Raises:
         ClientError: the URL is not one, or the authorities cannot be read.
         Unreachable: no connection, or it broke.
-        ServerError: any status but 200.
+        ServerError: any status but 200 and 202.
     """
     connection, prefix = _connect(url, access)
     sent = {**access.headers, **(headers or {})}
@@ -105,7 +105,7 @@ def fetch(
         raise Unreachable(f"cannot reach {url}: {what}; {hint}") from None
     finally:
         connection.close()
-    if response.status != http.client.OK:
+    if response.status not in (http.client.OK, http.client.ACCEPTED):
         raise ServerError(response.status, _error_text(response.status, content))
     return Answer(response.getheaders(), content, time.perf_counter() - started)
 

@@ -19,6 +19,8 @@ from typing import Any, Final
 
 from gateway.config_backends import read_headers
 from gateway.config_faults import Loader, source_fault
+from gateway.config_log import InferenceLog, policy
+from gateway.config_registry import RegistriesKeys, variables
 from gateway.config_schema import (
     MIB,
     Backend,
@@ -32,11 +34,14 @@ from gateway.config_schema import (
     Server,
     json_schema,
 )
+from gateway.config_signing import signing_of
+from gateway.core.log_policy import LOG_POLICY, LogPolicy
 from gateway.core.model import Oversize
 from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.model_config import ModelConfig
-from gateway.registry.reference import OipServerSource, Source, parse
+from gateway.registry.reference import OipServerSource, RegistrySource, Source, parse
+from gateway.registry.signing import SIGNING, Signing
 
 __all__ = [
     "Backend",
@@ -73,6 +78,10 @@ class ModelSettings:
     max_queue_bytes: int
     deadline_s: float
     resilience: Resilience = RESILIENCE
+    logged: LogPolicy = LOG_POLICY
+    """What the inference log keeps, where there is one."""
+    signing: Signing = SIGNING
+    """How a version's signature is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +98,15 @@ class Config:
     """Line of each entry of `models` in the file; sources of the command line have none."""
     instances: int | None = None
     """`--instances` or GATEWAY_INSTANCES: holds for every model."""
+    registries: RegistriesKeys = field(default_factory=RegistriesKeys)
+    """Where registry references are asked for."""
+    inference_log: InferenceLog | None = None
+    """Where the inference log lies and how it is written; None: there is none."""
     notes: tuple[str, ...] = ()
     """What the user must be told although it is no fault, each in one line with its place."""
 
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """The variables that headers of backends name; secrets."""
+    """The variables that headers of backends and registries name; secrets."""
 
     def source(self, entry: ModelEntry) -> Source | None:
         """The parsed source of an entry of `models`; None for one that has only backends."""
@@ -116,7 +129,7 @@ class Config:
         faults = [
             Fault("command line", 0, f"SOURCE '{text}'", fault)
             for text in sources
-            if (fault := source_fault(text, Path())) is not None
+            if (fault := source_fault(text, Path(), self.registries)) is not None
         ]
         if faults:
             raise ConfigError(faults)
@@ -145,6 +158,10 @@ class Config:
             max_queue_bytes=keys["max_queue_bytes"],
             deadline_s=keys["deadline_ms"] / 1e3,
             resilience=_resilience(keys),
+            logged=policy(entry.inference_log, self.defaults.inference_log),
+            signing=signing_of(
+                entry.verification or self.defaults.verification, entry.signature or self.defaults.signature, self.base
+            ),
         )
 
 
@@ -207,7 +224,7 @@ def yielding(entry: ModelEntry, stated: ModelConfig) -> ModelEntry:
 
 def _anchored(text: str, base: Path) -> str:
     """A command line source, written so that it means the same when read from `base`."""
-    if base == Path() or Path(text).is_absolute() or isinstance(parse(text), OipServerSource):
+    if base == Path() or Path(text).is_absolute() or isinstance(parse(text), OipServerSource | RegistrySource):
         return text
     return str(Path(text).expanduser().absolute())
 
@@ -251,13 +268,15 @@ def load(
         file=str(path) if path is not None else "",
         model_lines=read.model_lines,
         instances=read.instances,
+        inference_log=read.inference_log,
+        registries=read.registries,
         notes=read.notes,
-        environ=_named(read.models, environ or {}),
+        environ=_named(read.models, read.registries, environ or {}),
     )
 
 
-def _named(models: Sequence[ModelEntry], environ: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that a header's value is taken from."""
+def _named(models: Sequence[ModelEntry], registries: RegistriesKeys, environ: Mapping[str, str]) -> dict[str, str]:
+    """Those variables that a header's value or something of a registry is taken from."""
     texts = [text for entry in models for backend in entry.backends for text in backend.headers.values()]
-    names = {text.removeprefix("env:") for text in texts if text.startswith("env:")}
+    names = {text.removeprefix("env:") for text in texts if text.startswith("env:")} | variables(registries)
     return {name: environ[name] for name in sorted(names & environ.keys())}

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
@@ -22,11 +23,18 @@ from pydantic_core import ErrorDetails
 
 from gateway import config_later as later
 from gateway.config_backends import entry_faults
-from gateway.config_schema import BACKEND_NAME, HEADER_NAME, ConfigFile, ModelEntry, ModelKeys, Section, Server, Tls
+from gateway.config_following import following_faults
+from gateway.config_log import InferenceLog, log_faults
+from gateway.config_postgres import postgres_faults
+from gateway.config_registry import RegistriesKeys, registry_faults, source_refusal, with_environment
+from gateway.config_schema import BACKEND_NAME, HEADER_NAME, ConfigFile, ModelEntry, ModelKeys, Server, Tls
+from gateway.config_section import Section
+from gateway.config_signing import signature_faults
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
+from gateway.config_variants import variant_faults
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest, unknown_key
-from gateway.registry.reference import DirectorySource, ModelFileSource, Source, name_fault, parse, unservable
+from gateway.registry.reference import DirectorySource, ModelFileSource, RegistrySource, Source, name_fault, parse
 
 OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "host": ("server", "host"),
@@ -42,12 +50,14 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "model_control": ("server", "model_control"),
     "load_models": ("server", "load_models"),
     "allow_client_shm": ("server", "client_shared_memory"),
+    "model_cache": ("registries", "cache"),
+    "locked": ("registries", "locked"),
 }
 """Options of `gateway serve` and the key that each sets; `GATEWAY_<OPTION>` is its variable."""
 
-_TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control")
+_TEXT_OPTIONS: Final = ("host", "log_level", "log_format", "model_control", "model_cache")
 _PORTS: Final = ("http_port", "grpc_port", "metrics_port")
-_ONE_MODEL: Final = ("name", "source", "digest", "backends")
+_ONE_MODEL: Final = ("name", "source", "digest", "backends", "golden", "canary", "shadow")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9.-]+:[0-9]{1,5}")
 """A server's URL whose scheme was forgotten."""
 
@@ -61,6 +71,8 @@ class Read:
     models: tuple[ModelEntry, ...] = ()
     model_lines: tuple[int, ...] = ()
     instances: int | None = None
+    inference_log: InferenceLog | None = None
+    registries: RegistriesKeys = field(default_factory=RegistriesKeys)
     notes: tuple[str, ...] = ()
     """What is no fault but must be said: keys without effect, variables that look mistyped."""
 
@@ -86,18 +98,31 @@ class Loader:
             self._faults += self._tree.faults
         root = self._mapping(self._tree.value, ())
         instances = self._lay_over(root)
+        registries = self._registries(root.get("registries"))
         found = Read(
             server=self._section(Server, root.get("server"), ("server",)) or Server(),
             defaults=self._section(ModelKeys, root.get("defaults"), ("defaults",)) or ModelKeys(),
-            models=self._models(root.get("models")),
+            models=self._models(root.get("models"), registries, root.get("defaults")),
+            registries=registries or RegistriesKeys(),
             model_lines=tuple(self._tree.place(("models", i)).line for i in range(_length(root.get("models")))),
             instances=instances,
+            inference_log=(
+                self._section(InferenceLog, root["inference_log"], ("inference_log",))
+                if "inference_log" in root
+                else None
+            ),
             notes=tuple(later.unknown_variables(self._environ, OPTIONS)),
         )
         for key in root.keys() - ConfigFile.model_fields.keys():
             why = later.refusal("", str(key), root[key]) or unknown_key(str(key), ConfigFile.model_fields)
             self._fault((key,), why)
         self._check_server(root.get("server"))
+        for fault in log_faults(root):
+            self._fault(fault.place, fault.message)
+        if isinstance(section := root.get("inference_log"), dict):
+            base = self._path.parent if self._path is not None else Path()
+            for place, message in postgres_faults(section, base, self._environ):
+                self._fault(("inference_log", "postgres", *place), message)
         if self._faults:
             raise ConfigError(sorted(set(self._faults), key=lambda fault: (fault.file, fault.line, fault.where)))
         return found
@@ -179,7 +204,16 @@ class Loader:
                     self._fault((*path, *details["loc"]), _explain(kind, details))
             return None
 
-    def _models(self, value: object) -> tuple[ModelEntry, ...]:
+    def _registries(self, value: object) -> RegistriesKeys | None:
+        """None if it has faults: nobody is blamed twice then."""
+        base = self._path.parent if self._path is not None else Path()
+        before = len(self._faults)
+        for place, message in registry_faults(value, base, self._environ):
+            self._fault(("registries", *place), message)
+        keys = self._section(RegistriesKeys, value, ("registries",))
+        return None if keys is None or len(self._faults) > before else with_environment(keys, self._environ)
+
+    def _models(self, value: object, registries: RegistriesKeys | None, defaults: object) -> tuple[ModelEntry, ...]:
         if value is None:
             return ()
         if not isinstance(value, list):
@@ -192,8 +226,11 @@ class Loader:
         for index, item in enumerate(value):
             path = ("models", index)
             self._check_name(item, path, names)
-            self._check_source(item, path)
+            self._check_source(item, path, registries)
             self._check_backends(item, path, servers)
+            self._check_variants(item, path, registries)
+            self._check_following(item, path)
+            self._check_signature(item, path, defaults)
             entry = self._section(ModelEntry, item, path) if item is not None else None
             if item is None:
                 self._fault(path, "is empty; write for example - source: ./models")
@@ -213,16 +250,33 @@ class Loader:
             self._fault((*path, "name"), f"the name '{name}' is taken by models[{names[name]}]; choose another")
         names.setdefault(name, int(path[-1]))
 
-    def _check_source(self, item: object, path: tuple[str | int, ...]) -> None:
-        source = item.get("source") if isinstance(item, dict) else None
+    def _check_source(self, item: object, path: tuple[str | int, ...], registries: RegistriesKeys | None) -> None:
+        keys = item if isinstance(item, dict) else {}
+        source = keys.get("source")
         base = self._path.parent if self._path is not None else Path()
-        if isinstance(source, str) and source and (fault := source_fault(source, base)) is not None:
-            self._fault((*path, "source"), fault)
+        if isinstance(source, str) and source:
+            fault = source_fault(source, base, registries, named=isinstance(keys.get("name"), str))
+            if fault is not None:
+                self._fault((*path, "source"), fault)
 
     def _check_backends(self, item: object, path: tuple[str | int, ...], servers: dict[str, str]) -> None:
         base = self._path.parent if self._path is not None else Path()
         for fault in entry_faults(item, base, self._environ, servers):
             self._fault((*path, *fault.place), fault.message)
+
+    def _check_following(self, item: object, path: tuple[str | int, ...]) -> None:
+        for fault in following_faults(item):
+            self._fault((*path, *fault.place), fault.message)
+
+    def _check_variants(self, item: object, path: tuple[str | int, ...], registries: RegistriesKeys | None) -> None:
+        base = self._path.parent if self._path is not None else Path()
+        for fault in variant_faults(item, partial(source_fault, base=base, registries=registries, named=True)):
+            self._fault((*path, *fault.place), fault.message)
+
+    def _check_signature(self, item: object, path: tuple[str | int, ...], defaults: object) -> None:
+        base = self._path.parent if self._path is not None else Path()
+        for place, message in signature_faults(item, defaults, base):
+            self._fault((*path, *place), message)
 
     def _check_server(self, section: object) -> None:
         """Looks at the raw values, so that it also speaks when another key of the section is wrong."""
@@ -271,14 +325,19 @@ class Loader:
         self._fault(("server", blamed), f"{' and '.join(named)} are both {port}; give them different ports")
 
 
-def source_fault(text: str, base: Path) -> str | None:
-    """Why the source `text` cannot be served; None if it looks servable. Looks at the disk, reads nothing."""
+def source_fault(text: str, base: Path, registries: RegistriesKeys | None = None, *, named: bool = False) -> str | None:
+    """Why the source `text` cannot be served; None if it looks servable. Looks at the disk, reads and asks nothing.
+
+    `registries`: what references are held against; None: nothing is. `named`: its model has a name of its own.
+    """
     try:
         source = parse(text, base)
     except ValueError as error:
         return str(error)
     try:
-        return _path_fault(source) or unservable(source)
+        if isinstance(source, RegistrySource):
+            return source_refusal(source, registries, named=named) if registries is not None else None
+        return _path_fault(source)
     except OSError as error:
         return f"cannot be looked at: {error.strerror}; check the path and its permissions"
 
@@ -366,11 +425,16 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     if error == "literal_error":
         return _explain_choice(value, str(context["expected"]))
     if error == "string_pattern_mismatch":
-        if key == "digest":
-            return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
-        allowed = PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
-        return f"expected {allowed}, found {_shown(value)}; {example}"
+        return _explain_pattern(value, _fields(holder)[key], key, str(context["pattern"]), example)
     return f"{_explain_bound(details, context)}; {example}"
+
+
+def _explain_pattern(value: object, field: FieldInfo, key: str, pattern: str, example: str) -> str:
+    if key == "digest":
+        return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
+    if field.repr is False:  # what stands there may be the secret itself
+        return f"expected env:VARIABLE or file:PATH, the place where it is; {example}"
+    return f"expected {PATTERNS.get(pattern, f'text that matches {pattern}')}, found {_shown(value)}; {example}"
 
 
 def _explain_bound(details: ErrorDetails, context: dict[str, Any]) -> str:

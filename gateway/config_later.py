@@ -19,7 +19,7 @@ _REASONS: Final[dict[tuple[str, str], str]] = {
 _NEUTRAL: Final[dict[tuple[str, str], object]] = {
     ("server", "processes"): 1,
 }
-_GUESSED: Final = frozenset(("auth", "authentication", "grpc", "inference_log", "registries", "registry"))
+_GUESSED: Final = frozenset(("auth", "authentication", "grpc"))
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 _SERVICE_NAME: Final = re.compile(r"(.*_)?SERVICE_(HOST|PORT)(_.*)?|(.*_)?PORT_[0-9]+_.*")
 """Variables that Kubernetes makes of a service named gateway."""

@@ -12,7 +12,7 @@ from gateway.config import Config, ModelEntry
 from gateway.core import ragged
 from gateway.errors import ConfigError, Fault
 from gateway.registry.directory import FoundModel, locate, names, read, read_version, scan
-from gateway.registry.reference import DirectorySource, ModelFileSource, OipServerSource, unservable
+from gateway.registry.reference import DirectorySource, ModelFileSource, OipServerSource, RegistrySource
 
 
 def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
@@ -28,17 +28,17 @@ def find_models(config: Config) -> list[tuple[ModelEntry, FoundModel]]:
         source = config.source(entry)
         if source is None or isinstance(source, OipServerSource):
             continue  # what servers have is asked of them (remote_models.py)
-        if not isinstance(source, DirectorySource | ModelFileSource):
-            faults.append(_fault(config, index, ".source", unservable(source) or "cannot be served"))
+        if isinstance(source, RegistrySource):  # what registries mean is asked of them (plan_registry.py)
+            name = entry.name or source.title
+            if (owner := owners.setdefault(name, index)) != index:
+                faults.append(_taken(config, index, name, owner))
             continue
         scanned = scan(source.path, entry.name)
         faults += scanned.faults
         for model in scanned.models:
             owner = owners.setdefault(model.name, index)
             if owner != index:
-                other = config.models[owner].source
-                message = f"model '{model.name}' is already served from {other}; give one of them another name"
-                faults.append(_fault(config, index, "", message))
+                faults.append(_taken(config, index, model.name, owner))
             elif entry.backends and (wrong := _mixed_fault(model)) is not None:
                 faults.append(_fault(config, index, ".backends", wrong))
             elif (wrong := _batch_fault(config, entry, model)) is not None:
@@ -141,6 +141,12 @@ def _mixed_fault(model: FoundModel) -> str | None:
     if what is None:
         return None
     return f"cannot stand beside a source with {what}: only plain models can have both; serve one of the two"
+
+
+def _taken(config: Config, index: int, name: str, owner: int) -> Fault:
+    """Two entries claim one name; `owner`: the first of them."""
+    other = config.models[owner].source
+    return _fault(config, index, "", f"model '{name}' is already served from {other}; give one of them another name")
 
 
 def _fault(config: Config, index: int, key: str, message: str) -> Fault:

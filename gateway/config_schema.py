@@ -10,12 +10,18 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from gateway.config_log import InferenceLog, ModelLog
+from gateway.config_registry import RegistriesKeys
+from gateway.config_release import Canary, Golden, Shadow
+from gateway.config_section import Section
+from gateway.config_signing import SignatureKeys
 from gateway.core.api import Api
 from gateway.core.model import Oversize
 from gateway.core.resilience import Balancing
 from gateway.protocol.options import SERVER_NAME, ProtocolOptions, TypedResponses
+from gateway.registry.signing import Mode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
@@ -39,12 +45,6 @@ BACKEND_NAME: Final = r"^[A-Za-z0-9._:-]{1,128}$"
 HEADER_NAME: Final = r"^[A-Za-z0-9-]{1,64}$"
 _Port = Annotated[int, Field(ge=0, le=65_535)]
 _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A mapping of the file: keys are exact, types are strict, values cannot change afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class Limits(Section):
@@ -261,6 +261,21 @@ class ModelKeys(Section):
     """Batches that a second backend executes too, to compare the answers, in percent. Default 0: off."""
     poison_denylist: bool | None = Field(default=None, examples=[False])
     """Whether a request that breaks backends by itself is refused unexecuted for ten minutes. Default true."""
+    poll_interval_s: float | None = Field(
+        default=None, ge=0, le=86_400, allow_inf_nan=False, strict=False, examples=[30]
+    )
+    """How often a source is asked whether it means something new; 0: never by itself. Default: 30 for a reference whose
+    meaning can change, such as an alias of a registry; 0 for files."""
+    keep_previous: int | None = Field(default=None, ge=0, le=4, examples=[1])
+    """Former versions that stay loaded after a swap, for `gateway models rollback`. Default: 1 for a model whose source
+    is followed (`poll_interval_s`), else 0."""
+    inference_log: ModelLog | None = Field(default=None, examples=[{"overflow": "block", "sampling": 1.0}])
+    """What the inference log keeps of its requests."""
+    verification: Mode | None = Field(default=None, examples=["enforce"])
+    """What becomes of a version whose signature is not verified: `enforce` refuses it; `warn` (default) serves it and
+    says so where there is a signature or a key; `off` does not look."""
+    signature: SignatureKeys | None = Field(default=None, examples=[{"public_key": "signing-key.pub"}])
+    """Who must have signed it."""
 
 
 class BackendTls(Section):
@@ -312,8 +327,8 @@ class ModelEntry(ModelKeys):
     """One model, or one directory of models. It has a `source`, or `backends`, or both."""
 
     source: str = Field(default="", min_length=1, max_length=4096, examples=["./models/digits"])
-    """A model repository, one model's directory, or one .onnx file, relative to this file's directory; or the URL of a
-    running server, whose models are discovered."""
+    """A model repository, one model's directory, or one .onnx file, relative to this file's directory; the URL of a
+    running server, whose models are discovered; or a registry's `models:/name@alias`, `s3://`, `oci://`, `hf://`."""
     backends: tuple[Backend, ...] = Field(
         default=(), strict=False, max_length=256, examples=[[{"url": "http://triton-a:8000"}]]
     )
@@ -323,6 +338,12 @@ class ModelEntry(ModelKeys):
     of several models it picks one."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$", examples=["sha256:" + "0" * 63 + "1"])
     """Serve only a version with exactly this digest."""
+    golden: Golden | None = Field(default=None, examples=[{"file": "digits-golden.json", "rtol": 1e-5, "atol": 1e-6}])
+    """Requests that a version must answer rightly before it serves. A `golden.json` beside its model file is one."""
+    canary: Canary | None = Field(default=None, examples=[{"source": "models:/digits@challenger", "percent": 5}])
+    """Another version that answers a share of the requests."""
+    shadow: Shadow | None = Field(default=None, examples=[{"source": "models:/digits@challenger", "percent": 100}])
+    """Another version that is sent copies of requests and never answers; its outputs are compared."""
 
 
 class ConfigFile(Section):
@@ -332,8 +353,14 @@ class ConfigFile(Section):
     """Where it listens, its worker processes, its log and its limits."""
     defaults: ModelKeys = Field(default_factory=ModelKeys, examples=[{"instances": 2}])
     """Keys for every model that does not set them itself."""
+    registries: RegistriesKeys = Field(
+        default_factory=RegistriesKeys, examples=[{"mlflow": {"url": "http://mlflow:5000"}}]
+    )
+    """Registries that models may come from, the cache of their files, and models.lock."""
     models: tuple[ModelEntry, ...] = Field(default=(), strict=False, examples=[[{"source": "./models"}]])
     """What is served."""
+    inference_log: InferenceLog | None = Field(default=None, examples=[{"directory": "./inference-log"}])
+    """Keeps a row of every inference request; without it there is no log."""
 
 
 _LATER_KEYS: Final[dict[str, Any]] = {

@@ -28,6 +28,8 @@
     │   ├── ModelError            500  the model itself refused or failed on this input
     │   ├── PoisonRequest         500  backends break on this input alone; it is not executed again for a while
     │   ├── LoadFailed            500  a model that was asked to be loaded could not be
+    │   │   └── SourceError       500  and the fault lies with what its source offers
+    │   │       └── SourceUnavailable  or with a source that cannot be asked at present
     │   ├── RegionFailed          500  a client's shared memory could not be opened or written
     │   └── BackendError          502  the backend's answer could not be used
     │       └── PerhapsExecuted   502  and what may have run is not sent again
@@ -176,6 +178,12 @@ class NotReady(Refused):
     reason = "not_ready"
 
 
+class LogUnavailable(Refused):
+    """503: the model's answers must be logged, and the inference log cannot take more."""
+
+    reason = "inference_log_unavailable"
+
+
 class NoBackend(Refused):
     """503: no replica of the model can take a batch."""
 
@@ -246,6 +254,23 @@ class LoadFailed(ExecutionFailed):
     """500: a model that somebody asked for could not be loaded; what served before still does."""
 
     reason = "load_failed"
+
+
+class SourceError(LoadFailed):
+    """500: what a registry offers cannot be served: it is not there, not a model, not what was pinned. Final."""
+
+    reason = "source"
+
+
+class SourceUnavailable(SourceError):
+    """500: a registry cannot be asked at present: no connection, no permission, its own failure. Later may help."""
+
+    reason = "source_unavailable"
+
+    def __init__(self, text: str, *, soon: bool = True) -> None:
+        """`soon`: whether the same call may succeed within seconds; not so where a credential is refused."""
+        self.soon = soon
+        super().__init__(text)
 
 
 class RegionFailed(ExecutionFailed):

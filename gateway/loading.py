@@ -8,6 +8,7 @@ requests. A worker that dies meanwhile is waited for: a neighbour may have kille
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from gateway.backends.binding import Binding, BoundReplica
 from gateway.backends.interface import Failure, Replica
 from gateway.core import batchability, ragged
 from gateway.core.batchability import SignatureTensor, Verdict
+from gateway.core.log_policy import LOG_POLICY, LogPolicy
 from gateway.core.model import ONE_ROW, Artifact, BatchPolicy, ModelSpec, Oversize, TensorSpec
 from gateway.core.request import InputTensor
 from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.sequence_tensors import added_inputs, as_executed, check_sequences, with_added
 from gateway.errors import ConfigError, ModelError
+from gateway.loading_golden import GoldenFile, check_golden
 from gateway.loading_ragged import MADE_UP, by_rows, prove
 from gateway.loading_signature import (
     Signature,
@@ -87,6 +90,7 @@ class WantedVersion:
     side_file: Callable[[str], bytes] = _no_side_file
     """Reads a file below the model's directory, `warmup/…`; runs in a thread. Raises ConfigError."""
     resilience: Resilience = RESILIENCE
+    logged: LogPolicy = LOG_POLICY
     platform: str = "onnxruntime_onnx"
     forwards_parameters: bool = False
     independent: str = ""
@@ -95,6 +99,19 @@ class WantedVersion:
     """Why requests must not be merged, in words; empty: nothing is known against it."""
     untried: str = ""
     """Why the model must not be run on made-up input, in words; empty: it may be."""
+    golden: Callable[[], GoldenFile | None] | None = None
+    """Reads the golden inputs of the version, once `read` was called; runs in a thread. Raises ConfigError."""
+    identity: str = ""
+    """Names the content, as its source does before a byte is fetched: equal texts mean equal files. Empty: the digest
+    does."""
+    uri: str = ""
+    """Where `identity` was found; empty: what `read` says."""
+    confirm: Callable[[], None] | None = None
+    """Writes down that this version serves; called in a thread once it does."""
+    facts: Callable[[], dict[str, Any]] | None = None
+    """What its registry says of it, for the manifest; None: it comes from no registry."""
+    stale: str = ""
+    """Why it is what was served last and not what its registry says now; empty: it is that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +178,14 @@ def bound(spec: ModelSpec, loaded: LoadedModel) -> Sequence[Replica]:
 def document(wanted: WantedVersion, artifact: Artifact, spec: ModelSpec, instances: int) -> dict[str, Any]:
     """The completed configuration as GET …/config prints it; `instances`: 0 for an ensemble. Raises ConfigError."""
     return config_document.complete(spec, wanted.config_text, instances, artifact.model_file)
+
+
+async def check_answers(wanted: WantedVersion, spec: ModelSpec, loaded: LoadedModel) -> None:
+    """Whether a version answers its golden inputs, if it has any. Raises ConfigError, ModelError."""
+    golden = None if wanted.golden is None else await asyncio.to_thread(wanted.golden)
+    if golden is not None:
+        count = await check_golden(golden, spec, bound(spec, loaded))
+        log.info("model %s version %s answers %d golden inputs rightly", spec.name, spec.version, count)
 
 
 async def settle_spec(wanted: WantedVersion, artifact: Artifact, loaded: LoadedModel) -> Settled:

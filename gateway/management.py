@@ -83,7 +83,8 @@ class Management:
 
     def model_ready(self, name: str, version: str | None = None) -> bool:
         """Whether it can answer now. Raises NotFound: unknown model or version."""
-        return self._catalog.find(name, version).ready
+        found = self._catalog.find(name, version)
+        return found.ready and not found.log_blocked
 
     def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Raises NotFound, NotReady."""
@@ -110,8 +111,8 @@ class Management:
             InvalidRequest: unknown or not serving; Triton says 400 here, not 404.
         """
         if not name:
-            return {"model_stats": [version_document(v) for v in self._catalog.versions() if _counts(v)]}
-        versions = [v for v in self._catalog.of(name) if _counts(v)]
+            return {"model_stats": [version_document(v) for v in self._catalog.distinct() if _counts(v)]}
+        versions = [v for v in self._catalog.distinct() if v.name == name and _counts(v)]
         if not versions:
             raise InvalidRequest(f"requested model '{_short(name)}' is not available")
         if version:
@@ -204,8 +205,10 @@ _NO_SHARED_MEMORY: Final = (
 
 
 def _counts(version: ServedVersion) -> bool:
-    """Whether there is anything to be said about it: it serves, or did until its workers failed."""
-    return version.state in (ModelState.READY, ModelState.FAILED) and version.scheduler is not None
+    """Whether there is anything to be said about it: clients are answered by it, or were until its workers failed."""
+    return (
+        version.reachable and version.state in (ModelState.READY, ModelState.FAILED) and version.scheduler is not None
+    )
 
 
 def _tensor(tensor: TensorSpec, batched: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from gateway.config import Config
@@ -15,12 +16,18 @@ def fingerprints(config: Config) -> dict[str, object]:
         located = locate_model(config, name)
         if located is not None:
             entry, place = located
-            files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.is_file()]
-            # Backends come and go without a load; whether there are any decides what a load makes.
-            own = entry.model_dump_json(exclude={"backends"})
+            files = _files(place)
+            # Backends and variants come and go without a load; that there are backends decides what a load makes.
+            own = entry.model_dump_json(exclude={"backends", "canary", "shadow"})
             settings = (own, bool(entry.backends), config.defaults.model_dump_json(), config.instances)
             found[name] = (settings, *[_look(path) for path in files])
     return found
+
+
+def _files(place: Path) -> list[Path]:
+    """Every file of a model; of one that is served alone also what begins with its name, as exporters call its data."""
+    found = place.parent.glob(f"{escape(place.stem)}*") if place.is_file() else place.rglob("*")
+    return [path for path in sorted(found) if path.is_file()]
 
 
 def _look(path: Path) -> tuple[str, int, int]:

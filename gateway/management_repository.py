@@ -17,8 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Final, Literal
-from weakref import WeakValueDictionary
+from typing import Final, Literal
 
 from gateway import plan
 from gateway.catalog import Catalog, ServedVersion
@@ -38,9 +37,10 @@ from gateway.errors import (
 from gateway.loading import WantedVersion
 from gateway.management_fingerprints import fingerprints
 from gateway.management_override import Override, overridden, read_override
-from gateway.management_servers import NoServers, Servers
+from gateway.management_servers import NoneRegistered, NoServers, Registered, Servers
 from gateway.protocol.model_config import ModelConfig
 from gateway.registry.reference import name_fault
+from gateway.releases import Releases
 
 log = logging.getLogger("gateway.repository")
 
@@ -67,25 +67,41 @@ _INDEX_STATE: Final = {
 class Repository:
     """The configuration's sources, and the catalog they are loaded into."""
 
-    def __init__(self, config: Config, catalog: Catalog, load: plan.Load, servers: Servers | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        load: plan.Load,
+        servers: Servers | None = None,
+        releases: Releases | None = None,
+        registered: Registered | None = None,
+    ) -> None:
         self._servers = servers or NoServers()
+        self._registered = registered or NoneRegistered()
+        self._releases = releases or Releases(catalog)
         self._config = config
         self._catalog = catalog
         self._load = load
         self._mode: ModelControl = config.server.model_control
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._gate = asyncio.Semaphore(PARALLEL)
         self._polling = asyncio.Lock()
         self._with: set[str] = set()
         """Models that were loaded only because an ensemble needs them."""
         self._elsewhere: list[str] = []
         """Models to load at start that are not on disk."""
+        self._first_registered: list[str] = []
+        """And those of registries."""
         self._seen: dict[str, object] = {}
         """What each model's settings and files looked like when they were looked at last; not in mode explicit."""
         self.forgotten: Callable[[str], None] = lambda name: None
         """Called with the name of a model about which nothing is known any more."""
         self.open = False
         """Whether loads and unloads are taken: not before what is served from the start is loaded."""
+
+    @property
+    def config(self) -> Config:
+        """Where models are looked for now."""
+        return self._config
 
     # -- at start ------------------------------------------------------------------------------------------------
 
@@ -99,6 +115,7 @@ class Repository:
         if self._mode != "explicit" or ALL in chosen:
             wanted = plan.versions(self._config, self._load)
             self._seen = fingerprints(self._config)
+            self._first_registered = self._registered.names()
             return wanted
         faults: list[Fault] = []
         found: list[WantedVersion] = []
@@ -109,7 +126,9 @@ class Repository:
             except ConfigError as error:
                 faults += error.faults
                 continue
-            if not versions and self._servers.configured:
+            if not versions and name in self._registered.names():
+                self._first_registered.append(name)
+            elif not versions and self._servers.configured:
                 self._elsewhere.append(name)
             elif not versions:
                 text = f"no source has a model '{name}'; {self._choice()}"
@@ -121,6 +140,28 @@ class Repository:
         if faults:
             raise ConfigError(faults)
         return found
+
+    async def initial_registered(self) -> list[WantedVersion]:
+        """What is to be served from the start of the models that come from registries.
+
+        Raises:
+            LoadFailed: what some of them mean cannot be found out; with every reason.
+            ConfigError: models.lock cannot be used.
+        """
+        names, self._first_registered = self._first_registered, []
+        asked = [asyncio.to_thread(self._registered.wanted, name) for name in names]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = []
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, LoadFailed):
+                failed.append(f"model '{name}': {answer}")
+            elif isinstance(answer, BaseException):
+                raise answer
+        if failed:
+            raise LoadFailed("\n".join(failed))
+        if self._mode != "explicit":
+            self._seen |= self._registered.settings()
+        return [version for versions in answers if isinstance(versions, list) for version in versions]
 
     async def initial_remote(self) -> list[WantedVersion]:
         """What is to be served from the start of the models that are not on disk.
@@ -149,7 +190,7 @@ class Repository:
             if name not in self._servers.names():
                 return  # it left again
             try:
-                await self._load_with_steps(name, None, ())
+                await self._load_with_steps(name, None, (), "discovery")
                 self._seen |= {key: value for key, value in self._servers.settings().items() if key == name}
             except GatewayError as error:
                 if str(error) != said:
@@ -159,7 +200,7 @@ class Repository:
 
     def _known_names(self) -> list[str]:
         """Every model that could be loaded, in order; blocks on the disk."""
-        return sorted({*model_names(self._config), *self._servers.names()})
+        return sorted({*model_names(self._config), *self._servers.names(), *self._registered.names()})
 
     def _choice(self) -> str:
         """What could be loaded, for people; bounded. Blocks on the disk."""
@@ -179,7 +220,9 @@ class Repository:
         `repository` chooses among several in Triton and is ignored, as it is there.
         """
         entries: list[dict[str, str]] = []
-        for version in self._catalog.versions():
+        for version in self._catalog.distinct():
+            if not version.reachable:
+                continue
             state = _INDEX_STATE[version.state]
             obstacle = version.obstacle if version.dependencies and version.state is ModelState.READY else ""
             if obstacle:  # an ensemble that lacks one of its models
@@ -222,7 +265,7 @@ class Repository:
                 f"{fault or 'a name that begins with a dot is hidden'}"
             )
         try:
-            await self._load_with_steps(name, await asyncio.to_thread(read_override, parameters), ())
+            await self._load_with_steps(name, await asyncio.to_thread(read_override, parameters), (), "request")
         except (ConfigError, LoadFailed) as error:
             if isinstance(error, ConfigError):
                 error = LoadFailed(f"failed to load '{name}', failed to poll from model repository: {error}")
@@ -241,8 +284,8 @@ class Repository:
         """
         self._check(name, repository)
         steps = {step for version in self._catalog.of(name) for step in version.dependencies}
-        async with self._turn(name):
-            await self._catalog.unload(name)
+        async with self.turn(name):
+            await self._unload(name, "request")
         self._with.discard(name)
         self._forget_gone()
         if not unload_dependents:
@@ -250,6 +293,11 @@ class Repository:
         for step in sorted(steps & self._with):
             if not self._needed(step):
                 await self.unload(step, unload_dependents=True)
+
+    async def _unload(self, name: str, by: str) -> None:
+        """The caller has the model's turn."""
+        await self._catalog.unload(name)
+        self._releases.unloaded(name, by)
 
     def _check(self, name: str, repository: str) -> None:
         if repository:
@@ -274,13 +322,11 @@ class Repository:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, name: str) -> Any:
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        async with lock:
-            yield
+    def turn(self, name: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Held by whoever loads, replaces or retires versions of a model."""
+        return self._releases.turn(name)
 
-    async def _load_with_steps(self, name: str, override: Override | None, above: tuple[str, ...]) -> None:
+    async def _load_with_steps(self, name: str, override: Override | None, above: tuple[str, ...], by: str) -> None:
         """What an ensemble is made of serves before the ensemble does. `above`: ensembles that want this model.
 
         No turn is held while another is waited for, so that two loads cannot wait for each other.
@@ -289,11 +335,11 @@ class Repository:
             raise LoadFailed(f"failed to load '{above[0]}': the ensembles {', '.join(above)} contain each other")
         for step in await asyncio.to_thread(self._steps, name, override):
             if not self._catalog.ready_versions(step):
-                await self._load_with_steps(step, None, (*above, name))
-        async with self._turn(name):
+                await self._load_with_steps(step, None, (*above, name), by)
+        async with self.turn(name):
             if above and self._catalog.ready_versions(name):
                 return  # somebody else was faster
-            await self._load_one(name, override)
+            await self._load_one(name, override, by)
         if above:
             self._with.add(name)
         else:
@@ -308,7 +354,7 @@ class Repository:
             config = found[1].config if found is not None else None
         return sorted({step.model for step in config.scheduling.ensemble}) if config is not None else []
 
-    async def _load_one(self, name: str, override: Override | None) -> None:
+    async def _load_one(self, name: str, override: Override | None, by: str) -> None:
         """The caller has the model's turn. Raises LoadFailed, ConfigError."""
         with contextlib.ExitStack() as until_loaded:
             wanted = await asyncio.to_thread(self._wanted, name, override, until_loaded)
@@ -320,7 +366,7 @@ class Repository:
                     f"failed to load '{name}', failed to poll from model repository: no source has this model; {choice}"
                 )
             async with self._gate:
-                failed = await self._catalog.replace(wanted)
+                failed = await self._releases.replace(wanted, by, follow=override is None)
         if failed:
             raise LoadFailed(
                 f"failed to load '{name}': version {failed[0].version} is at UNAVAILABLE state: {_cause(failed[0])}"
@@ -329,7 +375,7 @@ class Repository:
     def _wanted(self, name: str, override: Override | None, until_loaded: contextlib.ExitStack) -> list[WantedVersion]:
         """Runs in a thread."""
         if override is None:
-            return plan.versions_of(self._config, self._load, name)
+            return plan.versions_of(self._config, self._load, name) or self._registered.wanted(name)
         entry, place = locate_model(self._config, name) or (ModelEntry(source=name), None)
         entry = yielding(entry, override.config)
         found = until_loaded.enter_context(overridden(name, place, override))
@@ -351,28 +397,36 @@ class Repository:
             except Exception:
                 log.exception("looking at the model repository failed; it is tried again")
 
-    async def poll(self) -> list[str]:
+    async def poll(self, by: str = "poll") -> list[str]:
         """Bring the catalog in line with the sources, once. A model that cannot be loaded is logged, and tried again
         when its files change. Returns the names of those."""
         async with self._polling:
-            return await self._poll()
+            return await self._poll(by)
 
-    async def _poll(self) -> list[str]:
-        now = await asyncio.to_thread(fingerprints, self._config) | self._servers.settings()
+    async def _poll(self, by: str) -> list[str]:
+        now = await asyncio.to_thread(fingerprints, self._config)
+        now |= self._servers.settings() | self._registered.settings()
         for name in sorted(self._seen.keys() - now.keys()):
             log.info("model %s has left the repository and is unloaded", name)
-            async with self._turn(name):
-                await self._catalog.unload(name)
-        changed = [name for name in sorted(now) if self._seen.get(name) != now[name]]
+            async with self.turn(name):
+                await self._unload(name, by)
+        changed = [name for name in sorted(now) if self._differs(name, now[name])]
         self._seen = now
         failed = []
         for name in changed:
             try:
-                await self._load_with_steps(name, None, ())
+                await self._load_with_steps(name, None, (), by)
             except GatewayError as error:
                 log.error("model %s has changed but stays as it was: %s", name, error)
                 failed.append(name)
         return failed
+
+    def _differs(self, name: str, looks: object) -> bool:
+        """Whether a model must be loaded again. What is followed sees to changes of its files by itself."""
+        before = self._seen.get(name)
+        if self._releases.follows(name) and name not in self._registered.names():
+            return _settings(before) != _settings(looks)
+        return before != looks
 
     async def reload(self, config: Config) -> list[str]:
         """Serve what another configuration names: what is new or changed is loaded, what it does not name unloaded.
@@ -388,10 +442,16 @@ class Repository:
             raise NotReady("the gateway is starting or stopping")
         await asyncio.to_thread(plan.versions, config, self._load)
         await self._servers.reload(config)
+        self._registered.reload(config)
         self._config = replace(config, server=self._config.server)
-        failed = await self.poll() if self._mode != "explicit" else []
+        failed = await self.poll("SIGHUP") if self._mode != "explicit" else []
         await self._servers.reconcile()
         return failed
+
+
+def _settings(looks: object) -> object:
+    """Of what `fingerprints` says of a model, the part that is not its files."""
+    return looks[0] if isinstance(looks, tuple) and looks else looks
 
 
 def _cause(version: ServedVersion) -> str:

@@ -1,4 +1,5 @@
-"""What the repository asks of whoever knows the models of remote servers, and what holds where there are none."""
+"""What the repository asks of whoever knows models that are not on disk, and what holds where there are none: of remote
+servers, and of registries."""
 
 from __future__ import annotations
 
@@ -54,3 +55,34 @@ class NoServers:
 
     async def reconcile(self) -> None:
         """There is nothing to bring in line."""
+
+
+class Registered(Protocol):
+    """The models that come from registries; `plan_registry.RegisteredModels` fits. Nothing but `wanted` blocks."""
+
+    def names(self) -> list[str]: ...
+
+    def settings(self) -> dict[str, object]:
+        """For each of `names`, what makes it another model when the configuration changes it."""
+
+    def wanted(self, name: str) -> list[WantedVersion]:
+        """Ask the registry; runs in a thread. Raises SourceError, ConfigError."""
+
+    def reload(self, config: Config) -> None:
+        """Take over another configuration."""
+
+
+class NoneRegistered:
+    """Fits `Registered`."""
+
+    def names(self) -> list[str]:
+        return []
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def wanted(self, name: str) -> list[WantedVersion]:
+        return []
+
+    def reload(self, config: Config) -> None:
+        """There is nothing to take over."""

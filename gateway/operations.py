@@ -18,6 +18,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,9 @@ from gateway.core.agreement import AgreementStatistics
 from gateway.errors import BindError
 from gateway.observe.exposition import prefers_openmetrics
 from gateway.observe.metrics import Metrics
-from gateway.operations_access import Access
+from gateway.operations_access import Access, Refusal
 from gateway.operations_backends import MAX_WAIT_S, Action, Backends, LastBackend, UnknownBackend, audit
+from gateway.operations_page import Asked, Page, PageFault
 
 log = logging.getLogger("gateway.operations")
 
@@ -79,6 +81,15 @@ class ModelStatus:
     """Why it is not ready; empty where it is."""
     agreement: AgreementStatistics | None = None
     """What comparing answers of different backends found; null where nothing is compared."""
+    role: str = "champion"
+    """`champion`: the model's name means it; `standby`: on trial before it takes the name; `previous`: had the name,
+    and is kept for a rollback; `canary`, `shadow`: see /api/models/M/split."""
+    source: str = ""
+    """Where its files are: a path, or what never changes its meaning in a registry."""
+    reference: str = ""
+    """What the configuration calls it in its registry; empty for what comes from elsewhere."""
+    notes: Sequence[str] = ()
+    """What people should know of what its registry says."""
 
 
 class Operations:
@@ -90,6 +101,8 @@ class Operations:
         workers: worker processes now, for `/api/workers`: dataclasses or dicts of plain values.
         backends: for `/api/backends`.
         token_file: holds the token that actions need; None: only this machine may act.
+        pages: whatever else is served.
+        health: what `/healthz` says besides that the process answers.
     """
 
     def __init__(
@@ -99,12 +112,16 @@ class Operations:
         workers: Callable[[], Sequence[object]],
         backends: Backends,
         token_file: Path | None = None,
+        pages: Sequence[Page] = (),
+        health: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
+        self._health = health
         self._metrics = metrics
         self._models = models
         self._workers = workers
         self._backends = backends
         self._token_file = token_file
+        self._pages = pages
         self._access = Access(token_file, loopback=False)
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -119,14 +136,20 @@ class Operations:
         if not 0 <= port <= 65535:  # uvloop would take it modulo 65536
             raise BindError(host, port, "a port is a number from 0 to 65535; choose another with --metrics-port")
         self._access = Access(self._token_file, loopback=is_loopback(host))
-        app = web.Application(middlewares=[_errors, _only_known_methods, _host_check(host)], client_max_size=MAX_BODY)
-        app.router.add_get("/", _index)
+        most = max([MAX_BODY, *[page.max_body for page in self._pages]])
+        app = web.Application(
+            middlewares=[_errors(self._listed()), _only_known_methods(self._pages), _host_check(host)],
+            client_max_size=most,
+        )
+        app.router.add_get("/", partial(_index, self._listed()))
         app.router.add_get("/metrics", self._serve_metrics)
-        app.router.add_get("/healthz", _healthz)
+        app.router.add_get("/healthz", self._serve_health)
         app.router.add_get("/api/models", self._serve_models)
         app.router.add_get("/api/workers", self._serve_workers)
         app.router.add_get("/api/backends", self._serve_backends)
         app.router.add_post("/api/backends/{name}/{action:drain|undrain}", self._act)
+        for page in self._pages:
+            app.router.add_route(page.method, page.path, partial(self._serve_page, page))
         # What clients send is not our error; a malformed request would be logged with a traceback.
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
@@ -170,11 +193,40 @@ class Operations:
         response.enable_compression()
         return response
 
+    async def _serve_health(self, _: web.Request) -> web.Response:
+        return _json({"status": "alive", **self._health()})
+
     async def _serve_models(self, _: web.Request) -> web.Response:
         return _json(self._models())
 
     async def _serve_workers(self, _: web.Request) -> web.Response:
         return _json(self._workers())
+
+    def _listed(self) -> list[tuple[str, str]]:
+        return [*PAGES, *[(page.path, page.text) for page in self._pages if page.text]]
+
+    async def _serve_page(self, page: Page, request: web.Request) -> web.Response:
+        if page.method == "POST" and not page.open:
+            refusal = await asyncio.to_thread(self._page_refusal, page, request.headers)
+            if refusal is not None:
+                audit.warning("%r refused: %s", request.path[:MAX_NAME], refusal.text)
+                return _fault(refusal.status, refusal.text)
+        body = await request.read()
+        if len(body) > page.max_body:
+            return _fault(413, f"the body has {len(body)} bytes; at most {page.max_body} are taken here")
+        try:
+            asked = Asked(dict(request.match_info), request.query, body, request.headers)
+            return _json(await page.answer(asked), page.status)
+        except PageFault as error:
+            return _fault(error.status, str(error))
+
+    def _page_refusal(self, page: Page, headers: Mapping[str, str]) -> Refusal | None:
+        """Why a POST to the page is not let through; None: it is. Reads token files."""
+        if page.token_file is None:
+            return self._access.refusal(headers)
+        if self._token_file is not None and self._access.refusal(headers) is None:
+            return None
+        return Access(page.token_file, loopback=False, key="inference_log.feedback_token_file").refusal(headers)
 
     async def _serve_backends(self, _: web.Request) -> web.Response:
         return _json(self._backends.views())
@@ -214,12 +266,8 @@ def _options(query: Mapping[str, str], body: bytes) -> tuple[str | None, bool, f
     return query.get("model"), force == "true", float(wait)
 
 
-async def _healthz(_: web.Request) -> web.Response:
-    return _json({"status": "alive"})
-
-
-async def _index(_: web.Request) -> web.Response:
-    rows = "".join(f'<li><a href="{path}">{path}</a> {html.escape(text)}</li>' for path, text in PAGES)
+async def _index(pages: Sequence[tuple[str, str]], _: web.Request) -> web.Response:
+    rows = "".join(f'<li><a href="{path}">{path}</a> {html.escape(text)}</li>' for path, text in pages)
     title = "<title>Inference gateway</title><h1>Inference gateway: operations</h1>"
     page = f"<!doctype html><html lang=en>{title}<ul>{rows}</ul></html>"
     return web.Response(text=page, content_type="text/html")
@@ -235,29 +283,47 @@ def _fault(status: int, text: str) -> web.Response:
     return _json({"error": text}, status)
 
 
-@web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+def _errors(pages: Sequence[tuple[str, str]]) -> Middleware:
     """Whatever goes wrong is told in JSON, and only the log sees the traceback."""
-    try:
+
+    @web.middleware
+    async def catch(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPNotFound:
+            known = ", ".join(path for path, _ in pages)
+            return _fault(404, f"nothing is served here; this port serves {known}. Inference is on the data port")
+        except web.HTTPException as error:
+            return _fault(error.status, error.reason)
+        except Exception:
+            log.exception("operations: %s failed", request.path)
+            return _fault(500, "this page could not be made; the gateway's log says why")
+
+    return catch
+
+
+def _only_known_methods(pages: Sequence[Page]) -> Middleware:
+    """Middleware that refuses methods which a path does not have."""
+    known = [(re.compile(re.sub(r"\{[a-z]+\}", "[^/]+", page.path)), page.method) for page in pages]
+
+    def allowed(path: str) -> list[str]:
+        if _ACTION.fullmatch(path):
+            return ["POST"]
+        found = {method for pattern, method in known if pattern.fullmatch(path)}
+        if not found:
+            return ["GET", "HEAD"]
+        return [*(["GET", "HEAD"] if "GET" in found else []), *(["POST"] if "POST" in found else [])]
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        methods = allowed(request.path)
+        if request.method not in methods:
+            response = _fault(405, f"{request.method} is not allowed here; use {methods[0]}")
+            response.headers["Allow"] = ", ".join(methods)
+            return response
         return await handler(request)
-    except web.HTTPNotFound:
-        known = ", ".join(path for path, _ in PAGES)
-        return _fault(404, f"nothing is served here; this port serves {known}. Inference is on the data port")
-    except web.HTTPException as error:
-        return _fault(error.status, error.reason)
-    except Exception:
-        log.exception("operations: %s failed", request.path)
-        return _fault(500, "this page could not be made; the gateway's log says why")
 
-
-@web.middleware
-async def _only_known_methods(request: web.Request, handler: Handler) -> web.StreamResponse:
-    allowed = "POST" if _ACTION.fullmatch(request.path) else "GET, HEAD"
-    if request.method not in allowed.split(", "):
-        response = _fault(405, f"{request.method} is not allowed here; use {allowed.split(',', maxsplit=1)[0]}")
-        response.headers["Allow"] = allowed
-        return response
-    return await handler(request)
+    return check
 
 
 def _host_check(bound: str) -> Middleware:

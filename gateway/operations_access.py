@@ -31,9 +31,10 @@ class Refusal:
 class Access:
     """The rules, as configured."""
 
-    def __init__(self, token_file: Path | None, *, loopback: bool) -> None:
-        """`loopback`: only this machine can connect to the port."""
+    def __init__(self, token_file: Path | None, *, loopback: bool, key: str = "server.admin_token_file") -> None:
+        """`loopback`: only this machine can connect to the port. `key`: where the configuration names the file."""
         self._token_file = token_file
+        self._key = key
         self._loopback = loopback
 
     def refusal(self, headers: Mapping[str, str]) -> Refusal | None:
@@ -49,7 +50,7 @@ class Access:
             return Refusal(
                 403,
                 "this port can be reached from other machines, and no token is configured; name a file with one in "
-                "server.admin_token_file",
+                f"{self._key}",
             )
         return None
 
@@ -60,13 +61,13 @@ class Access:
         except OSError:
             token = b""
         if not token:
-            return Refusal(503, "the file of server.admin_token_file cannot be read or is empty")
+            return Refusal(503, f"the file of {self._key} cannot be read or is empty")
         scheme, _, given = authorization.partition(" ")
         shown = given.strip().encode("utf-8", "surrogateescape")
         # Digests have one length: how long the token is does not show either.
         equal = hmac.compare_digest(hashlib.sha256(shown).digest(), hashlib.sha256(token).digest())
         if scheme.lower() != "bearer" or not equal:
-            return Refusal(401, "this needs the token of server.admin_token_file: Authorization: Bearer <token>")
+            return Refusal(401, f"this needs the token of {self._key}: Authorization: Bearer <token>")
         return None
 
     def __repr__(self) -> str:

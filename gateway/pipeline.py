@@ -3,6 +3,8 @@
     bytes ─▶ ingress/http_server.py + protocol/http1.py     one request, framed and within limits
           ─▶ ingress/oip_http.py + protocol/oip_json.py     decoded and checked against the model's signature
           ─▶ Pipeline.infer (here)                          resolved, split if oversized, admitted
+             ├─ traffic.py, traffic_shadow.py               only for models with a canary or a shadow: who answers
+             │                                              (asked before decoding), what is copied for comparison
              ├─ response_cache.py + core/remembered.py      only where the model asks for it: answered before, or by
              │                                              an equal request that is under way
              └─ ensemble.py, ensemble_run.py                an ensemble has no queue: each step comes in here again, as
@@ -55,6 +57,8 @@ class Pipeline:
         Raises:
             GatewayError: the request was not taken (draining, not ready, queue full); `settle` will not be called.
         """
+        if version.mirror is not None and not past_cache:
+            version.mirror.consider(request)
         if version.cached and not past_cache:
             (version.cache or self._cache(version)).infer(request)
             return

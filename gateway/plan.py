@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,10 @@ from gateway.core.scheduling import PLAIN
 from gateway.ensemble import Ensemble
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.loading import LoadedModel, WantedVersion
+from gateway.loading_golden import GoldenFile, read_golden
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest, remote_manifest
 from gateway.registry.directory import FoundModel, read_side_file, read_version
+from gateway.registry.signing import Signing, verify
 
 log = logging.getLogger("gateway.plan")
 
@@ -65,7 +68,7 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
         yield WantedVersion(
             name=model.name,
             version=version,
-            read=partial(_read, path, model, version),
+            read=partial(read_model, path, model, version, settings.signing),
             load=partial(_load, load, settings),
             digest_pin=entry.digest,
             batching=settings.batching,
@@ -78,19 +81,37 @@ def _versions_of(config: Config, entry: ModelEntry, model: FoundModel, load: Loa
             max_queue_bytes=settings.max_queue_bytes,
             deadline_s=settings.deadline_s,
             resilience=settings.resilience,
+            logged=settings.logged,
             stated_inputs=stated.inputs if stated is not None else (),
             stated_outputs=stated.outputs if stated is not None else (),
             scheduling=stated.scheduling if stated is not None else PLAIN,
             config_text=stated.text if stated is not None else "",
             side_file=partial(read_side_file, model.directory or path),
+            golden=partial(golden_of, config, entry, path),
         )
 
 
-def _read(path: Path, model: FoundModel, version: str) -> tuple[Artifact, bytes | None]:
+def read_model(path: Path, model: FoundModel, version: str, signing: Signing) -> tuple[Artifact, bytes | None]:
+    """Files and sidecar of one version, read and checked, and its signature; blocks on the disk.
+
+    Raises:
+        ConfigError, OSError: as `read_version`.
+        SourceError: its signature is not verified, and that is demanded.
+    """
     artifact = read_version(model, version, path)
+    verification = verify(path, artifact.files, signing, f"model {model.name} version {version}")
+    artifact = replace(artifact, verification=verification.document())
     sidecar = _read_sidecar(path)
     manifest(artifact, {}, sidecar)  # a broken sidecar is known at load, not when somebody asks
     return artifact, sidecar
+
+
+def golden_of(config: Config, entry: ModelEntry, directory: Path) -> GoldenFile | None:
+    """The golden inputs of a version that lies in `directory`; blocks on the disk. Raises ConfigError."""
+    keys = entry.golden
+    if keys is None:
+        return read_golden(None, None, directory)
+    return read_golden(config.base / keys.file, Path(keys.file).name, directory, keys.rtol, keys.atol)
 
 
 async def _load(load: Load, settings: ModelSettings, artifact: Artifact) -> LoadedModel:
@@ -110,7 +131,8 @@ def manifest_of(version: ServedVersion) -> dict[str, Any]:
     if not version.artifact.digest:
         return remote_manifest(version.artifact, backends)
     runtime = {"onnxruntime": metadata.version("onnxruntime"), "execution_provider": "CPUExecutionProvider"}
-    document = manifest(version.artifact, runtime, version.sidecar)
+    facts = version.wanted.facts() if version.wanted.facts is not None else None
+    document = manifest(version.artifact, runtime, version.sidecar, facts)
     if backends:
         document["backends"] = backends
     if isinstance(version.scheduler, Ensemble):

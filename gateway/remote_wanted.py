@@ -44,6 +44,7 @@ def wanted_version(
         stated_inputs=facts.stated_inputs,
         stated_outputs=facts.stated_outputs,
         resilience=settings.resilience,
+        logged=settings.logged,
         platform=facts.platform,
         forwards_parameters=True,
         independent=facts.independent,
@@ -70,7 +71,8 @@ def broken_version(config: Config, model: Redundant, version: str, error: Gatewa
 
 def settings_of(config: Config, model: Redundant) -> object:
     """What makes it another model when it changes; backends come and go without that."""
-    return model.entry.model_dump_json(exclude={"backends", "source"}), config.defaults.model_dump_json()
+    own = model.entry.model_dump_json(exclude={"backends", "source", "canary", "shadow"})
+    return own, config.defaults.model_dump_json()
 
 
 def _artifact(model: Redundant, version: str) -> tuple[Artifact, bytes | None]:

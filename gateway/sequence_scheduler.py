@@ -141,6 +141,10 @@ class SequenceScheduler(FleetAccess):
             self._room.close(sequence)
         self._arm()
 
+    def holds(self, identity: int | str) -> bool:
+        """Whether a sequence of this id goes on here."""
+        return self._room.find(identity) is not None
+
     def submit_parts(self, whole: InferRequest, parts: Sequence[InferRequest]) -> None:
         """Raises InvalidRequest: a step has one row, so it is never cut."""
         self._step_of(whole)

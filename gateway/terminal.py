@@ -19,7 +19,7 @@ from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +31,7 @@ SAMPLES: Final = Path(__file__).parent / "demo" / "samples"
 
 SHORT_DIGEST: Final = 19
 """Characters: `sha256:` and twelve digits."""
+MB: Final = 1_000_000
 MAX_VALUES: Final = 6
 MAX_NAMES: Final = 20
 NEAR_BY_DEFAULT: Final = ("127.0.0.1:8000", "localhost:8000", "0.0.0.0:8000")
@@ -54,8 +55,8 @@ def show_faults(error: ConfigError) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar over models being loaded; yields the function that reports one as done.
+def progress(total: int) -> Iterator[Loading]:
+    """A progress bar over models being loaded; yields what is called with the name of one that is done.
 
     It stands on standard error, where the log goes too: while it is shown, lines of the log are printed above it.
     """
@@ -64,12 +65,35 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         *columns, console=err, transient=True, redirect_stdout=False, disable=not (total and err.is_terminal)
     )
     with bar, _log_above(err):
-        task = bar.add_task("loading models", total=total)
+        yield Loading(bar, bar.add_task("loading models", total=total))
 
-        def advance(name: str) -> None:
-            bar.update(task, advance=1, description=f"loaded {escape(name)}")
 
-        yield advance
+@contextlib.contextmanager
+def fetching(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """What is shown while files arrive; yields what is told how many bytes of how many are there."""
+    bar = Progress(
+        TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal
+    )
+    with bar, _log_above(err):
+        loading = Loading(bar, bar.add_task(f"asking for {escape(what)}", total=None))
+        yield lambda done, total: loading.fetching(what, done, total)
+
+
+class Loading:
+    """What is shown of models while they are loaded; any thread may tell."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def __call__(self, name: str) -> None:
+        """One is done, whichever way."""
+        self._bar.update(self._task, advance=1, description=f"loaded {escape(name)}")
+
+    def fetching(self, name: str, done: int, total: int | None) -> None:
+        """`done` bytes of a model's files have come out of its registry, of `total` if that is known."""
+        amount = f"{done / MB:.1f} MB" if total is None else f"{done / MB:.1f} of {total / MB:.1f} MB"
+        self._bar.update(self._task, description=f"fetching {escape(name)}: {amount}")
 
 
 class _Above:

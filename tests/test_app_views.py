@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from gateway.agreement_sampling import AgreementSamplers
@@ -26,7 +27,8 @@ def version_of(bench: Bench | None, **changed: Any) -> Any:
     seen = {
         "name": "m", "version": "1", "state": ModelState.READY, "reason": "", "artifact": None, "replicas": (),
         "statistics": None, "load_s": 0.5, "config_document": {"metric_tags": {"team": "a"}}, "dependencies": (),
-        "scheduler": None, "spec": None, "fleets": (), "ready": True,
+        "scheduler": None, "spec": None, "fleets": (), "ready": True, "role": "champion",
+        "wanted": SimpleNamespace(uri="", facts=None, stale=""),
     }  # fmt: skip
     if bench is not None:
         seen |= {

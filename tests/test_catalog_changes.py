@@ -40,9 +40,11 @@ class Loads:
         return model
 
 
-def again(bench: Bench, load: Callable[[Artifact], Awaitable[NumberModel]], version: str = "1") -> WantedVersion:
-    """The version as it was served first, loaded by `load`."""
-    wanted = bench.catalog.find("numbers", "1").wanted
+def again(
+    bench: Bench, load: Callable[[Artifact], Awaitable[NumberModel]], version: str = "1", like: str = "1"
+) -> WantedVersion:
+    """The version `like`, as it was served first, loaded by `load`."""
+    wanted = bench.catalog.find("numbers", like).wanted
     artifact, sidecar = wanted.read()
     renamed = replace(artifact, version=version)
     return replace(wanted, version=version, read=lambda: (renamed, sidecar), load=load)

@@ -123,7 +123,7 @@ def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) 
         (["serve"], "error: command line: nothing to serve; name a SOURCE"),
         (["serve", "/nope"], "error: command line: SOURCE '/nope': there is no directory /nope"),
         (["serve", "http://127.0.0.1:1/v2"], "SOURCE 'http://127.0.0.1:1/v2': has more than host and port"),
-        (["serve", "models:/a@b"], "registry references are not supported in this version"),
+        (["serve", "models:/a@b"], "does not say where to find it; add registries.mlflow or set MLFLOW_TRACKING_URI"),
         (["serve", "/", "--host", "0.0.0.0"], "error: command line: --host: '0.0.0.0' can be reached"),
         (["serve", "/", "--http-port", "70000"], "error: command line: --http-port: must be at most 65535"),
         (["serve", "/", "--log-level", "inof"], "did you mean 'info'?"),
@@ -133,7 +133,7 @@ def test_the_exit_code_is_the_gateways(served: Served, models: Path, code: int) 
         (["serve", "/", "--model-control", "always"], "--model-control: "),
         (["models", "load"], "error: name the model: gateway models load NAME"),
         (["models", "unload"], "error: name the model: gateway models unload NAME"),
-        (["models", "lsit"], "error: 'models lsit' does not exist; write list, status, load or unload"),
+        (["models", "lsit"], "error: 'models lsit' does not exist; write list, status, history, refresh,"),
     ],
 )
 def test_configuration_faults_exit_with_2_and_say_what_to_do(

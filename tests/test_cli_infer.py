@@ -43,8 +43,19 @@ MODELS = [
         "max_batch_size": 32,
         "batching": "rows are independent",
         "reason": "",
+        "source": "models:/double/3",
+        "reference": "models:/double@live",
+        "notes": ["digests are weak", "its registry is silent"],
     },
-    {"name": "broken", "version": "1", "state": "FAILED", "digest": "", "backends": [], "reason": "not [an] ONNX file"},
+    {
+        "name": "broken",
+        "version": "1",
+        "state": "FAILED",
+        "digest": "",
+        "backends": [],
+        "reason": "not [an] ONNX file",
+        "source": "/srv/broken",
+    },
 ]
 
 
@@ -135,11 +146,11 @@ def test_models_is_one_line_a_model(capsys: Said) -> None:
     with serving(double) as url:
         assert main(["models", "--ops-url", url]) == 0
         assert capsys.readouterr().out.splitlines() == [
-            f"double\t3\tREADY\t{DIGEST}\tonnx-1, onnx-2 (unavailable)",
-            "broken\t1\tFAILED\t-\t-",
+            f"double\t3\tREADY\t{DIGEST}\tonnx-1, onnx-2 (unavailable)\tmodels:/double/3 (models:/double@live)",
+            "broken\t1\tFAILED\t-\t-\t/srv/broken",
         ]
         assert main(["models", "status", "broken", "--ops-url", url]) == 0
-        assert capsys.readouterr().out == "broken\t1\tFAILED\t-\t-\t-\t-\tnot [an] ONNX file\n"
+        assert capsys.readouterr().out == "broken\t1\tFAILED\t-\t-\t-\t-\tnot [an] ONNX file\t/srv/broken\t-\n"
         assert main(["models", "status", "double", "--ops-url", url]) == 0
         assert "onnx-1 (1 in flight), onnx-2 (unavailable)\t32\trows are independent\t-" in capsys.readouterr().out
         assert main(["models", "list", "nope", "--ops-url", url]) == 1
@@ -158,6 +169,9 @@ def test_status_is_a_block_a_model_where_a_person_watches() -> None:
         "                  onnx-2 (unavailable)",
         "  max_batch_size  32",
         "  batching        rows are independent",
+        "  source          models:/double/3 (models:/double@live)",
+        "  notes           digests are weak",
+        "                  its registry is silent",
     ]
 
 

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from gateway.config import Config, ModelEntry, ModelKeys, Server, json_schema, load
 from gateway.config_faults import OPTIONS
-from gateway.config_schema import ConfigFile, Section
+from gateway.config_registry import RegistriesKeys
+from gateway.config_schema import ConfigFile
+from gateway.config_section import Section
 from gateway.config_tree import read_scalar
 from gateway.errors import ConfigError
 from gateway.ingress import body_coding
@@ -100,7 +102,7 @@ def assert_keys_in_schema(document: dict[str, Any]) -> None:
 def test_the_schema_covers_every_key_and_says_which_draft() -> None:
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) == {"server", "defaults", "models"}
+    assert set(schema["properties"]) == {"server", "defaults", "models", "registries", "inference_log"}
     for name, part in schema["$defs"].items():
         assert part["additionalProperties"] is False, name
         for key, value in part["properties"].items():
@@ -146,7 +148,7 @@ def test_variables_that_kubernetes_makes_of_a_service_are_not_ours() -> None:
 
 def test_every_option_but_the_later_ones_sets_a_key_that_exists() -> None:
     later = {"processes"}
-    sections: dict[str, type[Section]] = {"server": Server, "defaults": ModelKeys}
+    sections: dict[str, type[Section]] = {"server": Server, "defaults": ModelKeys, "registries": RegistriesKeys}
     for option, (section, key) in OPTIONS.items():
         assert (key in sections[section].model_fields) is (option not in later)
 

@@ -13,7 +13,7 @@ from gateway.errors import ConfigError
 CORPUS: list[tuple[str, list[str]]] = [
     ("server: {http_prot: 1}", ["1: server.http_prot: unknown key 'http_prot'; did you mean 'http_port'?"]),
     ("servers: {}", ["1: servers: unknown key 'servers'; did you mean 'server'?"]),
-    ("zzz: 1", ["1: zzz: unknown key 'zzz'; the keys here are: defaults, models, server"]),
+    ("zzz: 1", ["1: zzz: unknown key 'zzz'; the keys here are: defaults, inference_log, models, registries, server"]),
     (
         'server:\n  http_port: "8000"',
         ['2: server.http_port: expected a whole number, found the text "8000"; write for example http_port: 8000'],
@@ -98,7 +98,7 @@ CORPUS: list[tuple[str, list[str]]] = [
     ("server: {compression: {grpc: best}}", ['1: server.compression.grpc: the text "best" is not possible']),
     ("auth: {keys: []}", ["1: auth: 'auth' is not supported in this version; remove it"]),
     ("backends: []", ["1: backends: belongs to one model; write it in an entry of models"]),
-    ("registries: []", ["1: registries: 'registries' is not supported in this version"]),
+    ("registries: []", ["1: registries: expected keys and values, found a list"]),
     (
         "defaults: {authentication: none}",
         ["1: defaults.authentication: 'authentication' is not supported in this version"],
@@ -142,8 +142,19 @@ CORPUS: list[tuple[str, list[str]]] = [
         ["1: models[0].source: there is no file", "write the path of an .onnx file"],
     ),
     ("models: [{source: 'http://h:8000/v2'}]", ["1: models[0].source: has more than host and port"]),
-    ("models: [{source: 'models:/a@b'}]", ["1: models[0].source: registry references are not supported"]),
-    ("models: [{source: 's3://a/b'}]", ["1: models[0].source: has the unknown scheme 's3://'", "grpc:// or grpcs://"]),
+    (
+        "models: [{source: 'models:/a@b'}]",
+        ["1: models[0].source: the configuration does not say where to find it; add registries.mlflow"],
+    ),
+    (
+        "models: [{source: 'ftp://a/b'}]",
+        ["1: models[0].source: has the unknown scheme 'ftp://'", "s3://, oci:// or hf://"],
+    ),
+    ("models: [{source: 's3://a.b/c'}]", ["1: models[0].source: the configuration does not say", "add registries.s3"]),
+    (
+        "models: [{source: 'models:/a/Production'}]",
+        ["1: models[0].source: has the version 'Production', which is no number"],
+    ),
     (
         "models: [{source: 'localhost:8000'}]",
         ["1: models[0].source: there is no directory", "for a running server write http://localhost:8000"],

@@ -62,11 +62,24 @@ def test_sources_of_the_command_line_have_no_line(tmp_path: Path) -> None:
         find_models(config)
 
 
-def test_sources_that_cannot_be_served(tmp_path: Path) -> None:
-    entries = (ModelEntry(source="http://h"), ModelEntry(source="models:/a"), ModelEntry(name="a", backends=(BACKEND,)))
-    with pytest.raises(ConfigError) as caught:
-        find_models(Config(models=entries))
-    assert [fault.where for fault in caught.value.faults] == ["models[1].source"]
+def test_sources_that_are_not_on_disk() -> None:
+    entries = (
+        ModelEntry(source="http://h"),
+        ModelEntry(source="models:/b@x"),
+        ModelEntry(name="a", backends=(BACKEND,)),
+    )
+    assert find_models(Config(models=entries)) == [], "neither servers nor registries are asked here"
+
+
+def test_a_name_from_a_registry_is_taken_like_any_other(tmp_path: Path) -> None:
+    model(tmp_path / "r" / "b")
+    entries = (
+        ModelEntry(source=str(tmp_path / "r")),
+        ModelEntry(source="models:/b@x"),
+        ModelEntry(source="models:/c/1"),
+    )
+    with pytest.raises(ConfigError, match=r"models\[1\]: model 'b' is already served from"):
+        find_models(Config(models=(*entries, ModelEntry(source="models:/d/1", name="c"))))
 
 
 def test_models_of_servers_alone_are_not_looked_for_on_disk(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gateway import catalog, management_repository
+from gateway import catalog_load, management_repository
 from gateway.backends.interface import Batch
 from gateway.catalog import Catalog
 from gateway.config import Config, ModelSettings
@@ -302,7 +302,7 @@ async def test_reading_a_large_configuration_holds_up_nobody(tmp_path: Path, mon
 
         return read
 
-    for where, name in ((management_repository, "read_override"), (catalog, "document")):
+    for where, name in ((management_repository, "read_override"), (catalog_load, "document")):
         monkeypatch.setattr(where, name, noted(getattr(where, name)))
     async with rig(tmp_path) as r:
         await r.start()

@@ -110,6 +110,10 @@ async def test_models_are_listed_as_the_contract_says(client: aiohttp.ClientSess
                     "batches": {"agreed": 2, "differed": 1},
                     "outputs": [{"output": "y", "max_absolute": 0.5, "max_relative": 0.25, "min_equal_rows": 0.0}],
                 },
+                "role": "champion",
+                "source": "",
+                "reference": "",
+                "notes": [],
             }
         ]
 

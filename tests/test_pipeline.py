@@ -30,6 +30,7 @@ class Version:
     scheduler: Scheduler | None
     split_rows: int
     cached: bool = False
+    mirror: Any = None
 
 
 class Road:

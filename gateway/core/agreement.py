@@ -17,13 +17,15 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from gateway.core.request import OutputTensor
-from gateway.core.tensor import unpack_bytes
+from gateway.core.tensor import Datatype, unpack_bytes
 
 ATOL: Final = 1e-5
 RTOL: Final[Mapping[str, float]] = {"FP64": 1e-3, "FP32": 1e-3, "FP16": 4e-3, "BF16": 3e-2}
 """By datatype. The halves round at 1e-3 and 8e-3 already: theirs is four units in the last place."""
 LARGEST: Final = sys.float_info.max
 """Stands for a difference that no number expresses: NaN or an infinity on one side only."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 Outcome = Literal["agreed", "differed", "failed", "skipped"]
 OUTCOMES: Final[tuple[Outcome, ...]] = ("agreed", "differed", "failed", "skipped")
@@ -74,15 +76,13 @@ def _difference(a: OutputTensor, b: OutputTensor) -> Difference:
     if a.datatype.kind == "bytes":
         rows = _equal_rows(np.array(_same(unpack_bytes(a.data), unpack_bytes(b.data)), bool), a.shape)
         return Difference(a.name, None, None, rows, agreed=rows == 1.0)
-    left, right = _numbers(a), _numbers(b)
-    same = left == right
+    left, right = numbers(a.datatype, a.data), numbers(b.datatype, b.data)
+    same = same_numbers(a.datatype, left, right)
     floating = a.datatype.name in RTOL
-    if floating:
-        same |= np.isnan(left) & np.isnan(right)
     rows = _equal_rows(same, a.shape)
     if a.datatype.kind == "bool":
         return Difference(a.name, None, None, rows, agreed=rows == 1.0)
-    absolute, relative = _distances(left, right, same)
+    absolute, relative = distances(left, right, same)
     if not floating:
         return Difference(a.name, _top(absolute), _top(relative), rows, agreed=rows == 1.0)
     larger = np.maximum(np.abs(left), np.abs(right))
@@ -94,17 +94,21 @@ def _same(a: Sequence[bytes], b: Sequence[bytes]) -> list[bool]:
     return [x == y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else [False] * len(a)
 
 
-def _numbers(tensor: OutputTensor) -> np.ndarray[Any, np.dtype[Any]]:
+def numbers(datatype: Datatype, data: bytes | memoryview) -> Array:
     """The elements, floating point as FP64; whole numbers stay what they are, for FP64 cannot tell large ones apart."""
-    array = np.frombuffer(tensor.data, tensor.datatype.numpy)
-    if tensor.datatype.name == "BF16":
+    array = np.frombuffer(data, datatype.numpy)
+    if datatype.name == "BF16":
         return (array.astype("<u4") << 16).view("<f4").astype(np.float64)
-    return array.astype(np.float64) if tensor.datatype.name in RTOL else array
+    return array.astype(np.float64) if datatype.name in RTOL else array
 
 
-def _distances(
-    left: np.ndarray[Any, np.dtype[Any]], right: np.ndarray[Any, np.dtype[Any]], same: np.ndarray[Any, np.dtype[Any]]
-) -> tuple[np.ndarray[Any, np.dtype[Any]], np.ndarray[Any, np.dtype[Any]]]:
+def same_numbers(datatype: Datatype, left: Array, right: Array) -> Array:
+    """Element by element, whether two arrays that `numbers` gave are equal."""
+    same: Array = left == right
+    return same | (np.isnan(left) & np.isnan(right)) if datatype.name in RTOL else same
+
+
+def distances(left: Array, right: Array, same: Array) -> tuple[Array, Array]:
     """|a − b|, and the same by the larger of the two; both FP64 and finite."""
     with np.errstate(all="ignore"):
         a, b = left.astype(np.float64), right.astype(np.float64)

@@ -7,8 +7,9 @@ and shapes are used as written (Triton's convention, wire notes §5.1).
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
@@ -139,6 +140,12 @@ class ArtifactFile:
     sha256: str
 
 
+class Held(Protocol):
+    """Memory behind a file descriptor that nobody can change any more; freed when the last reference goes."""
+
+    def fileno(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """The bytes of one model version, read once: what is hashed is what is loaded."""
@@ -152,3 +159,7 @@ class Artifact:
     model: bytes = field(repr=False)
     """Content of the model file (ONNX protobuf)."""
     model_file: str = "model.onnx"
+    external: Held | None = field(default=None, repr=False, compare=False)
+    """Content of the files in which the model keeps tensors outside its own (workers/bundle.py); None: it has none."""
+    verification: Mapping[str, str | None] | None = field(default=None, compare=False)
+    """What became of its signature (registry/signing.py); None: nobody looked."""

@@ -116,6 +116,7 @@ class InferRequest:
     """A validated request. `inputs` are in the model's order; `None` stands for an absent optional input."""
 
     __slots__ = (
+        "answer_id",
         "attempt",
         "avoid",
         "batch",
@@ -141,6 +142,7 @@ class InferRequest:
         "state",
         "stated_timeout_s",
         "timeout_s",
+        "told",
         "trouble",
     )
 
@@ -197,9 +199,13 @@ class InferRequest:
         """Belongs to the queue."""
         self.error: Exception | None = None
         """Set instead of `batch` when the request failed."""
+        self.told = b""
+        """Header lines, as HTTP has them, that its answer carries besides those of its batch."""
         self.context: Any = None
         """Belongs to the caller (the ingress): what it needs to write the answer."""
         self.settle: Settle
+        self.answer_id: bytes
+        """Request id of its answer; set only where the inference log has a row of it."""
 
     def abort(self) -> None:
         """The caller left: its rows are not needed any more. Harmless at any time."""

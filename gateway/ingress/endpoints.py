@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.catalog import Catalog, ServedVersion
+from gateway.core.api import Api
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, Restricted
+from gateway.inference_log.handover import InferenceLog
 from gateway.ingress import openapi
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.http_server import Exchange, HttpLimits
-from gateway.ingress.oip_http import request_id_header
+from gateway.ingress.oip_http import new_request_id
+from gateway.ingress.request_notes import Unresolved, caller_of
 from gateway.ingress.rest_inference import RestInference, UnsupportedCoding
 from gateway.ingress.rest_management import RestManagement, answer
 from gateway.ingress.routes import Operation, Route, RouteTable, header_of, split_path
@@ -22,6 +25,7 @@ from gateway.management import Management
 from gateway.pipeline import Pipeline
 from gateway.protocol.http1 import Head
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
+from gateway.provenance import headers
 
 
 class OipApplication:
@@ -35,8 +39,10 @@ class OipApplication:
         management: Management,
         options: ProtocolOptions = DEFAULT_OPTIONS,
         bodies: BodyCoding | None = None,
+        log: InferenceLog | None = None,
     ) -> None:
-        """`bodies`: None takes the default bounds for compressed bodies."""
+        """`bodies`: None takes the default bounds for compressed bodies; `log`: None: requests are not logged."""
+        self._unresolved = Unresolved(log) if log is not None else None
         self._restrictions = management.restrictions
         self._rest = RestManagement(management, catalog, provenance, options)
         self.table = RouteTable()
@@ -68,27 +74,44 @@ class OipApplication:
         route = Route(operation.action, names.get("model", ""), names.get("version"), name=name)
         try:
             self._restrictions.check(operation.api, header_of(head))
-            return self._inference.for_head(route, head)
+            return self._logged(self._inference.for_head(route, head), operation.api, head)
         except (Restricted, UnsupportedCoding) as error:
-            return Route(self._refuse, error=error)
+            refusing = Route(self._refuse, route.model, route.version, error=error)
+            return self._logged(refusing, operation.api, head)
+
+    def _logged(self, route: Route, api: Api, head: Head) -> Route:
+        """The route, with what the inference log wants to know of the head."""
+        if self._unresolved is not None and api == "inference":
+            endpoint = head.path.rpartition(b"/")[2].decode("ascii")
+            route.endpoint = "raw" if endpoint == "infer" and head.inference_header_length is not None else endpoint
+            route.caller = caller_of(head.headers)
+        return route
 
     def handle(self, head: Head, body: bytes, exchange: Exchange) -> None:
         route: Route = head.route
         try:
             route.action(route, head, body, exchange)
         except GatewayError as error:
-            self._rest.refuse(exchange, error)
+            self._note(route, exchange, error, self._rest.refuse(exchange, error))
+
+    def _note(self, route: Route, exchange: Exchange, error: GatewayError, request_id: bytes) -> None:
+        """A request was refused before a model version was found for it."""
+        if self._unresolved is not None and route.endpoint:
+            asked = (route.model, route.version or "")
+            self._unresolved.refused("http", route.endpoint, route.caller, request_id, exchange.received, error, asked)
 
     # -- everything else -------------------------------------------------------------------------------------
 
     def _refuse(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         assert route.error is not None  # noqa: S101  # a refusing route is only made with its error
-        extra = request_id_header()
+        request_id = new_request_id()
+        extra = headers.request_id_header(request_id)
         if isinstance(route.error, UnsupportedCoding):
             extra += b"Accept-Encoding: %b\r\n" % route.error.accepted
         elif route.allow:
             extra += b"Allow: %b\r\n" % route.allow.encode()
         exchange.send_error(route.error, extra)
+        self._note(route, exchange, route.error, request_id)
 
     def _openapi(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         answer(exchange, openapi.document(self.table))

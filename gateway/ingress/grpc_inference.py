@@ -11,20 +11,32 @@ import uuid
 from gateway.catalog import Catalog, ServedVersion
 from gateway.core.request import InferRequest
 from gateway.errors import GatewayError, NotReady
+from gateway.inference_log.handover import NOBODY, Caller, InferenceLog
 from gateway.ingress.grpc_call import GrpcCall, StreamHandler
 from gateway.ingress.grpc_management import version_of
-from gateway.ingress.oip_grpc import GrpcCodec, known_error, metadata
-from gateway.ingress.oip_http import request_id_header
+from gateway.ingress.logged_grpc import LoggedGrpcCodec
+from gateway.ingress.oip_grpc import GrpcCodec, metadata
+from gateway.ingress.oip_http import new_request_id
+from gateway.ingress.request_notes import Unresolved
 from gateway.pipeline import Pipeline
 from gateway.protocol.grpc_wire import CallHead
 from gateway.protocol.oip_grpc_cut import Cut, Opening, Openings
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
+from gateway.provenance import headers
 
 
 class Inference:
     """What all inference calls share."""
 
-    def __init__(self, catalog: Catalog, pipeline: Pipeline, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        pipeline: Pipeline,
+        options: ProtocolOptions = DEFAULT_OPTIONS,
+        log: InferenceLog | None = None,
+    ) -> None:
+        """`log`: None: requests are not logged."""
+        self.unresolved = Unresolved(log) if log is not None else None
         self.openings = Openings()
         self.pipeline = pipeline
         self._catalog = catalog
@@ -42,11 +54,40 @@ class Inference:
         named = opening.version
         return self._catalog.resolve(opening.model, version_of(named) if named else None)
 
+    def chosen(self, version: ServedVersion, cut: Cut, call: GrpcCall, head: CallHead) -> ServedVersion:
+        """Who answers a request that names no version, where the model has a split (traffic.py).
+
+        Raises:
+            InvalidRequest: it had to be read for that, and cannot be.
+        """
+        if version.split is None or cut.opening.version:
+            return version
+
+        def read(version: ServedVersion) -> InferRequest:
+            return self.codec(version).read(cut, call, 0.0)
+
+        chosen: ServedVersion = version.split.choose(version, head.metadata, read)
+        return chosen
+
     def codec(self, version: ServedVersion) -> GrpcCodec:
         codec: GrpcCodec | None = version.grpc_codec
         if codec is None:
-            codec = version.grpc_codec = GrpcCodec(version, self._options)
+            made = GrpcCodec if version.log is None else LoggedGrpcCodec
+            codec = version.grpc_codec = made(version, self._options)
         return codec
+
+    def note(self, call: GrpcCall, error: GatewayError, request_id: bytes, asked: tuple[str, str] = ("", "")) -> None:
+        """A request was refused before a version was found for it; `asked`: model and version as the client wrote
+        them."""
+        if self.unresolved is not None:
+            method = call.head.route
+            self.unresolved.refused("grpc", method.endpoint, method.caller, request_id, call.received, error, asked)
+
+    def refuse(self, call: GrpcCall, error: GatewayError, opening: Opening | None = None) -> None:
+        """End a call that concerns no model version that is known."""
+        request_id = new_request_id()
+        call.fail(error.grpc_code, str(error), metadata(headers.request_id_header(request_id)))
+        self.note(call, error, request_id, (opening.model, opening.version) if opening is not None else ("", ""))
 
     def unready(self, opening: Opening, error: NotReady) -> GrpcCodec | None:
         """A version that once served and has failed is known: its refusals are counted, and say which it is."""
@@ -69,7 +110,12 @@ class ModelInfer:
 
     streaming = False
 
-    def __init__(self, inference: Inference, timeout_s: float) -> None:
+    endpoint = "infer"
+    """What the inference log calls this way of asking."""
+
+    def __init__(self, inference: Inference, timeout_s: float, caller: Caller = NOBODY) -> None:
+        """`caller`: what the head says of who asks, where requests are logged."""
+        self.caller = caller
         self._inference = inference
         self._timeout_s = timeout_s
 
@@ -78,22 +124,26 @@ class ModelInfer:
         try:
             cut = inference.openings.cut(message)
         except GatewayError as error:
-            _refuse(call, error)
+            inference.refuse(call, error)
             return
         try:
             version = inference.version(cut.opening)
         except NotReady as error:
             codec = inference.unready(cut.opening, error)
             if codec is None:
-                _refuse(call, error)
+                inference.refuse(call, error, cut.opening)
             else:
                 codec.refuse(call, error)
             return
         except GatewayError as error:
-            _refuse(call, error)
+            inference.refuse(call, error, cut.opening)
             return
         codec = inference.codec(version)
+        request = None
         try:
+            if version.split is not None:
+                version = inference.chosen(version, cut, call, head)
+                codec = inference.codec(version)
             request = inference.read(codec, cut, call, self._timeout_s)
             request.context = call
             request.settle = codec.settle
@@ -101,13 +151,7 @@ class ModelInfer:
             inference.pipeline.infer(version, request)
         except Exception as error:
             call.on_abort = None
-            codec.refuse(call, error)
+            codec.refuse(call, error, request=request)
 
     def open(self, head: CallHead, call: GrpcCall) -> StreamHandler:
         raise AssertionError("a unary RPC is not opened")
-
-
-def _refuse(call: GrpcCall, error: Exception) -> None:
-    """Of a call that concerns no model that is known."""
-    known = known_error(error, "")
-    call.fail(known.grpc_code, str(known), metadata(request_id_header()))

@@ -18,6 +18,7 @@ from typing import Any, Final
 from gateway.catalog import Catalog
 from gateway.core.api import Api
 from gateway.errors import GatewayError, Restricted, Unsupported
+from gateway.inference_log.handover import NOBODY, Caller, InferenceLog
 from gateway.ingress.grpc_call import GrpcCall, Method, StreamHandler
 from gateway.ingress.grpc_inference import Inference, ModelInfer
 from gateway.ingress.grpc_management import RPCS, Rpc
@@ -25,19 +26,22 @@ from gateway.ingress.grpc_reflection import ReflectionStream
 from gateway.ingress.grpc_stream import Drainable, InferStream
 from gateway.ingress.grpc_watch import HealthWatch
 from gateway.ingress.oip_grpc import known_error, metadata
-from gateway.ingress.oip_http import request_id_header, timeout_of
+from gateway.ingress.oip_http import new_request_id, request_id_header, timeout_of
+from gateway.ingress.request_notes import caller_of
 from gateway.management import Management
 from gateway.management_access import GRPC_PREFIX
 from gateway.pipeline import Pipeline
 from gateway.protocol import oip_grpc_documents, reflection
 from gateway.protocol.grpc_wire import CallHead
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
+from gateway.provenance import headers
 
 MODEL_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 MODEL_STREAM_INFER: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
 HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
 
 Open = Callable[[GrpcCall], StreamHandler]
+Note = Callable[[GrpcCall, GatewayError, bytes], None]
 
 
 class GrpcServices:
@@ -51,9 +55,11 @@ class GrpcServices:
         options: ProtocolOptions = DEFAULT_OPTIONS,
         *,
         reflected: bool = False,
+        log: InferenceLog | None = None,
     ) -> None:
-        """`reflected`: whether clients may ask which services there are."""
-        self._inference = Inference(catalog, pipeline, options)
+        """`reflected`: whether clients may ask which services there are; `log`: None: requests are not logged."""
+        self._inference = Inference(catalog, pipeline, options, log)
+        self._logged = log is not None
         self._management = management
         self._streams: set[Drainable] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,9 +86,17 @@ class GrpcServices:
             return make(head)
         except Restricted:
             name, _ = self._management.restrictions.required(api) or ("", "")
-            return Refusing(Restricted(f"This protocol is restricted, expecting header '{_restricting(name)}'"))
+            return self._refusing(
+                api, head, Restricted(f"This protocol is restricted, expecting header '{_restricting(name)}'")
+            )
         except GatewayError as error:
-            return Refusing(error)
+            return self._refusing(api, head, error)
+
+    def _refusing(self, api: Api, head: CallHead, error: GatewayError) -> Method:
+        return Refusing(error, self._inference.note if api == "inference" else None, self._caller(head))
+
+    def _caller(self, head: CallHead) -> Caller:
+        return caller_of(head.metadata) if self._logged else NOBODY
 
     def drain(self) -> None:
         """The server stops: open streams take no more requests and end behind what they have taken."""
@@ -92,12 +106,15 @@ class GrpcServices:
     # -- methods ---------------------------------------------------------------------------------------------------
 
     def _model_infer(self, head: CallHead) -> Method:
-        return ModelInfer(self._inference, _timeout_s(head))
+        return ModelInfer(self._inference, _timeout_s(head), self._caller(head))
 
     def _model_stream_infer(self, head: CallHead) -> Method:
         timeout_s = _timeout_s(head)
         errors_end = _raw_metadata(head, b"triton_grpc_error") == b"true"
-        return Streaming(lambda call: InferStream(self._inference, call, timeout_s, errors_end, self._streams))
+        return Streaming(
+            lambda call: InferStream(self._inference, call, head, timeout_s, errors_end, self._streams),
+            self._caller(head),
+        )
 
     def _health_watch(self, head: CallHead) -> Method:
         return Streaming(lambda call: HealthWatch(call, self._management.server_ready, self._streams))
@@ -146,8 +163,12 @@ class Streaming:
     """An RPC with many messages either way."""
 
     streaming = True
+    endpoint = "stream"
+    """What the inference log calls this way of asking."""
 
-    def __init__(self, begin: Open) -> None:
+    def __init__(self, begin: Open, caller: Caller = NOBODY) -> None:
+        """`caller`: what the head says of who asks, where requests are logged."""
+        self.caller = caller
         self._begin = begin
 
     def handle(self, head: CallHead, message: bytes | memoryview, call: GrpcCall) -> None:
@@ -161,16 +182,27 @@ class Refusing:
     """What is not there, or not for this caller. It is the same for both kinds of RPC: the call ends."""
 
     streaming = True
+    endpoint = "infer"
 
-    def __init__(self, error: GatewayError) -> None:
+    def __init__(self, error: GatewayError, note: Note | None = None, caller: Caller = NOBODY) -> None:
+        """`note`: where calls are logged that are refused so; None: nowhere."""
+        self.caller = caller
         self._error = error
+        self._note = note
 
     def handle(self, head: CallHead, message: bytes | memoryview, call: GrpcCall) -> None:
-        _refuse(call, self._error)
+        self._refuse(call)
 
     def open(self, head: CallHead, call: GrpcCall) -> StreamHandler:
-        _refuse(call, self._error)
+        self._refuse(call)
         return _Nobody()
+
+    def _refuse(self, call: GrpcCall) -> None:
+        request_id = new_request_id()
+        known = self._error
+        call.fail(known.grpc_code, str(known), metadata(headers.request_id_header(request_id)))
+        if self._note is not None:
+            self._note(call, known, request_id)
 
 
 class _Nobody:

@@ -21,8 +21,8 @@ from gateway.errors import GatewayError, NotReady
 from gateway.ingress.grpc_call import GrpcCall
 from gateway.ingress.grpc_inference import Inference
 from gateway.ingress.oip_grpc import GrpcCodec, known_error, metadata
-from gateway.ingress.oip_http import request_id_header
-from gateway.protocol.grpc_wire import UNAVAILABLE
+from gateway.ingress.oip_http import new_request_id, request_id_header
+from gateway.protocol.grpc_wire import UNAVAILABLE, CallHead
 from gateway.protocol.oip_grpc_answer import Parts
 from gateway.protocol.protobuf_wire import field, prefix, text
 
@@ -64,17 +64,19 @@ class _Answer:
             if request.error is not None:
                 raise request.error
             assert codec is not None  # noqa: S101  # set before the request was handed over
-            parts, length, _ = codec.answer(request, _LAST)
+            parts, length, _ = codec.answer(request, stream.call, _LAST)
             self.put([prefix(2, length), *parts])
         except Exception as error:
-            self.fail(error, taken=True)
+            self.fail(error, request, taken=True)
         stream.flush()
 
-    def fail(self, error: Exception, *, taken: bool = False) -> None:
-        """`taken`: the pipeline had it."""
+    def fail(self, error: Exception, request: InferRequest | None = None, *, taken: bool = False) -> None:
+        """`request`: where it was decoded; `taken`: the pipeline had it."""
         known = known_error(error, self.model)
         if self.codec is not None:
-            self.codec.count(self.stream.call, known)
+            self.codec.count(self.stream.call, known, request=request)
+        else:
+            self.stream.note_unresolved(known, self.model)
         if taken and self.stream.errors_end:
             self.status = known
         said = text(3, self.request_id)
@@ -101,10 +103,17 @@ class InferStream:
     """One call; fits `grpc_call.StreamHandler`."""
 
     def __init__(
-        self, inference: Inference, call: GrpcCall, timeout_s: float, errors_end: bool, streams: set[Drainable]
+        self,
+        inference: Inference,
+        call: GrpcCall,
+        head: CallHead,
+        timeout_s: float,
+        errors_end: bool,
+        streams: set[Drainable],
     ) -> None:
         """`streams`: where it is to be found while it is open."""
         self.call = call
+        self._head = head
         self.errors_end = errors_end
         self.in_work_bytes = 0
         self._streams = streams
@@ -129,8 +138,8 @@ class InferStream:
         try:
             self._take(message, answer)
         except Exception as error:
-            answer.request = None
-            answer.fail(error)
+            request, answer.request = answer.request, None
+            answer.fail(error, request)
         self.flush()
         if not self._over and (len(self._answers) >= MAX_IN_WORK or self.in_work_bytes > MAX_IN_WORK_BYTES):
             self._paused = True
@@ -152,6 +161,10 @@ class InferStream:
         self._stopping = True
         self.flush()
 
+    def note_unresolved(self, error: GatewayError, model: str) -> None:
+        """A request of this stream reached no model version."""
+        self._inference.note(self.call, error, new_request_id(), (model, ""))
+
     # -- in between ------------------------------------------------------------------------------------------------
 
     def _take(self, message: bytes | memoryview, answer: _Answer) -> None:
@@ -165,6 +178,9 @@ class InferStream:
             answer.codec = inference.unready(cut.opening, error)
             raise
         answer.codec = codec = inference.codec(version)
+        if version.split is not None:
+            version = inference.chosen(version, cut, call, self._head)
+            answer.codec = codec = inference.codec(version)
         request = inference.read(codec, cut, call, self._timeout_s)
         answer.request_id = request.request_id or ""
         request.settle = answer.settle

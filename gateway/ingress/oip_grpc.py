@@ -19,7 +19,7 @@ from gateway.core.batch import FinishedBatch
 from gateway.core.request import InferRequest
 from gateway.errors import Cancelled, GatewayError
 from gateway.ingress.grpc_call import GrpcCall
-from gateway.ingress.oip_http import request_id_header
+from gateway.ingress.oip_http import new_request_id
 from gateway.protocol.hpack_blocks import metadata_literal
 from gateway.protocol.oip_grpc_answer import AnswerWriter, BatchAnswers, Parts
 from gateway.protocol.oip_grpc_cut import Cut
@@ -73,8 +73,8 @@ class GrpcCodec:
 
     def __init__(self, version: ServedVersion, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         spec = version.spec
-        self.model_line = headers.model_header(spec.name, spec.version, spec.digest)
-        self._remote_line = headers.model_header(spec.name, spec.version, "")
+        self.model_line = headers.model_header(spec.name, spec.version, spec.digest, version.variant)
+        self._remote_line = headers.model_header(spec.name, spec.version, "", version.variant)
         """... of an answer that a remote backend made, perhaps from other files."""
         self.statistics = version.statistics.protocol("grpc")
         self._spec = spec
@@ -106,16 +106,16 @@ class GrpcCodec:
         call: GrpcCall = request.context
         call.on_abort = None  # it held the request, and a cycle would wait for the garbage collector
         if request.error is not None:
-            self.refuse(call, request.error, executed_line(request))
+            self.refuse(call, request.error, executed_line(request), request)
             return
         try:
-            parts, length, head = self.answer(request)
+            parts, length, head = self.answer(request, call)
             call.reply(parts, length, head)
         except Exception as error:
             # Whatever went wrong, the caller gets an answer: nobody else will settle this request.
-            self.refuse(call, error)
+            self.refuse(call, error, request=request)
 
-    def answer(self, request: InferRequest, before: bytes = b"") -> tuple[Parts, int, bytes]:
+    def answer(self, request: InferRequest, call: GrpcCall, before: bytes = b"") -> tuple[Parts, int, bytes]:
         """(the message's parts, its bytes, initial metadata) of a settled request, which is counted as answered.
 
         Raises:
@@ -131,21 +131,34 @@ class GrpcCodec:
             head = memo.head % (len(place), place, len(timing), timing, memo.ids.pop())
         else:
             head = self._long_head(request, memo, queue_s * 1e3, total_s * 1e3)
+        if request.told:
+            head += metadata(request.told)
         self.statistics.answered(total_s, queue_s, batch.finished - batch.dispatched, 0)
         return parts, length, head
 
-    def refuse(self, call: GrpcCall, error: Exception, executed: bytes = b"") -> None:
+    def refuse(
+        self, call: GrpcCall, error: Exception, executed: bytes = b"", request: InferRequest | None = None
+    ) -> None:
         """End a unary call with an error, with what is known of its provenance. `executed`: HTTP's header line of the
-        last attempt."""
+        last attempt; `request`: where it was decoded."""
         known = known_error(error, self._spec.name)
-        self.count(call, known)
+        request_id = new_request_id()
+        self.count(call, known, request_id, request)
         if not isinstance(known, Cancelled):  # nobody is there to read it
-            call.fail(known.grpc_code, str(known), metadata(self.model_line + executed + request_id_header()))
+            lines = self.model_line + executed + headers.request_id_header(request_id)
+            call.fail(known.grpc_code, str(known), metadata(lines))
 
-    def count(self, call: GrpcCall, error: GatewayError) -> None:
-        """A request ended without an answer. A caller whose deadline passed left for that reason."""
-        late = isinstance(error, Cancelled) and call.deadline is not None and self._now() >= call.deadline
+    def count(
+        self, call: GrpcCall, error: GatewayError, request_id: bytes = b"", request: InferRequest | None = None
+    ) -> None:
+        """A request ended without an answer. A caller whose deadline passed left for that reason. The rest is for
+        codecs that keep a log: the id its answer carries (empty: none does), and the request, if it was decoded."""
+        late = isinstance(error, Cancelled) and self.late(call)
         self.statistics.count(DEADLINE_EXCEEDED if late else error.grpc_code)
+
+    def late(self, call: GrpcCall) -> bool:
+        """Whether the call's deadline has passed."""
+        return call.deadline is not None and self._now() >= call.deadline
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:
         lines = headers.batch_template(

@@ -64,8 +64,8 @@ class HttpCodec:
         self.decoder = RequestDecoder(spec, options)
         self.generate: Any = None
         """Belongs to `rest_generate`: what it made for this version."""
-        self.model_header = headers.model_header(spec.name, spec.version, spec.digest)
-        self._remote_header = headers.model_header(spec.name, spec.version, "")
+        self.model_header = headers.model_header(spec.name, spec.version, spec.digest, version.variant)
+        self._remote_header = headers.model_header(spec.name, spec.version, "", version.variant)
         """... of an answer that a remote backend made, perhaps from other files."""
         self._spec = spec
         self._encoder = AnswerEncoder(spec)
@@ -116,7 +116,7 @@ class HttpCodec:
         exchange.on_abort = None  # it held the request, and a cycle would wait for the garbage collector
         if request.error is not None:
             executed = headers.backend_header(request.avoid, request.attempt) if request.avoid is not None else b""
-            self.refuse(exchange, request.error, executed)
+            self.refuse(exchange, request.error, executed, request)
             return
         try:
             self._answer(request, exchange)
@@ -150,7 +150,7 @@ class HttpCodec:
         if not isinstance(error, GatewayError):
             log.error("an answer of model %s could not be written", self._spec.name, exc_info=error)
         if not request.context.answered:
-            self.refuse(request.context, error)
+            self.refuse(request.context, error, request=request)
 
     def _answer(self, request: InferRequest, exchange: Exchange) -> None:
         batch: FinishedBatch = request.batch
@@ -159,7 +159,7 @@ class HttpCodec:
         received = request.received
         now = self._now()
         queue_s, total_s = batch.dispatched - received, now - received
-        plain = batch.parts is None and request.attempt == batch.attempt
+        plain = batch.parts is None and request.attempt == batch.attempt and not request.told
         if plain and exchange.keep_alive and length <= JOINED_BYTES:
             timed = (request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
             if json_length is None:
@@ -168,7 +168,7 @@ class HttpCodec:
                 exchange.send(b"".join([memo.octets_head % (json_length, length, *timed), *parts]))
             self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
         else:
-            self.write(request, memo, parts, json_length)
+            self._write(request, memo, parts, json_length)
 
     def write(
         self,
@@ -186,10 +186,21 @@ class HttpCodec:
             json_length: length of the JSON part before compression, where binary tensors follow it.
             content_type: where it is neither JSON nor JSON and tensors.
         """
+        self._write(request, memo, parts, json_length, coding, content_type)
+
+    def _write(
+        self,
+        request: InferRequest,
+        memo: BatchMemo,
+        parts: list[bytes | memoryview],
+        json_length: int | None,
+        coding: bytes | None = None,
+        content_type: bytes | None = None,
+    ) -> None:
         exchange: Exchange = request.context
         batch: FinishedBatch = request.batch
         queue_s, total_s = batch.dispatched - request.received, self._now() - request.received
-        lines = self._provenance(request, memo, queue_s * 1e3, total_s * 1e3)
+        lines = self._provenance(request, memo, queue_s * 1e3, total_s * 1e3) + request.told
         if json_length is not None:
             lines += b"Inference-Header-Content-Length: %d\r\n" % json_length
         if coding is not None:
@@ -199,15 +210,22 @@ class HttpCodec:
         exchange.send_parts([response_head(200, kind, length, lines, exchange.keep_alive), *parts])
         self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
 
-    def refuse(self, exchange: Exchange, error: Exception, executed: bytes = b"") -> None:
-        """Write an error, with what is known of its provenance. `executed`: header line of the last attempt."""
+    def refuse(
+        self, exchange: Exchange, error: Exception, executed: bytes = b"", request: InferRequest | None = None
+    ) -> None:
+        """Write an error, with what is known of its provenance. `executed`: header line of the last attempt;
+        `request`: where it was decoded."""
         known = error if isinstance(error, GatewayError) else GatewayError("the gateway failed on this request")
         if self.options.triton_status_codes:
             known = as_triton(known)
         self._statistics.count(known.status)
-        if isinstance(known, Cancelled):
-            return  # nobody is there to read it
-        exchange.send_error(known, self.model_header + executed + request_id_header())
+        request_id = new_request_id()
+        if not isinstance(known, Cancelled):  # nobody is there to read it
+            exchange.send_error(known, self.model_header + executed + headers.request_id_header(request_id))
+        self.ended(exchange, known, request_id, request)
+
+    def ended(self, exchange: Exchange, error: GatewayError, request_id: bytes, request: InferRequest | None) -> None:
+        """A request ended without an answer: for codecs that keep a log."""
 
     def _memo(self, batch: FinishedBatch) -> BatchMemo:
         template = headers.batch_template(
@@ -249,17 +267,14 @@ class InventingHttpCodec(HttpCodec):
         return request
 
 
-def codec_for(version: ServedVersion, options: ProtocolOptions) -> HttpCodec:
-    """The codec of a version that has none yet; it is kept with the version."""
-    codec = (InventingHttpCodec if options.invent_ids else HttpCodec)(version, options)
-    version.http_codec = codec
-    return codec
+def new_request_id() -> bytes:
+    """UUIDv7 text for an answer that never saw a batch."""
+    return headers.uuid7_block(time.time_ns() // 1_000_000, os.urandom(headers.UUID7_RANDOM_BYTES), 1)[0]
 
 
 def request_id_header() -> bytes:
     """`X-Request-Id` for an answer that never saw a batch."""
-    block = headers.uuid7_block(time.time_ns() // 1_000_000, os.urandom(headers.UUID7_RANDOM_BYTES), 1)
-    return headers.request_id_header(block[0])
+    return headers.request_id_header(new_request_id())
 
 
 def _header_length(raw: bytes, total: int) -> int:

@@ -7,6 +7,7 @@ The plain road is `infer`; what a request's head asks for beyond it is found onc
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from gateway.catalog import Catalog, ServedVersion
@@ -15,7 +16,8 @@ from gateway.errors import GatewayError, NotReady, Unsupported
 from gateway.ingress import rest_generate
 from gateway.ingress.body_coding import BodyCoding, is_known, request_coding
 from gateway.ingress.http_exchange import Exchange
-from gateway.ingress.oip_http import HttpCodec, codec_for
+from gateway.ingress.logged_http import LoggedHttpCodec, codec_for
+from gateway.ingress.oip_http import HttpCodec
 from gateway.ingress.routes import Operation, Route, RouteTable
 from gateway.pipeline import Pipeline
 from gateway.protocol.content_coding import ACCEPTED
@@ -100,6 +102,9 @@ class RestInference:
             return
         codec: HttpCodec = version.http_codec or codec_for(version, self._options)
         try:
+            if version.split is not None and route.version is None:
+                version = version.split.choose(version, head.headers, self._reader(head, body, exchange))
+                codec = version.http_codec or codec_for(version, self._options)
             request = codec.decode(head, body, exchange)
             exchange.on_abort = request.abort
             self._pipeline.infer(version, request)
@@ -115,10 +120,16 @@ class RestInference:
         codec: HttpCodec = version.http_codec or codec_for(version, self._options)
         coding, accepted = route.codings
 
+        inflated = False
+
         def plain(body: bytes) -> None:
-            nonlocal version, codec
+            nonlocal version, codec, inflated
+            inflated = True
             if version.scheduler is None:  # freed while the body was inflated: its name may mean another by now
                 version = self._catalog.resolve(route.model, route.version)
+                codec = version.http_codec or codec_for(version, self._options)
+            if version.split is not None and route.version is None:
+                version = version.split.choose(version, head.headers, self._reader(head, body, exchange))
                 codec = version.http_codec or codec_for(version, self._options)
             request = codec.decode(head, body, exchange)
             if accepted is not None:
@@ -130,6 +141,8 @@ class RestInference:
 
         if coding is not None:
             self._bodies.inflate(exchange, coding, body, plain, refuse)
+            if isinstance(codec, LoggedHttpCodec) and not inflated:
+                codec.note_leaving(exchange)
             return
         try:
             plain(body)
@@ -149,12 +162,29 @@ class RestInference:
         if version is None:
             return
         codec: HttpCodec = version.http_codec or codec_for(version, self._options)
+
+        def read(version: ServedVersion) -> InferRequest:
+            codec: HttpCodec = version.http_codec or codec_for(version, self._options)
+            return rest_generate.decode(codec, head, body, exchange, streaming)
+
         try:
-            self._begin(version, rest_generate.decode(codec, head, body, exchange, streaming), exchange)
+            if version.split is not None and route.version is None:
+                version = version.split.choose(version, head.headers, read)
+                codec = version.http_codec or codec_for(version, self._options)
+            self._begin(version, read(version), exchange)
         except Exception as error:
             self._refuse(codec, route, exchange, error)
 
     # -- what all share --------------------------------------------------------------------------------------
+
+    def _reader(self, head: Head, body: bytes, exchange: Exchange) -> Callable[[ServedVersion], InferRequest]:
+        """For a choice that depends on what the request says (traffic.py)."""
+
+        def read(version: ServedVersion) -> InferRequest:
+            codec: HttpCodec = version.http_codec or codec_for(version, self._options)
+            return codec.decode(head, body, exchange)
+
+        return read
 
     def _ready(self, route: Route, exchange: Exchange) -> ServedVersion | None:
         """None: its refusal was sent."""

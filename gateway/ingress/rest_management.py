@@ -17,11 +17,12 @@ import orjson
 from gateway.catalog import Catalog, ServedVersion
 from gateway.errors import GatewayError, InvalidRequest, Malformed, TooLarge, as_triton
 from gateway.ingress.http_server import Exchange
-from gateway.ingress.oip_http import JSON, request_id_header
+from gateway.ingress.oip_http import JSON, new_request_id, request_id_header
 from gateway.ingress.routes import VERSIONED, Operation, Route, RouteTable
 from gateway.management import Management
 from gateway.protocol.http1 import Head, response_head
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
+from gateway.provenance import headers
 
 log = logging.getLogger("gateway.http")
 
@@ -290,10 +291,13 @@ class RestManagement:
 
     # -- errors --------------------------------------------------------------------------------------------------
 
-    def refuse(self, exchange: Exchange, error: GatewayError) -> None:
+    def refuse(self, exchange: Exchange, error: GatewayError) -> bytes:
+        """Write an error; returns the answer's request id."""
         if self._options.triton_status_codes:
             error = as_triton(error)
-        exchange.send_error(error, request_id_header())
+        request_id = new_request_id()
+        exchange.send_error(error, headers.request_id_header(request_id))
+        return request_id
 
 
 def answer(exchange: Exchange, document: object = None, status: int = 200) -> None:

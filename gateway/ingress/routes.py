@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from gateway.core.api import Api
 from gateway.errors import GatewayError
+from gateway.inference_log.handover import NOBODY
 from gateway.ingress.http_server import Exchange
 from gateway.protocol.http1 import Head
 
@@ -27,7 +28,7 @@ VERSIONED: Final = "[/versions/{version}]"
 class Route:
     """What a request head asks for, found once and kept with the remembered head."""
 
-    __slots__ = ("action", "allow", "codings", "error", "model", "name", "version")
+    __slots__ = ("action", "allow", "caller", "codings", "endpoint", "error", "model", "name", "version")
 
     def __init__(
         self,
@@ -49,6 +50,10 @@ class Route:
         """Methods that the path does have, where it does not have this one."""
         self.codings: tuple[bytes | None, bytes | None] = (None, None)
         """Inference: content coding of the request's body and of the answer's; None: plain."""
+        self.endpoint = ""
+        """Inference, where it is logged: what the log calls this way of asking. Empty: it is not logged."""
+        self.caller = NOBODY
+        """Inference, where it is logged: what the head says of who asks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ invent.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -43,6 +43,8 @@ class Sources:
     build: Mapping[str, str]
     """Labels of `gateway_build_info`, see `build_labels`."""
     grpc: Callable[[], GrpcView] | None = None
+    more: Sequence[Callable[[], Iterable[Family]]] = ()
+    """Families of other parts of the gateway, whole; their names begin with `gateway_`."""
 
 
 def build_labels() -> dict[str, str]:
@@ -86,7 +88,8 @@ class Metrics:
         scrape.add_process(self.sources.http(), self.sources.loop_lag, self.sources.build)
         if self.sources.grpc is not None:
             scrape.add_grpc(self.sources.grpc())
-        own = render(scrape.families(), openmetrics)
+        more = [family for families in self.sources.more for family in families()]
+        own = render([*scrape.families(), *more], openmetrics)
         if openmetrics:
             return own + generate_openmetrics(self._process), OPENMETRICS  # type: ignore[no-untyped-call]
         return own + generate_latest(self._process), TEXT

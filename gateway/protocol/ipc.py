@@ -9,7 +9,8 @@ processes that lived under one name, and `identity` pairs an answer with its que
 id). Tensors never travel in frames: they lie in shared memory (workers/shm.py) and frames carry their
 places.
 
-    gateway → worker   LOAD (+ model fd)  UNLOAD  RUN (+ two fds the first time a buffer is used)  DETACH  CANCEL
+    gateway → worker   LOAD (+ model fd, and one for its external data)  UNLOAD  DETACH  CANCEL
+                       RUN (+ two fds the first time a buffer is used)
     worker → gateway   HELLO  LOADED  UNLOADED  RESULT  FAILED  CANCELLED
 
 CANCEL has the identity of a RUN and asks for its early end; the RUN is answered all the same, exactly once: with

@@ -52,7 +52,7 @@ class KnownForm(Protocol):
 class Opening:
     """All of a request but its `id` and raw tensors. `version` is "" where the client names none."""
 
-    __slots__ = ("known", "message", "model", "reader", "version")
+    __slots__ = ("known", "message", "model", "reader", "second", "version")
 
     def __init__(self, message: Any) -> None:
         self.model: str = message.model_name
@@ -61,6 +61,8 @@ class Opening:
         self.reader: object = None
         """Who made `known`, and may use it."""
         self.known: KnownForm | None = None
+        self.second: tuple[object, KnownForm | None] | None = None
+        """The reader before that one, and what it made."""
 
 
 class Cut(NamedTuple):

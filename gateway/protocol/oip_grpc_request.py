@@ -17,7 +17,7 @@ from gateway.core.request import InferRequest, InputTensor
 from gateway.core.tensor import DATATYPE, MAX_RANK, pack_bytes
 from gateway.errors import InvalidRequest
 from gateway.protocol import oip_binary, oip_data
-from gateway.protocol.oip_grpc_cut import Cut, is_typed, raw_tensors
+from gateway.protocol.oip_grpc_cut import Cut, Opening, is_typed, raw_tensors
 from gateway.protocol.oip_memory import aimed, check_total, from_area
 from gateway.protocol.oip_parameters import (
     NO_OPTIONS,
@@ -154,8 +154,7 @@ class RequestReader:
         opening, request_id, message, at, raw = cut
         known = opening.known
         if opening.reader is not self or type(known) is not _Known:
-            known = opening.known = self._known(opening.message)
-            opening.reader = self
+            known = self._form(opening)
             raw = raw if raw is not None else raw_tensors(message, at) or []
         if raw is None:
             return self._request(known, known.slices(message, at), known.nbytes, request_id)
@@ -166,6 +165,16 @@ class RequestReader:
             len(t.buffer) if t.buffer is not None else len(t.values or ()) * t.datatype.itemsize for t in tensors
         )
         return self._request(known, tensors, nbytes, request_id)
+
+    def _form(self, opening: Opening) -> _Known:
+        """What an opening means here, that another reader read last: two versions that share the requests for a model
+        take turns."""
+        second = opening.second
+        opening.second = (opening.reader, opening.known)
+        mine = second[1] if second is not None and second[0] is self else None
+        known = mine if type(mine) is _Known else self._known(opening.message)
+        opening.known, opening.reader = known, self
+        return known
 
     def _known(self, message: Any) -> _Known:
         if len(message.inputs) > MAX_INPUTS:

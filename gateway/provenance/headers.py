@@ -32,11 +32,21 @@ def quote(text: str) -> str:
     return '%"' + "".join([chr(b) if b in _DISPLAY_PLAIN else f"%{b:02x}" for b in octets]) + '"'
 
 
-def model_header(name: str, version: str, digest: str) -> bytes:
+def model_header(name: str, version: str, digest: str, variant: str = "") -> bytes:
     """The `Inference-Model` line of one model version, once per load. `digest` as in `ModelSpec.digest`: empty where
-    nobody here knows which files answered, and then the line has none."""
+    nobody here knows which files answered, and then the line has none. `variant`: champion or canary, where the model
+    has others beside the one its name means."""
+    return f"Inference-Model: {_model_value(name, version, digest, variant)}\r\n".encode("ascii")
+
+
+def shadow_header(name: str, version: str, digest: str) -> bytes:
+    """The `Inference-Shadow` line of answers whose request is also sent to this version, for comparison."""
+    return f"Inference-Shadow: {_model_value(name, version, digest)}\r\n".encode("ascii")
+
+
+def _model_value(name: str, version: str, digest: str, variant: str = "") -> str:
     value = f"{quote(name)};version={quote(version)}" + (f";digest={quote(digest)}" if digest else "")
-    return f"Inference-Model: {value}\r\n".encode("ascii")
+    return f"{value};variant={quote(variant)}" if variant else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +145,8 @@ class ModelReference:
     version: str
     digest: str
     """Empty: a remote backend answered, whose files nobody here knows."""
+    variant: str = ""
+    """`champion` or `canary`; empty where the model has one version for its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +158,8 @@ class Provenance:
     members: tuple[Member, ...]
     timings_ms: dict[str, float]
     """By name: queue, infer, total."""
+    shadow: ModelReference | None = None
+    """The version that a copy of the request was sent to."""
 
 
 Parameters = dict[str, "str | int | float | bool"]
@@ -164,22 +178,23 @@ def parse(headers: Iterable[tuple[str, str]]) -> Provenance:
     timings = _items(fields.get("server-timing", ""))
     return Provenance(
         request_id=fields.get("x-request-id"),
-        model=_model(_items(fields.get("inference-model", ""))),
+        model=_model("Inference-Model", _items(fields.get("inference-model", ""))),
         members=_members(_items(fields.get("inference-backend", "")), _items(fields.get("inference-batch", ""))),
         timings_ms={name: _number(parameters, "dur") for name, parameters in timings},
+        shadow=_model("Inference-Shadow", _items(fields.get("inference-shadow", ""))),
     )
 
 
-def _model(items: list[tuple[str, Parameters]]) -> ModelReference | None:
+def _model(header: str, items: list[tuple[str, Parameters]]) -> ModelReference | None:
     if not items:
         return None
     if len(items) > 1:
-        raise HeaderError("Inference-Model names more than one model")
+        raise HeaderError(f"{header} names more than one model")
     name, parameters = items[0]
-    version, digest = parameters.get("version"), parameters.get("digest", "")
-    if not isinstance(version, str) or not isinstance(digest, str):
-        raise HeaderError("Inference-Model lacks its version, or has a digest that is no text")
-    return ModelReference(name, version, digest)
+    version, digest, variant = parameters.get("version"), parameters.get("digest", ""), parameters.get("variant", "")
+    if not isinstance(version, str) or not isinstance(digest, str) or not isinstance(variant, str):
+        raise HeaderError(f"{header} lacks its version, or has a digest or a variant that is no text")
+    return ModelReference(name, version, digest, variant)
 
 
 def _members(backends: list[tuple[str, Parameters]], batches: list[tuple[str, Parameters]]) -> tuple[Member, ...]:

@@ -22,13 +22,20 @@ LINEAGE: Final = ("immutable_id", "run_id", "git_commit")
 """Keys of the sidecar with a meaning; all others are passed on under `given`."""
 
 
-def manifest(artifact: Artifact, runtime: Mapping[str, str], sidecar: bytes | None = None) -> dict[str, Any]:
+def manifest(
+    artifact: Artifact,
+    runtime: Mapping[str, str],
+    sidecar: bytes | None = None,
+    registered: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The manifest of one model version, ready for JSON.
 
     Args:
         artifact: the version as it was read.
         runtime: what executes it, for instance `{"onnxruntime": "1.20.1"}`.
         sidecar: content of the version's `provenance.json`, if it has one.
+        registered: what the registry says that the version comes from, None where it says nothing; it stands before
+            what the sidecar says.
 
     Raises:
         ConfigError: the sidecar is not what was hashed, too large, or not an object with texts under the known keys.
@@ -45,9 +52,23 @@ def manifest(artifact: Artifact, runtime: Mapping[str, str], sidecar: bytes | No
         "runtime": dict(runtime),
         "unknown": [key for key, value in lineage.items() if value is None],
     }
+    if artifact.verification is not None:
+        document["verification"] = dict(artifact.verification)
+    if registered is not None:
+        given |= _add_registered(document, registered, lineage)
     if given:
         document["given"] = given
     return document
+
+
+def _add_registered(
+    document: dict[str, Any], registered: Mapping[str, Any], stated: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Put what a registry says into the manifest; returns what the sidecar said otherwise."""
+    merged = {key: stated.get(key) if value is None else value for key, value in registered.items()}
+    document.update(merged)
+    document["unknown"] = sorted(key for key, value in merged.items() if value is None)
+    return {key: text for key, text in stated.items() if text is not None and text != merged.get(key, text)}
 
 
 def remote_manifest(artifact: Artifact, backends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from gateway.core.model import Artifact, ArtifactFile
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.model_config import ModelConfig, VersionPolicy, parse
 from gateway.protocol.text_format import MAX_CHARACTERS
+from gateway.registry import formats
 from gateway.registry.digest import MODEL_FILE, digest_of, read_artifact
 from gateway.registry.reference import name_fault
 
@@ -319,11 +320,13 @@ def _check_files(directories: Iterable[Path], model_file: str) -> None:
     faults = []
     for directory in directories:
         path = directory / model_file
-        if path.is_dir():
-            faults.append(_fault(path, "is a directory; models with external data files are not supported"))
-        elif not path.is_file():
+        if path.is_dir():  # Triton's form for a model with external data
+            path /= MODEL_FILE
+        if not path.is_file():
             other = next((child.name for child in sorted(directory.glob("*.onnx"))), None)
             hint = f"rename {other}, or name it in default_model_filename" if other else "put the ONNX file there"
+            if not other and (advice := formats.hint(child.name for child in directory.iterdir())):
+                hint = advice
             faults.append(_fault(path, f"this file is missing; {hint}"))
     if faults:
         raise ConfigError(faults)

@@ -4,7 +4,7 @@
     ./models, /srv/digits       DirectorySource   a repository, or one model's directory
     ./digits.onnx               ModelFileSource   one model file
     http(s)://…, grpc(s)://…    OipServerSource   a running Open Inference Protocol server
-    models:/name@alias          RegistrySource    a registry reference
+    models:/name@alias          RegistrySource    a registry reference; also s3://, oci://, hf:// (locator.py)
 
 Rules: the form decides, the disk is never looked at; a text that names no other form is a path. Relative
 paths are taken from `base`. An unknown `scheme://` is an error, not a path. A server's URL is read strictly: scheme,
@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast
 
+from gateway.registry.locator import Located, Scheme, locate_reference, scheme_of
+
+SECTIONS: Final[dict[str, str]] = {"models": "mlflow", "s3": "s3", "oci": "oci", "hf": "huggingface"}
+"""Scheme of a registry reference → the section of `registries` that allows it."""
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 ServerScheme = Literal["http", "https", "grpc", "grpcs"]
 DEFAULT_PORTS: Final[dict[str, int]] = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
@@ -70,9 +74,21 @@ class OipServerSource:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySource:
-    """A registry reference such as `models:/digits@champion`."""
+    """A registry reference such as `models:/digits@champion`, and what it says of itself (locator.py)."""
 
     text: str
+    scheme: Scheme
+    located: Located
+
+    @property
+    def title(self) -> str:
+        """What the model is called where nobody names it; perhaps not fit for a model's name."""
+        return self.located.title
+
+    @property
+    def mutable(self) -> bool:
+        """Whether it may mean something else later, as far as its spelling says."""
+        return self.located.mutable
 
 
 Source = DirectorySource | ModelFileSource | OipServerSource | RegistrySource
@@ -87,15 +103,15 @@ def parse(source: str, base: Path | None = None) -> Source:
     """
     if not source or "\0" in source:
         raise ValueError("is empty; write a path such as ./models" if not source else "holds a NUL character")
-    if source.startswith("models:/"):
-        return RegistrySource(source)
+    if (registry := scheme_of(source)) is not None:
+        return RegistrySource(source, registry, locate_reference(source))
     scheme = _SCHEME.match(source)
     if scheme is not None:
         if scheme[1].lower() in DEFAULT_PORTS:
             return parse_server(source)
         raise ValueError(
-            f"has the unknown scheme '{scheme[1]}://'; write a path such as ./models, or a server's URL with http://, "
-            "https://, grpc:// or grpcs://"
+            f"has the unknown scheme '{scheme[1]}://'; write a path such as ./models, a server's URL with http://, "
+            "https://, grpc:// or grpcs://, or a registry's models:/, s3://, oci:// or hf://"
         )
     path = (base or Path()) / Path(source).expanduser()
     return ModelFileSource(source, path) if path.suffix == ".onnx" else DirectorySource(source, path)
@@ -146,11 +162,13 @@ def _host(text: str) -> str:
     return name
 
 
-def unservable(source: Source) -> str | None:
-    """Why this version cannot serve `source`; None where it can."""
-    if not isinstance(source, RegistrySource):
-        return None
-    return "registry references are not supported in this version; give a directory or an .onnx file instead"
+def not_allowed(scheme: Scheme | None) -> str:
+    """Why references of a scheme are refused that no section of the configuration allows."""
+    if scheme is None:
+        return "is no registry reference; write for example models:/digits@champion"
+    section = SECTIONS[scheme]
+    hint = " or set MLFLOW_TRACKING_URI" if scheme == "models" else ""
+    return f"the configuration does not say where to find it; add registries.{section}{hint}"
 
 
 def name_fault(name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from gateway.core.assembly import part_nbytes
 from gateway.core.batchability import SignatureTensor
+from gateway.core.model import Held
 from gateway.core.request import BatchInput, InputTensor
 from gateway.protocol.ipc import Signature
 from gateway.workers.channel import Channel
@@ -29,6 +30,8 @@ class LoadOptions:
     """Worker processes of its own, one per instance."""
     intra_op_threads: int | None = None
     """Threads onnxruntime uses inside one instance; None: the pool's default."""
+    niceness: int = 0
+    """How far dedicated worker processes give way to others, 0 to 19; shared ones do not."""
 
 
 EventKind = Literal["worker_started", "worker_ready", "worker_died", "model_failed", "model_recovered"]
@@ -124,12 +127,20 @@ class LoadedModel(Generic[R]):
     """A model version on its workers. Built by the pool only."""
 
     def __init__(
-        self, name: str, version: str, fd: int, options: LoadOptions, release: Callable[[Any], Awaitable[None]]
+        self,
+        name: str,
+        version: str,
+        fd: int,
+        options: LoadOptions,
+        release: Callable[[Any], Awaitable[None]],
+        external: Held | None = None,
     ) -> None:
         self.name = name
         self.version = version
         self.fd = fd
         """Sealed memory with the model's bytes: what was hashed is what every restart loads again."""
+        self.external = external
+        """The same for its external data; None: it has none."""
         self.options = options
         self.dedicated = options.dedicated
         """Whether it has worker processes of its own, by wish or because it is suspected of crashing."""
@@ -142,6 +153,11 @@ class LoadedModel(Generic[R]):
         self.closed = False
         self.warm_up: list[list[BatchInput]] = []
         self._release = release
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What a worker is given to load it from."""
+        return (self.fd,) if self.external is None else (self.fd, self.external.fileno())
 
     def __repr__(self) -> str:
         return f"<LoadedModel {self.label} instances={len(self.instances)}{' failed' if self.failed else ''}>"

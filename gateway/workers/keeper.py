@@ -70,9 +70,11 @@ class Overseer(Protocol):
 class Keeper:
     """See the head of this file. `dedicated`: hosts the instances of one model only."""
 
-    def __init__(self, overseer: Overseer, name: str, *, dedicated: bool) -> None:
+    def __init__(self, overseer: Overseer, name: str, *, dedicated: bool, niceness: int = 0) -> None:
+        """`niceness`: 0 to 19, how far its processes give way to others."""
         self.name = name
         self.dedicated = dedicated
+        self.niceness = niceness
         self.state = WorkerState.STARTING
         self.generation = 0
         self.restarts = 0
@@ -169,6 +171,10 @@ class Keeper:
     def _spawn(self) -> Channel:
         self.generation += 1
         channel = Channel.start(self._overseer.sweep, self.name, self.generation)
+        if self.niceness:
+            with contextlib.suppress(OSError):  # it died at once; whoever waits for it hears of that
+                # Before it has threads of its own, which inherit this.
+                os.setpriority(os.PRIO_PROCESS, channel.pid, self.niceness)
         channel.on_lost = self._lost
         self._channels.add(channel)
         self._emit("worker_started", channel)
@@ -343,7 +349,7 @@ class Keeper:
         threads = model.options.intra_op_threads or self._overseer.intra_op_threads
         payload = ipc.encode_load(ipc.Load(instance.number, threads, self._overseer.slots))
         timeout_s = self._overseer.load_timeout_s
-        answer = await channel.ask(ipc.LOAD, payload, (model.fd,), model, timeout_s=timeout_s)
+        answer = await channel.ask(ipc.LOAD, payload, model.fds, model, timeout_s=timeout_s)
         try:
             signature = ipc.decode_signature(memoryview(answer))
         except ipc.FrameError as error:

@@ -130,15 +130,16 @@ class WorkerPool(Generic[R]):
         if hasattr(self, "sweep"):
             self.sweep.stop()
 
-    def _new_keeper(self, name: str, *, dedicated: bool) -> Keeper:
-        keeper = Keeper(self, name, dedicated=dedicated)
+    def _new_keeper(self, name: str, *, dedicated: bool, niceness: int = 0) -> Keeper:
+        keeper = Keeper(self, name, dedicated=dedicated, niceness=niceness)
         self._keepers.append(keeper)
         return keeper
 
     def _dedicated_keeper(self, model: Model) -> Keeper:
         taken = {keeper.name for keeper in self._keepers}
         names = (f"onnx-{model.name}-{n}" for n in itertools.count(1))
-        return self._new_keeper(next(name for name in names if name not in taken), dedicated=True)
+        free = next(name for name in names if name not in taken)
+        return self._new_keeper(free, dedicated=True, niceness=model.options.niceness)
 
     async def _retire(self, keeper: Keeper) -> None:
         keeper.retired = True
@@ -167,7 +168,9 @@ class WorkerPool(Generic[R]):
             fd = sealed_file("gateway-model", artifact.model)
         except OSError as error:
             raise ModelError(f"no memory for the model's {len(artifact.model)} bytes: {error.strerror}") from None
-        model: LoadedModel[R] = LoadedModel(artifact.name, artifact.version, fd, options, self.unload)
+        model: LoadedModel[R] = LoadedModel(
+            artifact.name, artifact.version, fd, options, self.unload, artifact.external
+        )
         self._models.append(model)
         if model.dedicated:
             self._blame.isolated(model)
@@ -362,3 +365,4 @@ def _close(model: LoadedModel[Any]) -> None:
     if model.fd >= 0:
         os.close(model.fd)
         model.fd = -1
+        model.external = None

@@ -32,6 +32,7 @@ from typing import Any, Final, NoReturn
 
 from gateway.protocol import ipc
 from gateway.workers.board import SEATS, Seat, adopt
+from gateway.workers.bundle import BundleError, read_bundle
 from gateway.workers.session import (
     RUNTIME_VERSION,
     Feed,
@@ -177,14 +178,13 @@ class Host:
     # --- Loading --------------------------------------------------------------------------------------
 
     def _load(self, identity: int, load: ipc.Load, fds: list[int]) -> None:
-        if len(fds) != 1:
-            raise ipc.FrameError("LOAD brings exactly one descriptor")
-        model = read_file(fds[0])
-        os.close(fds[0])
+        if len(fds) not in (1, 2):
+            raise ipc.FrameError("LOAD brings one descriptor, or two for a model with external data")
         try:
-            session = Session(model, load.intra_op_threads)
+            model, external = _read(fds)
+            session = Session(model, load.intra_op_threads, external)
             reply = ipc.encode(ipc.LOADED, self._generation, identity, ipc.encode_signature(session.signature))
-        except (ModelRefusedError, ipc.FrameTooLargeError) as error:
+        except (ModelRefusedError, BundleError, ipc.FrameTooLargeError) as error:
             self._answer(ipc.FAILED, identity, str(error).encode())
             return
         self._hosted[load.instance] = Hosted(session, load.slots)
@@ -291,6 +291,15 @@ def _store(outputs: list[Output], buffer: Buffer) -> tuple[ipc.ResultOutput, ...
         if place.nbytes:
             view[place.offset : place.offset + place.nbytes] = output.data
     return tuple(places)
+
+
+def _read(fds: list[int]) -> tuple[bytes, dict[str, memoryview]]:
+    """A model's bytes and its external data; the descriptors are closed. Raises BundleError."""
+    try:
+        return read_file(fds[0]), read_bundle(fds[1]) if len(fds) == 2 else {}
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

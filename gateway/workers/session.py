@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -79,12 +79,14 @@ def new_interrupt() -> Any:
 class Session:
     """An onnxruntime session with the model's signature. Not thread-safe: one run at a time."""
 
-    def __init__(self, model: bytes, intra_op_threads: int) -> None:
-        """Raises ModelRefusedError."""
+    def __init__(self, model: bytes, intra_op_threads: int, external: Mapping[str, memoryview] | None = None) -> None:
+        """`external`: content of the files in which the model keeps tensors, by the location it states; needed until
+        the session is made. Raises ModelRefusedError."""
+        options = _options(intra_op_threads)
+        if external:
+            _give_external_data(options, external)
         try:
-            self._session = onnxruntime.InferenceSession(
-                model, _options(intra_op_threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ModelRefusedError(_load_text(str(error))) from None
         self.signature = Signature(
@@ -177,6 +179,20 @@ def _options(intra_op_threads: int) -> Any:
     return options
 
 
+def _give_external_data(options: Any, external: Mapping[str, memoryview]) -> None:
+    """Hand the files over in memory: what is not among them onnxruntime refuses, it opens no file.
+
+    It copies what it needs while the session is made."""
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        raise ModelRefusedError(
+            f"the model keeps weights in external data files, for which onnxruntime {RUNTIME_VERSION} is too old: "
+            "install onnxruntime 1.23 or later, or save the model as one file"
+        )
+    files = {location: content for location, content in external.items() if len(content)}
+    sizes = [len(content) for content in files.values()]
+    options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), sizes)
+
+
 def _signature(role: str, tensors: list[Any]) -> tuple[SignatureTensor, ...]:
     signatures = []
     for tensor in tensors:
@@ -252,10 +268,10 @@ def clean_text(text: str) -> str:
 
 
 def _load_text(text: str) -> str:
-    if "xternal data" in text:
+    if "xternal data" in text or "xternal file" in text or "xternal initializer" in text:
         return (
-            "the model keeps weights in external data files, which are not part of the bytes that are "
-            "verified: save it as one file (onnx.save_model(model, path, save_as_external_data=False))"
+            "the model's external data files do not hold what the model says they do (" + clean_text(text)[:200] + "): "
+            "save model and data again, together"
         )
     if "protobuf parsing failed" in text or "No graph was found" in text:
         return "the file is not an ONNX model (its protobuf cannot be parsed): export it again"

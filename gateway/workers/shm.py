@@ -41,12 +41,17 @@ def sealed_file(name: str, content: bytes) -> int:
         view = memoryview(content)
         while at < len(view):
             at += os.write(fd, view[at : at + (1 << 30)])
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        seal(fd)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def seal(fd: int) -> None:
+    """Nobody changes this memfd's content or size any more; it must not be mapped for writing. Raises OSError."""
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
 def read_file(fd: int) -> bytes:

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from gateway.core.tensor import pack_bytes
+from gateway.inference_log.handover import InferenceLog
 from gateway.ingress.grpc_server import GrpcServer
 from gateway.ingress.grpc_services import GrpcServices
 from gateway.ingress.listener import listen
@@ -77,13 +78,16 @@ async def grpc_bench(
     options: ProtocolOptions = DEFAULT_OPTIONS,
     *,
     reflected: bool = False,
+    log: InferenceLog | None = None,
 ) -> AsyncIterator[GrpcBench]:
     """With `models`: `numbers` in the versions 1 and 2. When it ends, nothing may be left waiting or held."""
-    bench = GrpcBench(restrictions, options)
+    bench = GrpcBench(restrictions, options, log=log)
     if models:
         await bench.serve(version="1")
         await bench.serve(version="2")
-    bench.services = GrpcServices(bench.catalog, bench.pipeline, bench.management, options, reflected=reflected)
+    bench.services = GrpcServices(
+        bench.catalog, bench.pipeline, bench.management, options, reflected=reflected, log=log
+    )
     bench.grpc_server = GrpcServer(bench.services)
     bench.listener = await listen("127.0.0.1", 0, bench.server)
     listener = await listen("127.0.0.1", 0, bench.grpc_server)

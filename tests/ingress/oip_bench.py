@@ -21,10 +21,12 @@ from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config
 from gateway.core.assembly import write_parts
 from gateway.core.batchability import SignatureTensor
+from gateway.core.log_policy import LOG_POLICY
 from gateway.core.model import Artifact, ArtifactFile, ModelState
 from gateway.core.request import InputTensor, OutputTensor
 from gateway.core.tensor import DATATYPE, pack_bytes
 from gateway.errors import GatewayError
+from gateway.inference_log.handover import InferenceLog
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
 from gateway.ingress.http_server import HttpServer
@@ -173,13 +175,16 @@ class Bench:
         restrictions: Restrictions | None = None,
         options: ProtocolOptions = DEFAULT_OPTIONS,
         bodies: BodyCoding | None = None,
+        log: InferenceLog | None = None,
     ) -> None:
         self.ready = True
+        self.log = log
+        self.log_policy = LOG_POLICY
         self.catalog = Catalog()
         self.pipeline = Pipeline()
         self.management = Management(self.catalog, self._repository(), lambda: self.ready, restrictions=restrictions)
         self.application = OipApplication(
-            self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies
+            self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies, log
         )
         self.server = HttpServer(self.application)
         self.listener: Listener
@@ -218,6 +223,8 @@ class Bench:
         )  # fmt: skip
         found = await self.catalog.load(wanted)
         assert (found.state is ModelState.FAILED) == (refuse is not None), found.reason
+        if self.log is not None and refuse is None:
+            found.log = self.log.of(found.spec, self.log_policy)
         return found
 
     async def client(self) -> Client:
@@ -236,9 +243,10 @@ async def oip_bench(
     restrictions: Restrictions | None = None,
     options: ProtocolOptions = DEFAULT_OPTIONS,
     bodies: BodyCoding | None = None,
+    log: InferenceLog | None = None,
 ) -> AsyncIterator[Bench]:
     """With `models`: `numbers` in the versions 1 and 2. When it ends, nothing may be left waiting or held."""
-    bench = Bench(restrictions, options, bodies)
+    bench = Bench(restrictions, options, bodies, log)
     if models:
         await bench.serve(version="1")
         await bench.serve(version="2")

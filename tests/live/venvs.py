@@ -66,6 +66,21 @@ def mlserver() -> Program:
     return Program(_environment("mlserver", "mlserver==1.7.1") / "mlserver", {})
 
 
+def mlflow() -> Program:
+    """The command `mlflow`, with the tracking server and the model registry (about 200 MB to download)."""
+    return Program(_environment("mlflow", "mlflow==3.17.2", "onnx==1.23.2", "onnxruntime==1.32.0") / "mlflow", {})
+
+
+def evidently() -> Program:
+    """Python with Evidently (about 120 MB to download). It does not import with pandas 3."""
+    return Program(_environment("evidently", "evidently==0.7.23", "pandas<3") / "python", {})
+
+
+def nannyml() -> Program:
+    """Python with NannyML (about 250 MB to download). It imports statsmodels without saying that it needs it."""
+    return Program(_environment("nannyml", "nannyml==0.13.1", "statsmodels") / "python", {})
+
+
 def perf_analyzer() -> Program:
     """Triton's load generator, out of the last wheel of tritonclient that carried it for any distribution (14 MB).
 
@@ -84,7 +99,7 @@ def perf_analyzer() -> Program:
     return program
 
 
-ALL: Final[tuple[Callable[[], Program], ...]] = (kserve, mlserver, perf_analyzer)
+ALL: Final[tuple[Callable[[], Program], ...]] = (evidently, nannyml, kserve, mlserver, perf_analyzer, mlflow)
 
 
 def need(fetch: Callable[[], T]) -> T:

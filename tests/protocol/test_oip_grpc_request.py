@@ -11,6 +11,7 @@ from gateway.core.model import ModelSpec
 from gateway.core.request import SequenceStep
 from gateway.errors import GatewayError, InvalidRequest, Unsupported
 from gateway.protocol import schema
+from gateway.protocol.oip_grpc_cut import Openings
 from gateway.protocol.oip_grpc_request import LISTED_ELEMENTS, MAX_PARAMETERS, RequestReader
 from tests.protocol.grpc_samples import Codec, infer_request, read
 from tests.protocol.oip_samples import NUMPY, decoded, model, packed, tensor_spec
@@ -312,6 +313,27 @@ def test_what_is_known_for_one_version_says_nothing_of_another() -> None:
     assert decoded(swapped, request) == {"A": ((1, 3), ROWS)}
     assert (request.inputs[0], request.outputs) == (None, (0,))
     assert codec.read(data).outputs == (0, 1)
+
+
+def test_two_versions_that_take_turns_read_an_opening_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A canary beside a champion: the same clients, now here, now there."""
+    readers = [RequestReader(TWO), RequestReader(TWO)]
+    made: list[int] = []
+    known = RequestReader._known
+
+    def counted(self: RequestReader, message: Any) -> Any:
+        made.append(id(self))
+        return known(self, message)
+
+    monkeypatch.setattr(RequestReader, "_known", counted)
+    openings = Openings()
+    for turn, number in enumerate([1, 2, 3, 4, 5, 6, 7]):
+        data = np.full((1, 3), number, "<f4").tobytes()
+        message = infer_request(("A", "FP32", [1, 3], data))
+        request = readers[turn % 2].read(openings.cut(message.SerializeToString()))
+        assert request.inputs[0] is not None
+        assert bytes(request.inputs[0].buffer or b"") == data
+    assert len(made) == 2
 
 
 def test_what_a_client_can_make_grow_is_bounded() -> None:

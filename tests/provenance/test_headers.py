@@ -20,6 +20,7 @@ from gateway.provenance.headers import (
     parse,
     quote,
     request_id_header,
+    shadow_header,
     split_headers,
     uuid7_block,
 )
@@ -209,3 +210,29 @@ def test_an_error_names_who_failed_and_no_batch() -> None:
     assert line == b'Inference-Backend: "onnx-1";attempt=3\r\n'
     name, _, value = line.decode().rstrip().partition(": ")
     assert parse([(name, value)]).members == ()
+
+
+def test_variant_and_shadow_are_read_back() -> None:
+    model = model_header("digits", "4", "sha256:" + "0" * 64, "canary")
+    assert model.endswith(b';variant="canary"\r\n')
+    lines = (model + shadow_header('dig"its', "5", "")).decode().splitlines()
+    told = parse([(name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)])
+    assert told.model is not None
+    assert (told.model.version, told.model.variant) == ("4", "canary")
+    assert told.shadow == ModelReference('dig"its', "5", "")
+
+
+def test_without_variants_the_line_is_what_it_always_was() -> None:
+    assert model_header("digits", "3", "") == b'Inference-Model: "digits";version="3"\r\n'
+    told = parse([("Inference-Model", '"digits";version="3"')])
+    assert told.model == ModelReference("digits", "3", "")
+    assert told.shadow is None
+
+
+@pytest.mark.parametrize(
+    "value", ['"a";version="1";variant=3', '"a";variant="canary"', '"a";version="1", "b";version="2"']
+)
+@pytest.mark.parametrize("name", ["Inference-Model", "Inference-Shadow"])
+def test_what_names_no_one_version_is_refused(name: str, value: str) -> None:
+    with pytest.raises(HeaderError, match=name):
+        parse([(name, value)])

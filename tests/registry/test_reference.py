@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.registry.locator import MlflowReference, Scheme
 from gateway.registry.reference import (
     DirectorySource,
     ModelFileSource,
@@ -13,9 +14,9 @@ from gateway.registry.reference import (
     RegistrySource,
     Source,
     name_fault,
+    not_allowed,
     parse,
     parse_server,
-    unservable,
 )
 
 
@@ -35,8 +36,11 @@ from gateway.registry.reference import (
         ("http://h", OipServerSource("http://h", "http", "h", 8000)),
         ("grpcs://10.0.0.1:9", OipServerSource("grpcs://10.0.0.1:9", "grpcs", "10.0.0.1", 9)),
         ("http://[0::1]:80", OipServerSource("http://[0::1]:80", "http", "::1", 80)),
-        ("models:/digits@champion", RegistrySource("models:/digits@champion")),
-        ("models:/digits/3", RegistrySource("models:/digits/3")),
+        (
+            "models:/digits@champion",
+            RegistrySource("models:/digits@champion", "models", MlflowReference("digits", alias="champion")),
+        ),
+        ("models:/digits/3", RegistrySource("models:/digits/3", "models", MlflowReference("digits", version="3"))),
     ],
 )
 def test_forms(text: str, expected: Source) -> None:
@@ -50,7 +54,7 @@ def test_relative_paths_start_at_the_base_and_absolute_ones_do_not() -> None:
     assert (relative.path, absolute.path) == (Path("/base/m"), Path("/m"))
 
 
-@pytest.mark.parametrize("text", ["", "a\0b", "s3://bucket/m", "file:///m"])
+@pytest.mark.parametrize("text", ["", "a\0b", "ftp://b/m", "file:///m"])
 def test_texts_that_name_no_source(text: str) -> None:
     with pytest.raises(ValueError, match=r"write a path|NUL"):
         parse(text)
@@ -90,10 +94,20 @@ def test_two_spellings_of_one_server_have_one_url() -> None:
     ]  # fmt: skip
 
 
-def test_registries_are_known_but_not_servable_yet() -> None:
-    assert unservable(parse("m")) is None
-    assert unservable(parse("http://h")) is None
-    assert "not supported in this version" in str(unservable(parse("models:/a")))
+def test_a_registry_reference_says_what_it_is_called_and_whether_it_moves() -> None:
+    moving, fixed = parse("models:/digits@champion"), parse("oci://h/team/net@sha256:" + "a" * 64)
+    assert isinstance(moving, RegistrySource)
+    assert isinstance(fixed, RegistrySource)
+    assert (moving.title, moving.mutable, fixed.title, fixed.mutable) == ("digits", True, "net", False)
+    with pytest.raises(ValueError, match="does not say which version"):
+        parse("models:/digits")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "section"), [("models", "mlflow"), ("s3", "s3"), ("oci", "oci"), ("hf", "huggingface")]
+)
+def test_what_is_not_configured_is_refused_with_what_to_add(scheme: Scheme, section: str) -> None:
+    assert f"add registries.{section}" in not_allowed(scheme)
 
 
 @pytest.mark.parametrize("name", ["a", "digits_cnn", "A.b-1", "x" * 256, "..a"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -87,17 +89,36 @@ def test_what_is_not_a_model_is_said_to_be_none(content: bytes) -> None:
         Session(content, 1)
 
 
-def test_external_data_is_refused_with_the_remedy() -> None:
+def external_model() -> bytes:
+    """y = x @ w; w (4 x 3, FP32) lies in `weights.bin`."""
     weights = numpy_helper.from_array(np.ones((4, 3), np.float32), "w")
     weights.ClearField("raw_data")
     weights.data_location = TensorProto.EXTERNAL
     entry = weights.external_data.add()
-    entry.key, entry.value = "location", "weights-that-are-not-there.bin"
+    entry.key, entry.value = "location", "weights.bin"
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     content = model_bytes([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 3])], [weights])
     assert onnx.load_model_from_string(content)
-    with pytest.raises(ModelRefusedError, match="save it as one file"):
-        Session(content, 1)
+    return content
+
+
+def test_external_data_is_taken_from_memory() -> None:
+    weights = np.arange(12, dtype=np.float32).reshape(4, 3)
+    session = Session(external_model(), 1, {"weights.bin": memoryview(weights.tobytes())})
+    ((shape, data),) = run(session, ((1, 4), np.ones(4, np.float32).tobytes()))
+    assert shape == (1, 3)
+    assert np.frombuffer(data, np.float32).tolist() == weights.sum(axis=0).tolist()
+
+
+@pytest.mark.parametrize("files", [{}, {"other.bin": bytes(48)}, {"weights.bin": bytes(47)}, {"weights.bin": b""}])
+def test_external_data_that_is_not_what_the_model_says_is_refused(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(48))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")  # as in a worker, whose directory holds nothing
+    with pytest.raises(ModelRefusedError, match="external data files do not hold what the model says"):
+        Session(external_model(), 1, {name: memoryview(content) for name, content in files.items()})
 
 
 def run(session: Session, *feeds: tuple[tuple[int, ...], bytes]) -> list[tuple[tuple[int, ...], bytes]]:

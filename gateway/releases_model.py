@@ -1,0 +1,216 @@
+"""One model whose releases are followed: what is known of them, and how it is told.
+
+`Result`, `ReleaseStatus` and `ModelReleasesStatus` are what operators see; their field names are part of the interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from gateway.catalog import ServedVersion
+from gateway.core.release import OUTCOMES, Happened, ModelReleases, Release
+from gateway.core.signature_compatibility import incompatibilities
+from gateway.errors import ConfigError, GatewayError, LoadFailed, SourceUnavailable
+from gateway.releases_sources import Following
+
+log = logging.getLogger("gateway.releases")
+audit = logging.getLogger("gateway.audit")
+
+ResultOutcome = Literal["serves", "withheld", "refused", "swapped", "rolled_back", "promoted"]
+SWAPS: Final = ("swapped", "rolled_back", "promoted")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of asking."""
+
+    model: str
+    outcome: ResultOutcome
+    version: str
+    """That serves now."""
+    digest: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseStatus:
+    """One release of a model that is here."""
+
+    role: str
+    version: str
+    digest: str
+    identity: str
+    uri: str
+    since: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReleasesStatus:
+    """What `/api/models/M/releases` shows."""
+
+    model: str
+    followed: bool
+    interval_s: float
+    reference: str
+    asked_at: float | None
+    """When its source was asked last, seconds since 1970."""
+    trouble: str
+    """Why the source could not be asked; empty: it could."""
+    refused: str
+    """Why what the source means now does not serve; empty where nothing was refused."""
+    withheld: str
+    """What was rolled back from and is not followed until the source means something else."""
+    releases: Sequence[ReleaseStatus]
+    history: Sequence[Happened]
+    """The newest last."""
+    swaps: dict[str, int] = field(default_factory=dict)
+    """How often, by outcome."""
+    last_swap: float = 0.0
+    """Seconds since 1970; 0.0: never."""
+
+
+class FollowedModel:
+    """One model that was loaded: its releases, and who serves each."""
+
+    __slots__ = (
+        "asked_at",
+        "following",
+        "last_swap",
+        "name",
+        "said",
+        "served",
+        "swaps",
+        "task",
+        "track",
+        "trial",
+        "trouble",
+    )
+
+    def __init__(self, name: str, following: Following) -> None:
+        self.name = name
+        self.following = following
+        self.track = ModelReleases(following.keep)
+        self.served: dict[Release, list[ServedVersion]] = {}
+        self.trial: asyncio.Task[Result] | None = None
+        """A release is being tried."""
+        self.task: asyncio.Task[None] | None = None
+        self.asked_at: float | None = None
+        self.trouble = self.said = ""
+        self.swaps: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
+        self.last_swap = 0.0
+
+    def tell(self) -> Happened:
+        """Log and count the newest line of the history."""
+        happened = self.track.history[-1]
+        self.swaps[happened.outcome] = self.swaps.get(happened.outcome, 0) + 1
+        if happened.outcome in SWAPS:
+            self.last_swap = happened.at
+        about = {"digest": happened.to_digest} if happened.to_digest else {}
+        old, new = happened.from_version or "-", happened.to_version or "-"
+        if happened.outcome in ("refused", "failed"):
+            again = "" if happened.outcome == "refused" else "; it is tried again"
+            log.error(
+                "model %s: version %s does not take the place of %s: %s%s", self.name, new, old, happened.why, again,
+                extra=about,
+            )  # fmt: skip
+        else:
+            log.info(
+                "model %s: %s by %s: version %s -> %s in %.3f s", self.name, happened.outcome, happened.by, old, new,
+                happened.took_s, extra=about,
+            )  # fmt: skip
+        audit.info("model %s: %s by %s, %s -> %s", self.name, happened.outcome, happened.by, old, new)
+        return happened
+
+    def result(self, outcome: ResultOutcome, text: str) -> Result:
+        live = self.track.live
+        version, digest = (live.version, live.digest) if live is not None else ("", "")
+        return Result(self.name, outcome, version, digest, text)
+
+    def status(self, *, followed: bool) -> ModelReleasesStatus:
+        track = self.track
+        here = [("live", track.live), ("trial", track.trial), *[("previous", one) for one in track.previous]]
+        return ModelReleasesStatus(
+            model=self.name,
+            followed=followed,
+            interval_s=self.following.interval_s,
+            reference=self.following.reference,
+            asked_at=self.asked_at,
+            trouble=self.trouble,
+            refused=track.refusal[1] if track.refusal is not None else "",
+            withheld=track.withheld,
+            releases=[
+                ReleaseStatus(role, one.version, one.digest, one.identity, one.uri, one.since)
+                for role, one in here
+                if one is not None
+            ],
+            history=list(track.history),
+            swaps=dict(self.swaps),
+            last_swap=self.last_swap,
+        )
+
+    def __repr__(self) -> str:
+        return f"<FollowedModel {self.name} {self.track}>"
+
+
+class Passing:
+    """Remembers whether what went wrong may be over soon: a registry that is down, a disk that is full."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def watch(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (SourceUnavailable, OSError) as error:
+            self.seen = True
+            if isinstance(error, OSError):
+                raise ConfigError(f"the model's files cannot be read: {error.strerror or error}") from None
+            raise
+
+
+def versions_of(served: Sequence[ServedVersion]) -> str:
+    return ", ".join(version.version for version in served)
+
+
+def digest_of(served: Sequence[ServedVersion]) -> str:
+    """Of the highest version."""
+    artifact = served[-1].artifact if served else None
+    return artifact.digest if artifact is not None else ""
+
+
+def uri_of(served: Sequence[ServedVersion]) -> str:
+    artifact = served[-1].artifact
+    return served[-1].wanted.uri or (artifact.source if artifact is not None else "")
+
+
+def check_fit(champions: Sequence[ServedVersion], staged: Sequence[ServedVersion]) -> None:
+    """Whether the staged release may answer the callers of the one that serves. Raises LoadFailed."""
+    live = {version.version: version for version in champions if version.loaded}
+    newest = max(staged, key=lambda version: int(version.version))
+    for version in staged:
+        if not version.ready:
+            raise LoadFailed(f"version {version.version} was lost again: {version.obstacle}")
+    if not live:
+        return
+    serving = max(live.values(), key=lambda version: int(version.version))
+    pairs = [(serving, newest)]
+    pairs += [(live[v.version], v) for v in staged if v.version in live and v is not newest]
+    for now, then in pairs:
+        if faults := incompatibilities(now.spec, then.spec):
+            raise LoadFailed(
+                f"version {then.version} does not fit the clients of version {now.version}: {'; '.join(faults)}"
+            )
+
+
+async def confirm(versions: Sequence[ServedVersion]) -> None:
+    """Have it written down that these serve; a failure is told and changes nothing."""
+    for write in [version.wanted.confirm for version in versions if version.wanted.confirm is not None]:
+        try:
+            await asyncio.to_thread(write)
+        except (GatewayError, OSError) as error:
+            log.error("it could not be written down what serves: %s", error)

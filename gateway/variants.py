@@ -1,0 +1,397 @@
+"""The variants of models: which canary and which shadow stand beside a champion, and how they get there.
+
+The configuration says what is wanted; this file brings it about and keeps it so. Rules:
+  * a variant has worker processes of its own, those of a shadow at the lowest priority: whatever one does, the
+    champion's workers do not notice;
+  * a variant that cannot be loaded, does not fit, or has left, costs nobody an answer: the champion has its share. Why
+    it is not there is told once, and shown for as long as it holds;
+  * a variant must be able to answer the champion's clients (core/signature_compatibility.py). That is looked at again
+    whenever another version becomes champion;
+  * a variant with the champion's own version number is that version: it is not loaded a second time;
+  * a share that an operator set at run time holds until the configuration's own changes, or the process ends;
+  * loads of one model happen one after the other, together with everybody else's (`turn`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final
+
+from gateway.catalog import Catalog, ServedVersion
+from gateway.config import Config, ModelEntry
+from gateway.config_release import Canary, Shadow
+from gateway.config_variant_models import entries_with_variants
+from gateway.core.model import ModelState
+from gateway.core.request import InferRequest
+from gateway.core.shadow_comparison import Tolerance
+from gateway.core.signature_compatibility import incompatibilities
+from gateway.core.traffic_split import SplitRule
+from gateway.errors import ConfigError, GatewayError, SourceUnavailable
+from gateway.traffic import Chance
+from gateway.traffic_shadow import Mirror, ShadowRule, unmirrorable
+from gateway.variants_sources import Target
+from gateway.variants_status import TrafficStatus
+from gateway.variants_wanted import ROLES, ModelVariants, VariantRole, WantedVariant
+
+log = logging.getLogger("gateway.traffic")
+
+AGAIN_S: Final = 15.0
+"""Between two attempts at a variant whose source could not be reached."""
+POLL_S: Final = 30.0
+"""Between two looks at a source that may mean something else by itself, where `poll_interval_s` does not say."""
+
+
+Find = Callable[[Config, str, ModelEntry, Canary | Shadow, VariantRole], Awaitable[Target]]
+"""Asks a variant's source (`variants_sources.find`, in a thread). Raises SourceUnavailable: it may be asked again;
+other GatewayErrors: it may not, until something changes."""
+
+
+class Variants:
+    """All models that have a canary or a shadow."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        find: Find,
+        infer: Callable[[ServedVersion, InferRequest], None],
+        turn: Callable[[str], AbstractAsyncContextManager[Any]],
+        chance: Chance | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`infer`: how copies reach a shadow; `turn`: held while a model's versions are loaded or replaced."""
+        self._catalog = catalog
+        self._find = find
+        self._infer = infer
+        self._turn = turn
+        self._chance = chance or random.Random()  # noqa: S311  # a sample
+        self._now = clock
+        self._config = Config()
+        self._models: dict[str, ModelVariants] = {}
+        self._wake = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._closed = False
+        catalog.on_elected = self.elected
+
+    def __repr__(self) -> str:
+        return f"<Variants models={len(self._models)}>"
+
+    # -- the configuration -----------------------------------------------------------------------------------------
+
+    async def configure(self, config: Config) -> None:
+        """Want what `config` names from now on; `settle` brings it about.
+
+        Raises:
+            ConfigError: it cannot be told whose a variant is; nothing was changed.
+        """
+        entries = await asyncio.to_thread(entries_with_variants, config)
+        self._config = config
+        wanted = {name: entry for name, _, entry in entries}
+        for name in self._models.keys() | wanted.keys():
+            entry = wanted.get(name)
+            model = self._models.setdefault(name, ModelVariants(name, self._chance))
+            model.entry = entry or model.entry
+            for role in ROLES:
+                self._configure(model, role, getattr(entry, role) if entry is not None else None)
+            self.elected(name)
+        self._wake.set()
+
+    def _configure(self, model: ModelVariants, role: VariantRole, keys: Canary | Shadow | None) -> None:
+        before = model.variants.pop(role, None)
+        if keys is None:
+            if before is not None:
+                self._retire(model, before)
+            return
+        variant = model.variants[role] = WantedVariant(role, keys)
+        if before is None:
+            return
+        variant.percent = before.percent if before.keys.percent == keys.percent else keys.percent
+        variant.version, variant.identity, variant.reason = before.version, before.identity, before.reason
+        variant.same = before.same
+
+    async def settle(self) -> None:
+        """Load what is wanted and not there, and let go of what is not wanted any more. Never raises for a variant's
+        sake: why one is not there is its `reason`."""
+        async with self._changing:
+            for name in sorted(self._models):
+                model = self._models[name]
+                for role in ROLES:
+                    variant = model.variants.get(role)
+                    if variant is not None and self._now() >= variant.due:
+                        await self._settle(model, variant)
+                if not model.variants:
+                    self._models.pop(name, None)
+
+    async def follow(self) -> None:
+        """Do so whenever something changed, until cancelled."""
+        while True:
+            due = min((v.due for m in self._models.values() for v in m.variants.values()), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if math.isinf(due) else max(0.1, due - self._now())):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self.settle()
+            except Exception:
+                log.exception("bringing variants in line failed; it is tried again")
+                await asyncio.sleep(AGAIN_S)
+
+    async def _settle(self, model: ModelVariants, variant: WantedVariant) -> None:
+        variant.due = math.inf
+        champion = self._champion(model.name)
+        if champion is None:
+            if variant.version is None:
+                variant.reason = "the model does not serve"
+            return  # it is looked at again when one is elected
+        try:
+            target = await self._find(self._config, model.name, model.entry, variant.keys, variant.role)
+            if target.mutable and (poll_s := self._poll_s(model.entry)):
+                variant.due = self._now() + poll_s
+            await self._take(model, variant, target)
+        except SourceUnavailable as error:
+            self._trouble(model, variant, str(error))
+            variant.due = self._now() + AGAIN_S
+        except GatewayError as error:
+            self._trouble(model, variant, str(error))
+
+    def _poll_s(self, entry: ModelEntry) -> float:
+        stated = entry.poll_interval_s if entry.poll_interval_s is not None else self._config.defaults.poll_interval_s
+        return POLL_S if stated is None else stated
+
+    async def _take(self, model: ModelVariants, variant: WantedVariant, target: Target) -> None:
+        """Raises GatewayError: it cannot be loaded, or does not fit."""
+        if target.identity in (variant.identity if variant.version is not None else None, variant.refused):
+            return
+        async with self._turn(model.name):
+            if self._is_champion(model.name, target.wanted.version):
+                self._leave(model, variant)
+                variant.out(_same(target.wanted.version), same=True)
+                self.elected(model.name)
+                return
+            variant.refused = target.identity
+            (version,) = await self._catalog.stage([target.wanted], variant.role)
+            champion = self._champion(model.name)
+            if champion is None or self._gone(model, variant):
+                variant.refused = ""
+                self._catalog.retire([version])
+                return
+            if reason := self._unfit(variant.role, champion, version):
+                self._catalog.retire([version])
+                raise ConfigError(f"version {version.version} cannot stand beside version {champion.version}: {reason}")
+            former, variant.version = variant.version, version
+            variant.identity, variant.refused, variant.reason, variant.same = target.identity, "", "", False
+            variant.told = ""
+            self.elected(model.name)
+            if former is not None:
+                self._catalog.retire([former])
+        log.info(
+            "model %s: version %s is its %s now, with %g %% of the requests", model.name, version.version, variant.role,
+            variant.percent,
+        )  # fmt: skip
+        await self._confirm(version)
+
+    async def _confirm(self, version: ServedVersion) -> None:
+        """Have it written down what the reference means (models.lock); a failure is told and changes nothing."""
+        if version.wanted.confirm is None:
+            return
+        try:
+            await asyncio.to_thread(version.wanted.confirm)
+        except (GatewayError, OSError) as error:
+            log.warning(
+                "model %s version %s serves, but that could not be noted: %s", version.name, version.version, error
+            )
+
+    def _trouble(self, model: ModelVariants, variant: WantedVariant, reason: str) -> None:
+        """It could not be loaded. What was loaded before goes on."""
+        if variant.version is None:
+            variant.reason, variant.same = reason, False
+        if reason != variant.told:
+            log.error("model %s: its %s (%s) takes no part: %s", model.name, variant.role, variant.keys.source, reason)
+        variant.told = reason
+        self.elected(model.name)
+
+    def _gone(self, model: ModelVariants, variant: WantedVariant) -> bool:
+        return (
+            self._closed or self._models.get(model.name) is not model or model.variants.get(variant.role) is not variant
+        )
+
+    # -- who is beside whom ----------------------------------------------------------------------------------------
+
+    def elected(self, name: str) -> None:
+        """Perhaps another version is the champion now, or a variant came or went: hang split and mirror where they
+        belong. Between two turns of the event loop, so no request meets half of it."""
+        model = self._models.get(name)
+        if model is None:
+            return
+        champion = self._champion(name)
+        if model.champion is not None and model.champion is not champion:
+            self._unhang(model.champion)
+        changed, model.champion = model.champion is not champion, champion
+        for variant in model.variants.values():
+            if variant.version is not None and champion is not None:
+                self._check(model, variant, champion, variant.version)
+            if changed and variant.version is None:
+                variant.due, variant.refused = 0.0, ""
+                self._wake.set()
+        if champion is None:
+            return
+        self._show(champion, "champion" if model.variants else "")
+        self._hang_split(model, champion)
+        self._hang_mirror(model, champion)
+
+    def _champion(self, name: str) -> ServedVersion | None:
+        champions = [v for v in self._catalog.champions(name) if v.state is ModelState.READY]
+        return champions[-1] if champions else None
+
+    def _is_champion(self, name: str, version: str) -> bool:
+        return any(v.version == version for v in self._catalog.champions(name))
+
+    def _check(
+        self, model: ModelVariants, variant: WantedVariant, champion: ServedVersion, version: ServedVersion
+    ) -> None:
+        """Is it still what it should be, beside this champion?"""
+        if version is champion or version.role != variant.role:
+            variant.out(_same(version.version), same=True)  # it was promoted
+        elif version.state in (ModelState.UNLOADING, ModelState.UNAVAILABLE):
+            variant.out("it was unloaded with the model")
+            variant.due = 0.0
+        elif self._is_champion(model.name, version.version):
+            self._leave(model, variant)
+            variant.out(_same(version.version), same=True)
+        elif reason := self._unfit(variant.role, champion, version):
+            self._leave(model, variant)
+            variant.out(f"version {version.version} cannot stand beside version {champion.version}: {reason}")
+            log.error("model %s: its %s takes no part any more: %s", model.name, variant.role, variant.reason)
+
+    def _unfit(self, role: VariantRole, champion: ServedVersion, version: ServedVersion) -> str:
+        if role == "shadow" and (reason := unmirrorable(champion.spec)):
+            return f"requests cannot be mirrored: {reason}"
+        return "; ".join(incompatibilities(champion.spec, version.spec))
+
+    def _retire(self, model: ModelVariants, variant: WantedVariant) -> None:
+        """It is not wanted any more."""
+        self._leave(model, variant)
+        self.elected(model.name)
+
+    def _leave(self, model: ModelVariants, variant: WantedVariant) -> None:
+        """Take what is loaded of it out of every choice, then out of service."""
+        version, variant.version = variant.version, None
+        variant.identity = ""
+        champion = model.champion
+        if version is None:
+            return
+        if variant.role == "canary":
+            model.split.canary = None
+        elif champion is not None and champion.mirror is not None:
+            champion.mirror.close()
+            champion.mirror = None
+        if version.role == variant.role:
+            self._catalog.retire([version])
+
+    def _hang_split(self, model: ModelVariants, champion: ServedVersion) -> None:
+        variant = model.variants.get("canary")
+        if variant is None or variant.same or not isinstance(variant.keys, Canary):
+            champion.split, model.split.canary = None, None
+            return
+        keys = variant.keys
+        model.split.rule = SplitRule.of(model.name, variant.percent, keys.header, keys.sticky)
+        model.split.canary = variant.version
+        if variant.version is not None:
+            self._show(variant.version, "canary")
+        champion.split = model.split
+
+    def _hang_mirror(self, model: ModelVariants, champion: ServedVersion) -> None:
+        variant, mirror = model.variants.get("shadow"), champion.mirror
+        shadow = variant.version if variant is not None else None
+        if variant is None or shadow is None or not isinstance(variant.keys, Shadow):
+            if mirror is not None:
+                mirror.close()
+            champion.mirror = None
+            return
+        self._show(shadow, "shadow")
+        keys = variant.keys
+        rule = ShadowRule(variant.percent / 100, Tolerance(keys.rtol, *([] if keys.atol is None else [keys.atol])))
+        if mirror is not None and mirror.shadow is shadow and mirror.rule.tolerance == rule.tolerance:
+            mirror.rule = rule
+            return
+        if mirror is not None:
+            mirror.close()
+        champion.mirror = Mirror(champion, shadow, rule, self._infer, self._chance)
+
+    def _unhang(self, version: ServedVersion) -> None:
+        version.split = None
+        if version.mirror is not None:
+            version.mirror.close()
+            version.mirror = None
+        self._show(version, "")
+
+    def _show(self, version: ServedVersion, variant: str) -> None:
+        """What its answers call it; codecs have that in their headers."""
+        if version.variant != variant:
+            version.variant = variant
+            version.http_codec = version.grpc_codec = None
+
+    # -- what operators do -----------------------------------------------------------------------------------------
+
+    def share(self, name: str, percents: Mapping[VariantRole, float]) -> TrafficStatus:
+        """Give variants other shares, in percent, from now on.
+
+        Raises:
+            ConfigError: the model has no such variant, or a share is not from 0 to 100.
+        """
+        model = self._models.get(name)
+        for role, percent in percents.items():
+            if model is None or role not in model.variants:
+                raise ConfigError(f"model '{name[:64]}' has no {role}; name one in its entry of the configuration")
+            if not 0.0 <= percent <= 100.0:
+                raise ConfigError(f"a share is a number of percent from 0 to 100, not {percent:g}")
+        if model is not None:
+            for role, percent in percents.items():
+                model.variants[role].percent = percent
+                log.info("model %s: its %s has %g %% of the requests now", name, role, percent)
+            self.elected(name)
+        return self.status(name)
+
+    def candidate(self, name: str) -> ServedVersion:
+        """The canary that could become champion.
+
+        Raises:
+            ConfigError: there is none, or it is not ready.
+        """
+        model = self._models.get(name)
+        variant = model.variants.get("canary") if model is not None else None
+        if variant is None:
+            raise ConfigError(f"model '{name[:64]}' has no canary; name one in its entry of the configuration")
+        if variant.version is None or not variant.version.ready:
+            why = variant.reason if variant.version is None else variant.version.obstacle
+            raise ConfigError(f"the canary of model '{name}' cannot be promoted: {why}")
+        return variant.version
+
+    def status(self, name: str) -> TrafficStatus:
+        """Raises ConfigError: the model has no variants."""
+        model = self._models.get(name)
+        if model is None or not model.variants:
+            raise ConfigError(f"model '{name[:64]}' has neither a canary nor a shadow")
+        return model.status()
+
+    def statuses(self) -> dict[str, TrafficStatus]:
+        """Of every model that has variants."""
+        return {name: self.status(name) for name, model in sorted(self._models.items()) if model.variants}
+
+    def close(self) -> None:
+        """The gateway stops: nobody waits for shadows."""
+        self._closed = True
+        for model in self._models.values():
+            if model.champion is not None and model.champion.mirror is not None:
+                model.champion.mirror.close()
+                model.champion.mirror = None
+
+
+def _same(version: str) -> str:
+    return f"version {version} is what the model's name means already"

@@ -1,0 +1,99 @@
+"""What is wanted beside one model's champion, what became of it, and how people are shown that."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from gateway.catalog import ServedVersion
+from gateway.config import ModelEntry
+from gateway.config_release import Canary, Shadow
+from gateway.core.traffic_split import SplitRule
+from gateway.traffic import Chance, Split
+from gateway.traffic_shadow import MirrorStatistics
+from gateway.variants_status import CanaryStatus, ShadowStatus, TrafficStatus
+
+VariantRole = Literal["canary", "shadow"]
+ROLES: Final[tuple[VariantRole, ...]] = ("canary", "shadow")
+
+
+class WantedVariant:
+    """One wanted variant of one model, and what became of it."""
+
+    def __init__(self, role: VariantRole, keys: Canary | Shadow) -> None:
+        self.role = role
+        self.keys = keys
+        self.percent = keys.percent
+        """Share of the requests now; an operator may have changed it."""
+        self.version: ServedVersion | None = None
+        self.identity = ""
+        """Of what is loaded."""
+        self.refused = ""
+        """Identity of what was found last and could not be taken."""
+        self.reason = "it is not loaded yet"
+        self.told = ""
+        """Trouble that the log has heard of."""
+        self.same = False
+        """Whether it is out because the champion is the very same version."""
+        self.due = 0.0
+        """When its source is asked again, monotonic seconds; infinite: not before something changes."""
+
+    def out(self, reason: str, *, same: bool = False) -> None:
+        self.version, self.reason, self.same = None, reason, same
+
+
+class ModelVariants:
+    """What is wanted beside one model's champion, and who is there."""
+
+    def __init__(self, name: str, chance: Chance) -> None:
+        self.name = name
+        self.entry = ModelEntry(source=name)
+        self.variants: dict[VariantRole, WantedVariant] = {}
+        self.split = Split(name, SplitRule(0.0), chance)
+        self.champion: ServedVersion | None = None
+        """On whom the split and the mirror hang."""
+
+    def status(self) -> TrafficStatus:
+        champion = self.champion
+        return TrafficStatus(
+            self.name,
+            champion.version if champion is not None else "",
+            champion.chosen if champion is not None else 0,
+            self._canary_status(),
+            self._shadow_status(),
+        )
+
+    def _canary_status(self) -> CanaryStatus | None:
+        variant = self.variants.get("canary")
+        if variant is None or not isinstance(variant.keys, Canary):
+            return None
+        version = variant.version
+        return CanaryStatus(
+            **_common(variant),
+            requests=version.chosen if version is not None else 0,
+            header=dict(variant.keys.header),
+            sticky=variant.keys.sticky,
+            fallbacks=self.split.fallbacks,
+        )
+
+    def _shadow_status(self) -> ShadowStatus | None:
+        variant = self.variants.get("shadow")
+        if variant is None:
+            return None
+        mirror = self.champion.mirror if self.champion is not None else None
+        seen: MirrorStatistics | None = mirror.statistics() if mirror is not None else None
+        return ShadowStatus(**_common(variant), requests=seen.mirrored if seen is not None else 0, mirror=seen)
+
+
+def _common(variant: WantedVariant) -> dict[str, Any]:
+    """What both kinds of status have."""
+    version = variant.version
+    artifact = version.artifact if version is not None else None
+    return {
+        "source": variant.keys.source,
+        "version": version.version if version is not None else "",
+        "digest": artifact.digest if artifact is not None else "",
+        "state": version.state.value if version is not None else "UNAVAILABLE",
+        "reason": version.obstacle if version is not None else variant.reason,
+        "percent": variant.percent,
+        "configured_percent": variant.keys.percent,
+    }

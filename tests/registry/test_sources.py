@@ -1,0 +1,294 @@
+"""Which files may serve: pins, the lock, the cache, and what happens when a registry is down or lies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import ConfigError, SourceError, SourceUnavailable
+from gateway.registry.cache import Cache
+from gateway.registry.lock import LockFile
+from gateway.registry.resolver import Lineage, Resolved, Told, untold
+from gateway.registry.sources import ATTEMPTS, Registries
+
+CHAMPION = "models:/digits@champion"
+OTHER = "sha256:" + "0" * 64
+
+
+class Registry:
+    """A registry whose alias moves and whose files change as the test says; fits `Resolver`."""
+
+    scheme = "models"
+
+    def __init__(self) -> None:
+        self.versions = {"1": b"one", "2": b"two"}
+        self.champion = "1"
+        self.trouble: SourceError | None = None
+        self.failures = 0
+        self.asked = self.fetched = 0
+
+    def resolve(self, reference: str) -> Resolved:
+        self.asked += 1
+        self._fail()
+        version = self.champion if "@" in reference else reference.rpartition("/")[2]
+        if version not in self.versions:
+            raise SourceError(f"there is no version {version}")
+        lineage = Lineage(run_id=f"run-{version}")
+        return Resolved(
+            reference, f"models:/digits/{version}", f"m-{version}", version, "@" in reference, "http://h", lineage
+        )
+
+    def fetch(self, resolved: Resolved, into: Path, told: Told = untold) -> None:
+        self.fetched += 1
+        assert list(into.iterdir()) == []
+        (into / "model.onnx").write_bytes(self.versions[resolved.uri.rpartition("/")[2]])
+        self._fail()
+        told(3, 3)
+
+    def _fail(self) -> None:
+        if self.trouble is not None and self.failures:
+            self.failures -= 1
+            raise self.trouble
+
+    def down(self, times: int = 10**9, text: str = "refuses connections") -> None:
+        self.trouble, self.failures = SourceUnavailable(text), times
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture
+def registries(registry: Registry, tmp_path: Path) -> Registries:
+    return made(registry, tmp_path)
+
+
+def made(registry: Registry, tmp_path: Path, *, locked: bool = False) -> Registries:
+    cache, lock = Cache(tmp_path / "cache"), LockFile(tmp_path / "models.lock")
+    return Registries(
+        {"models": registry}, cache, lock, locked=locked, wall_clock=lambda: 1_800_000_000.0, sleep=lambda s: None
+    )
+
+
+def serve(registries: Registries, reference: str = CHAMPION, pin: str | None = None) -> str:
+    """As a gateway does; the digest that served."""
+    resolved = registries.settle(reference).resolved
+    cached = registries.obtain(resolved, pin)
+    registries.confirm(resolved, cached.digest)
+    return cached.digest
+
+
+def test_what_serves_is_locked_and_comes_from_the_cache_next_time(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    entry = registries.lock.read()[CHAMPION]
+    assert (entry.uri, entry.immutable_id, entry.version, entry.digest) == ("models:/digits/1", "m-1", "1", digest)
+    assert entry.resolved_at == "2027-01-15T08:00:00Z"
+    assert serve(registries) == digest
+    assert registry.fetched == 1
+
+
+def test_a_pin_refuses_with_both_digests_before_anything_is_taken_in(registries: Registries) -> None:
+    resolved = registries.resolve(CHAMPION)
+    with pytest.raises(SourceError, match=rf"have digest sha256:[0-9a-f]{{64}}, but the configuration pins {OTHER}"):
+        registries.obtain(resolved, OTHER)
+    assert registries.cache.digests() == []
+    assert registries.lock.read() == {}
+
+
+def test_a_pin_also_holds_for_what_is_in_the_cache(registries: Registries) -> None:
+    digest = serve(registries)
+    with pytest.raises(SourceError, match=f"{digest}, but the configuration pins {OTHER}"):
+        registries.obtain(registries.resolve(CHAMPION), OTHER)
+
+
+def test_a_pin_does_not_overrule_the_lock(registries: Registries) -> None:
+    digest = serve(registries)
+    resolved = registries.resolve(CHAMPION)
+    registries.confirm(resolved, OTHER)
+    with pytest.raises(SourceError, match=rf"have digest {digest}, but models\.lock says of m-1 {OTHER}"):
+        registries.obtain(resolved, digest)
+
+
+def test_a_version_that_was_overwritten_in_the_registry_is_refused(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "the disk was cleaned")
+    registry.versions["1"] = b"something else under the same name"
+    with pytest.raises(SourceError, match=rf"have digest sha256:.*, but models\.lock says of m-1 {digest}"):
+        serve(registries)
+    assert registries.lock.read()[CHAMPION].digest == digest
+    assert registries.cache.digests() == []
+
+
+def test_also_under_another_alias(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "the disk was cleaned")
+    registry.versions["1"] = b"something else"
+    with pytest.raises(SourceError, match=digest):
+        serve(registries, "models:/digits/1")
+
+
+def test_an_alias_that_moved_is_no_contradiction(registry: Registry, registries: Registries) -> None:
+    first = serve(registries)
+    registry.champion = "2"
+    second = serve(registries)
+    assert first != second
+    assert registries.lock.read()[CHAMPION].version == "2"
+
+
+def test_locking_anew_accepts_a_change(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "the disk was cleaned")
+    registry.versions["1"] = b"changed on purpose"
+    resolved = registries.resolve(CHAMPION)
+    assert registries.obtain(resolved, None, lock_holds=False).digest != digest
+
+
+def test_a_registry_that_is_down_at_the_start_is_told_and_what_served_last_serves(
+    registry: Registry, registries: Registries
+) -> None:
+    digest = serve(registries)
+    registry.champion = "2"
+    registry.down()
+    settled = registries.settle(CHAMPION)
+    assert settled.resolved.uri == "models:/digits/1"
+    assert settled.resolved.lineage.run_id == "run-1"
+    assert settled.digest == digest
+    assert "refuses connections" in settled.stale
+    assert registries.obtain(settled.resolved).digest == digest
+    assert "refuses connections" in registries.unanswered()[CHAMPION]
+    registry.trouble = None
+    assert registries.settle(CHAMPION).stale == ""
+    assert registries.unanswered() == {}
+
+
+def test_without_a_lock_the_cache_remembers(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    registries.lock.path.unlink()
+    registry.down()
+    settled = registries.settle(CHAMPION)
+    assert (settled.digest, settled.resolved.uri) == (digest, "models:/digits/1")
+
+
+def test_the_lock_is_known_although_the_cache_is_empty(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "cleaned")
+    registry.down()
+    settled = registries.settle(CHAMPION)
+    assert (settled.resolved.uri, settled.resolved.immutable_id) == ("models:/digits/1", "m-1")
+    assert settled.resolved.lineage == Lineage(), "what nobody remembers is unknown"
+    with pytest.raises(SourceUnavailable, match="refuses connections"):
+        registries.obtain(settled.resolved)
+
+
+def test_what_never_served_cannot_be_remembered(registry: Registry, registries: Registries) -> None:
+    registry.down()
+    with pytest.raises(SourceUnavailable, match="refuses connections"):
+        registries.settle(CHAMPION)
+
+
+def test_a_registry_that_says_no_is_believed(registry: Registry, registries: Registries) -> None:
+    serve(registries)
+    registry.trouble, registry.failures = SourceError("the alias is gone"), 1
+    with pytest.raises(SourceError, match="the alias is gone"):
+        registries.settle(CHAMPION)
+
+
+def test_a_hiccup_is_tried_again_and_a_refused_credential_is_not(registry: Registry, registries: Registries) -> None:
+    registry.down(times=ATTEMPTS - 1)
+    assert registries.resolve(CHAMPION).version == "1"
+    assert registry.asked == ATTEMPTS
+    registry.trouble, registry.failures, registry.asked = SourceUnavailable("401", soon=False), 9, 0
+    with pytest.raises(SourceUnavailable):
+        registries.resolve(CHAMPION)
+    assert registry.asked == 1
+
+
+def test_a_fetch_that_broke_begins_anew_in_an_empty_directory(registry: Registry, registries: Registries) -> None:
+    resolved = registries.resolve(CHAMPION)
+    registry.down(times=1, text="cut")
+    assert registries.obtain(resolved).digest
+    assert registry.fetched == 2
+
+
+def test_locked_asks_nobody_and_serves_what_the_lock_names(
+    registry: Registry, registries: Registries, tmp_path: Path
+) -> None:
+    digest = serve(registries)
+    registry.champion = "2"
+    before = registry.asked
+    locked = made(registry, tmp_path, locked=True)
+    assert serve(locked) == digest
+    assert registry.asked == before
+    assert locked.resolve(CHAMPION).uri == "models:/digits/1"
+    with pytest.raises(SourceError, match=r"does not name models:/other@x, and only what it names is served"):
+        locked.settle("models:/other@x")
+
+
+def test_locked_fetches_what_is_not_cached_and_checks_it(
+    registry: Registry, registries: Registries, tmp_path: Path
+) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "cleaned")
+    locked = made(registry, tmp_path, locked=True)
+    assert serve(locked) == digest
+    locked.cache.discard(digest, "cleaned")
+    registry.versions["1"] = b"tampered"
+    with pytest.raises(SourceError, match=rf"but models\.lock says of m-1 {digest}"):
+        serve(locked)
+
+
+@pytest.mark.parametrize("reference", ["s3://bucket/key", "oci://h/r:t", "hf://a/b"])
+def test_a_scheme_that_is_not_configured_is_refused_unasked(registries: Registries, reference: str) -> None:
+    with pytest.raises(SourceError, match=r"does not say where to find it; add registries\."):
+        registries.resolve(reference)
+    with pytest.raises(SourceError, match="does not say where"):
+        registries.settle(reference)
+
+
+def test_a_lock_that_cannot_be_written_is_told_once_and_harms_nobody(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    registries = Registries(
+        {"models": registry}, Cache(tmp_path / "cache"), LockFile(tmp_path / "file" / "models.lock")
+    )
+    registries.lock.read = dict  # type: ignore[method-assign]  # there is none
+    with caplog.at_level(logging.WARNING):
+        serve(registries)
+        serve(registries)
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_lock_that_is_broken_stops_the_start(registries: Registries) -> None:
+    registries.lock.path.write_text("[[")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        serve(registries)
+
+
+def test_what_is_counted(registry: Registry, registries: Registries) -> None:
+    serve(registries)
+    registry.down(times=ATTEMPTS)
+    with pytest.raises(SourceUnavailable):
+        registries.resolve(CHAMPION)
+    registry.trouble, registry.failures = SourceError("no"), 1
+    with pytest.raises(SourceError):
+        registries.resolve(CHAMPION)
+    seen = registries.statistics().schemes["models"]
+    assert seen.outcomes == {"ok": 2, "unavailable": 1, "refused": 1}
+    assert seen.last_success == 1_800_000_000.0
+    assert registries.statistics().cache.fetched_bytes == 3
+
+
+def test_what_the_lock_names_is_not_collected(registry: Registry, registries: Registries) -> None:
+    first = serve(registries)
+    registry.champion = "2"
+    registries.obtain(registries.resolve(CHAMPION))  # fetched, and refused later: the lock still names the first
+    registries._keep_versions = 1
+    assert registries.collect(()) == []
+    registries.confirm(replace(registries.resolve(CHAMPION)), "sha256:" + "2" * 64)
+    assert registries.collect(()) == [first]
+    assert repr(registries) == "<Registries models>"
