@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python
+# The fast suite runs on two processes; SPREAD= runs it on one.
+SPREAD ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-all lint bench clean
@@ -21,7 +23,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m gateway demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -m slow $(ARGS)

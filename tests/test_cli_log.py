@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -164,7 +165,10 @@ def test_a_narrow_terminal_gets_lines_that_fit(log: Path) -> None:
 
 def test_tail_follows_until_it_is_interrupted(log: Path) -> None:
     command = [sys.executable, "-m", "gateway", "log", "tail", "-f", "-n", "1", "--json", "--dir", str(log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as process:  # noqa: PLW1509
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["status"] in (200, 404)
         later = requests(range(20, 23))

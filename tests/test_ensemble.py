@@ -105,6 +105,7 @@ class Version:
         self.ready = True
         self.dependencies: tuple[str, ...] = ()
         self.pins = 0
+        self.mirror: Any = None
 
     def pin(self) -> None:
         self.pins += 1

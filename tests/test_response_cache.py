@@ -41,6 +41,7 @@ class Version:
         self.cached = True
         self.cache: ResponseCache | None = None
         self.load = 1
+        self.mirror: Any = None
 
     def fingerprint(self) -> bytes:
         return b"m/1/%d" % self.load

@@ -91,7 +91,7 @@ async def test_answers_that_are_held_back_are_bounded() -> None:
 async def test_a_split_request_keeps_its_place_as_one() -> None:
     bench = Bench(BatchPolicy(2, oversize="split"), replicas=4, scheduling=IN_ORDER)
     version = cast("ServedVersion", types.SimpleNamespace(
-        spec=bench.spec, scheduler=bench.scheduler, split_rows=2, cached=False
+        spec=bench.spec, scheduler=bench.scheduler, split_rows=2, cached=False, mirror=None
     ))  # fmt: skip
     told: list[str] = []
     whole, after = bench.caller(rows=5), bench.caller()

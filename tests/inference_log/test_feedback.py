@@ -58,6 +58,7 @@ def test_a_label_and_an_override() -> None:
         ({"row": True}, "row must be"),
         ({"row": 2**31}, "row must be"),
         ({"label": "x" * 5000}, "label is longer"),
+        ({"label": json.loads("[" * 400 + "]" * 400)}, "label is nested too deeply"),
         ({"who": ""}, "who must be text"),
         ({"who": "x" * 257}, "who must be text"),
         ({"note": 3}, "note must be text"),
@@ -86,7 +87,11 @@ def test_what_is_no_list_of_items_is_refused_whole(body: bytes) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
