@@ -24,7 +24,7 @@ from rich.table import Table
 from gateway.cli_text import count
 from gateway.errors import ConfigError
 from gateway.inference_log.log_queries import explained, running
-from gateway.inference_log.rendering import jsonable
+from gateway.inference_log.rendering import json_text, jsonable
 from gateway.inference_log.store import Limits, Store
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _json(stream: TextIO, reader: pa.RecordBatchReader) -> None:
     """One array, an object a line."""
     before = "["
     for row in _rows(reader):
-        stream.write(before + "\n" + orjson.dumps(jsonable(row)).decode())
+        stream.write(before + "\n" + json_text(jsonable(row)))
         before = ","
     stream.write("[]\n" if before == "[" else "\n]\n")
 
@@ -109,7 +109,8 @@ def _csv(stream: TextIO, reader: pa.RecordBatchReader) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(reader.schema.names)
     for row in _rows(reader):
-        writer.writerow([_cell(value) for value in row.values()])
+        cells = [_cell(value) for value in row.values()]
+        writer.writerow([_shown(cell) for cell in cells] if stream.isatty() else cells)
 
 
 def _parquet(output: Path | None, reader: pa.RecordBatchReader) -> int:
@@ -155,8 +156,13 @@ def _cell(value: Any) -> str:
     return orjson.dumps(plain).decode() if isinstance(plain, dict | list | bool) else str(plain)
 
 
+def _shown(text: str) -> str:
+    """What a client wrote cannot move a terminal's cursor."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def _short(text: str) -> str:
-    clean = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    clean = _shown(text)
     return clean if len(clean) <= MAX_CELL or "\n" in clean else clean[:MAX_CELL] + "…"
 
 

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
 from rich.console import Console
 
 from gateway.errors import ConfigError
 from gateway.inference_log.following import COLUMNS, Follower
 from gateway.inference_log.log_queries import explained
-from gateway.inference_log.rendering import jsonable
+from gateway.inference_log.rendering import json_text, jsonable
 from gateway.inference_log.store import Store
 
 POLL_S: Final = 0.25
@@ -94,7 +93,7 @@ def newest(store: Store, choice: Choice, lines: int) -> list[dict[str, Any]]:
 
 def _print(out: Console, row: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        out.file.write(orjson.dumps(jsonable(dict(row))).decode() + "\n")
+        out.file.write(json_text(jsonable(dict(row))) + "\n")
         return
     style = "red" if row["status"] >= 500 else "yellow" if row["status"] >= 400 else None
     out.print(

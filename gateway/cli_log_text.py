@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gateway.cli_text import count
 from gateway.inference_log.log_queries import explained
-from gateway.inference_log.rendering import document_of, jsonable, moment, request_document
+from gateway.inference_log.rendering import document_of, json_text, jsonable, moment, request_document
 from gateway.inference_log.store import LogReadError, Store, batches_of
 
 MAX_FOUND: Final = 20
@@ -45,7 +45,7 @@ def show(out: Console, store: Store, text: str, *, as_json: bool) -> None:
     if as_json:
         documents = [_document(store, row, said) for row in found]
         whole = documents[0] if len(documents) == 1 else documents
-        out.file.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2).decode() + "\n")
+        out.file.write(json_text(whole, indented=True) + "\n")
         return
     if len(found) > 1:
         _say(out, f"{count(len(found), 'request')} carry this id; the newest {min(len(found), MAX_FOUND)}:\n")

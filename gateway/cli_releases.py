@@ -41,7 +41,7 @@ def history(out: Console, url: str, model: str, access: Access) -> None:
         return
     table = Table(show_edge=False)
     for heading in ("when", "what", "by", "from", "to", "took", "why"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "when")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("when", "what"))
     for line in lines:
         took = "-" if line["took_s"] == "-" else f"{line['took_s']} s"
         cells = [line["at"], line["outcome"], line["by"], line["from_version"], line["to_version"], took, line["why"]]

@@ -395,10 +395,12 @@ _EXPECTED: Final = {
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
     "float_type": "expected a number",
+    "float_parsing": "expected a number",
     "finite_number": "expected a finite number",
     "string_type": "expected text",
     "bool_type": "expected true or false",
     "tuple_type": "expected a list",
+    "dict_type": "expected keys and values",
     "model_type": "expected keys and values",
     "model_attributes_type": "expected keys and values",
 }

@@ -155,7 +155,11 @@ def _said(one: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
 
 
 def _value(value: object, name: str) -> object:
-    if len(orjson.dumps(value)) > MAX_VALUE_BYTES:
+    try:
+        size = len(orjson.dumps(value))
+    except orjson.JSONEncodeError:
+        raise FeedbackError(f"{name} is nested too deeply") from None
+    if size > MAX_VALUE_BYTES:
         raise FeedbackError(f"{name} is longer than {MAX_VALUE_BYTES} bytes of JSON")
     return value
 

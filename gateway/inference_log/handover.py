@@ -11,6 +11,7 @@ Rules and invariants:
 * Every row is written. `sampling` is about payloads only, of answered requests; others always keep theirs.
 * A request that is refused because the log is full has no row: a gap record counts it (outlet.py).
 * Texts of a client are bounded before they are kept.
+* `flush` raises nothing: a frame that cannot be made is counted as lost, and what others noted is written.
 """
 
 from __future__ import annotations
@@ -232,6 +233,11 @@ class VersionLog:
         known = error if isinstance(error, GatewayError) else GatewayError("the shadow failed on this request")
         self.refused(known, request, request_id, request.received, total_s, "", "shadow", None, NOBODY, None, cause)
 
+    def failed(self) -> None:
+        """Called where noting a request raised: its caller has the answer all the same, and its row counts as lost."""
+        log.exception("%r: a request could not be noted; its row is lost", self)
+        self._owner.outlet.lose(self._name, self._version, "faulty", 1, 0)
+
     # -- frames ------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
@@ -240,6 +246,13 @@ class VersionLog:
         if not draft.rows:
             return
         self._draft = Draft()
+        try:
+            self._put(draft)
+        except Exception:  # whatever it is, no caller and no other version's rows pay for it
+            log.exception("%r: %d rows could not be noted and are lost", self, len(draft.rows))
+            self._owner.outlet.lose(self._name, self._version, "faulty", len(draft.rows), draft.nbytes)
+
+    def _put(self, draft: Draft) -> None:
         spec, policy = self._spec, self.policy
         try:
             inputs, outputs = draft.columns(spec, policy) if spec is not None else ([], [])

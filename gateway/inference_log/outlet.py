@@ -27,6 +27,7 @@ from typing import Final, Protocol
 from gateway.core.log_policy import Overflow
 from gateway.inference_log import frame
 from gateway.inference_log.frame import Event, Stream
+from gateway.inference_log.wal import MAX_PAYLOAD_BYTES
 
 log = logging.getLogger("gateway.inference_log")
 
@@ -127,7 +128,9 @@ class Outlet:
     def put(self, data: bytes, rows: int, policy: Overflow, model: str, version: str) -> None:
         """A frame of requests to one model version."""
         self._offered += rows
-        if policy == "block":
+        if len(data) > MAX_PAYLOAD_BYTES:  # would wait at the head of those that block, for ever
+            self._lose(model, version, "too_large", rows, len(data))
+        elif policy == "block":
             if self._blocking or not self._writer.offer(data, rows, reserve=True):
                 self._blocking.append((data, rows))
                 self._waiting_bytes += len(data)
@@ -186,6 +189,12 @@ class Outlet:
         self._events.clear()
         self._waiting_bytes = 0
         return rows
+
+    def lose(self, model: str, version: str, reason: str, rows: int, nbytes: int) -> None:
+        """Rows that no frame could be made of: they count as offered and lost, and a gap record tells of them."""
+        self._offered += rows
+        self._lost += rows
+        self._note(model, version, reason, rows, nbytes)
 
     def _lose(self, model: str, version: str, reason: str, rows: int, nbytes: int) -> None:
         self._lost += rows

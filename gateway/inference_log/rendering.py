@@ -16,9 +16,15 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from gateway.core.tensor import DATATYPE, element_count, unpack_bytes
 
+_UNSEEN: Final = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
+"""What JSON lets stand as it is, and terminals obey: DEL, C1 (0x9b is ESC [), marks that turn text around."""
 _TENSOR_KEYS: Final = frozenset(("name", "datatype", "shape", "data", "policy", "bytes"))
 
 
@@ -181,6 +187,11 @@ def moment(value: datetime | None) -> str | None:
     if value is None:
         return None
     return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def json_text(document: Any, *, indented: bool = False) -> str:
+    """JSON that does a terminal no harm, whatever clients wrote; read back it is the same."""
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2 if indented else None).decode().translate(_UNSEEN)
 
 
 def jsonable(value: Any) -> Any:  # noqa: PLR0911 — a kind of value each

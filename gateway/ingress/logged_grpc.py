@@ -36,9 +36,12 @@ class LoggedGrpcCodec(GrpcCodec):
         if endpoint == "infer" and not request.form.typed:
             endpoint = "raw"
         form = request.form.response
-        tensors = None if form.plain else served(self._spec, form, request)
-        total_s = self._now() - request.received
-        self._log.answered(request, request_id, total_s, "grpc", endpoint, 0, method.caller, tensors)
+        try:
+            tensors = None if form.plain else served(self._spec, form, request)
+            total_s = self._now() - request.received
+            self._log.answered(request, request_id, total_s, "grpc", endpoint, 0, method.caller, tensors)
+        except Exception:  # whatever it is, the caller gets the answer
+            self._log.failed()
         request.answer_id = request_id
         return made
 

@@ -62,11 +62,14 @@ class LoggedHttpCodec(HttpCodec):
         route: Route = exchange.head.route
         form = request.form
         total_s = self._now() - request.received
-        if form.plain:
-            self._log.answered(request, request_id, total_s, "http", route.endpoint, None, route.caller)
-        else:
-            tensors = served(self._spec, form, request)
-            self._log.answered(request, request_id, total_s, "http", route.endpoint, None, route.caller, tensors)
+        try:
+            if form.plain:
+                self._log.answered(request, request_id, total_s, "http", route.endpoint, None, route.caller)
+            else:
+                tensors = served(self._spec, form, request)
+                self._log.answered(request, request_id, total_s, "http", route.endpoint, None, route.caller, tensors)
+        except Exception:  # the answer is written: nothing may be written behind it
+            self._log.failed()
         request.answer_id = request_id
 
     def ended(self, exchange: Exchange, error: GatewayError, request_id: bytes, request: InferRequest | None) -> None:

@@ -38,6 +38,8 @@ MAX_ITEMS: Final = 100
 MAX_TEXT: Final = 2048
 DATASET_DIGEST: Final = "MLflow's own: for tables and arrays MD5 over the first 10000 rows, 8 hex digits; weak evidence"
 _MODEL_ID: Final = re.compile(r"models:/(m-[0-9a-f]{32})/?")
+_USER: Final = re.compile(r"(://)[^/@\s\"'\\]*@")
+_QUERY: Final = re.compile(r"(://[^?\s\"'\\]*)\?[^\s\"'\\]*")
 
 Foreign = Callable[[str, Path, Told], None]
 """Fetches a version directory from another store: its URI, an empty directory, progress."""
@@ -84,7 +86,7 @@ class MlflowResolver:
             raise SourceError(f"MLflow gives model '{name}' a version that is no number: {version[:64]!r}")
         if (status := found.get("status", "READY")) != "READY":
             raise SourceUnavailable(
-                f"models:/{name}/{version} is not complete in MLflow: its status is {_text(status)}"
+                f"models:/{name}/{version} is not complete in MLflow: its status is {str(status)[:64]!a}"
             )
         model = _MODEL_ID.fullmatch(_text(found.get("source")) or "")
         model_id = _text(found.get("model_id")) or (model[1] if model else None)
@@ -121,7 +123,7 @@ class MlflowResolver:
     def _logged_model(self, reference: str, model_id: str, deadline: float) -> Resolved:
         info = self._model_info(model_id, deadline)
         if (status := info.get("status")) not in (None, "LOGGED_MODEL_READY", "READY"):
-            raise SourceUnavailable(f"{reference} is not complete in MLflow: its status is {_text(status)}")
+            raise SourceUnavailable(f"{reference} is not complete in MLflow: its status is {str(status)[:64]!a}")
         lineage = self._lineage(_text(info.get("source_run_id")), model_id, info, deadline)
         return Resolved(reference, f"models:/{model_id}", model_id, "1", False, shown(self._settings.url), lineage)
 
@@ -291,9 +293,15 @@ def _datasets(listed: object) -> Iterator[Dataset]:
             _text(dataset.get("name")) or "",
             digest,
             None if digest is None else DATASET_DIGEST if len(digest) <= 8 else "as the dataset's source states it",
-            _text(dataset.get("source")),
+            _without_secrets(_text(dataset.get("source"))),
             context,
         )
+
+
+def _without_secrets(source: str | None) -> str | None:
+    """A data set's source as MLflow keeps it, JSON text: addresses without user information and query, which may be
+    secrets of whoever trained."""
+    return None if source is None else _QUERY.sub(r"\1", _USER.sub(r"\1", source))
 
 
 def _tags(listed: object) -> Iterator[tuple[str, str]]:

@@ -209,7 +209,8 @@ class Registries:
 
             self._counted(resolver.scheme, lambda: self._patiently(once))
 
-        wanted = expected[0][0] if expected else None
+        of_this_version = expected if pin is None else expected[1:]  # a pin does not say whose files have its digest
+        wanted = of_this_version[0][0] if of_this_version else None
         return self.cache.obtain(resolved, wanted, fetch, check)
 
     def _expected(self, resolved: Resolved, pin: str | None, *, lock_holds: bool) -> list[tuple[str, str, str]]:
@@ -279,7 +280,7 @@ class Registries:
             sleep=self._sleep,
             reraise=True,
         )
-        return attempts(call)
+        return attempts(lambda: _typed(call))
 
     def _counted(self, scheme: str, call: Callable[[], T]) -> T:
         try:
@@ -306,6 +307,17 @@ def entry_of(resolved: Resolved, digest: str, at: float) -> Locked:
     return Locked(
         resolved.reference, resolved.uri, resolved.immutable_id, resolved.version, resolved.registry, digest, when
     )
+
+
+def _typed(call: Callable[[], T]) -> T:
+    """What a registry answers can be odd in ways that nobody thought of; whoever asked is told so, by the error that he
+    expects. Raises SourceUnavailable."""
+    try:
+        return call()
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        log.debug("a registry's answer could not be read", exc_info=True)
+        why = f"its registry answered something that cannot be read ({type(error).__name__})"
+        raise SourceUnavailable(f"{why}; check the address", soon=False) from None
 
 
 def _emptied(directory: Path) -> None:

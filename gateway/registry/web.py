@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+import orjson
+
 from gateway.errors import SourceError, SourceUnavailable
 from gateway.registry.resolver import Told, untold
 
@@ -63,6 +65,8 @@ class Answer:
     def json(self) -> Any:
         """Raises SourceUnavailable: it is no JSON, as from a proxy's error page."""
         try:
+            if b"\\u" in self.body:
+                orjson.loads(self.body)  # refuses halves of surrogate pairs, which no text can be written with later
             return json.loads(self.body)
         except (ValueError, RecursionError):
             raise SourceUnavailable(f"{self.url} answered something that is not JSON; check the address") from None
@@ -176,7 +180,11 @@ class Web:
                 if response.status not in _REDIRECTS or not target:
                     yield response, shown(url)
                     return
-            target = urllib.parse.urljoin(url, target)
+            try:
+                target = urllib.parse.urljoin(url, target)
+                _ = urllib.parse.urlsplit(target).port
+            except ValueError:
+                raise SourceError(f"{shown(url)} redirects to something that is no address") from None
             if not self._allowed(target) or (url.startswith("https:") and not target.startswith("https:")):
                 raise SourceError(
                     f"{shown(url)} redirects to {shown(target)}, which the configuration does not allow; "
@@ -212,9 +220,10 @@ def basic(username: str, password: str) -> str:
 
 
 def shown(url: str) -> str:
-    """`url` without what may be secret: user information, query, fragment; for people."""
+    """`url` without what may be secret: user information, query, fragment; for people, printable."""
     parts = urllib.parse.urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:300]
+    text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:300]
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _words(answer: Answer) -> str:

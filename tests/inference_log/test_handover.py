@@ -304,6 +304,20 @@ def test_tensors_that_cannot_be_read_cost_their_own_row_only(caplog: pytest.LogC
     assert "could not be read together" in caplog.text
 
 
+def test_a_frame_that_cannot_be_made_costs_nobody_else_a_row(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(SPEC)
+    other = bench.log.of(SPEC, LogPolicy())
+    assert other is not None
+    bench.refuse(InvalidRequest("half a pair: \ud800"))  # no text can be written with it
+    other.refused(InvalidRequest("plain"), None, bench.next_id(), 1.0, 0.5, "http", "infer", None, CALLER)
+    assert [row.detail.error for row in bench.rows] == ["plain"]
+    statistics = bench.log.statistics().outlet
+    assert (statistics.offered_rows, statistics.lost_rows, statistics.open_gaps) == (2, 1, 1)
+    assert "could not be noted" in caplog.text
+    bench.refuse(InvalidRequest("the next turn"))
+    assert [row.detail.error for row in bench.rows] == ["plain", "the next turn"]
+
+
 def test_what_is_refused_for_want_of_room_is_no_row() -> None:
     bench = Bench(SPEC, LogPolicy(overflow="block"))
     bench.refuse(LogUnavailable("full"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.log_policy import Overflow
-from gateway.inference_log import frame
+from gateway.inference_log import frame, outlet
 from gateway.inference_log.frame import Requests, Row
 from gateway.inference_log.outlet import GAP_S, Outlet
 from tests.inference_log.row_reader import Frames, Later
@@ -129,6 +129,16 @@ def test_blocking_loses_nothing_and_keeps_the_order() -> None:
     assert bench.outlet.statistics().lost_rows == 0
     bench.writer.synced()
     assert not bench.outlet.blocked
+
+
+def test_what_no_log_could_take_does_not_block_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "MAX_PAYLOAD_BYTES", 10)
+    bench = Bench()
+    bench.put("block")
+    statistics = bench.outlet.statistics()
+    assert (statistics.lost_rows, statistics.waiting_rows, bench.outlet.blocked) == (1, 0, False)
+    bench.pass_time()
+    assert [gap["reason"] for gap in bench.gaps()] == ["too_large"]
 
 
 def test_blocking_ends_only_when_a_quarter_is_free() -> None:

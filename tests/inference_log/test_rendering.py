@@ -117,3 +117,11 @@ def test_a_document_has_every_column_of_the_log() -> None:
     text = json.dumps(rendering.request_document(marked, []))
     missing = [name for name, mark in marked.items() if mark is not None and mark not in text]
     assert missing == []
+
+
+def test_json_cannot_command_a_terminal_and_means_the_same() -> None:
+    said = {"id": "\x1b[2J \x9b2J \x7f \u202e \u2028 ä 数"}
+    for indented in (False, True):
+        text = rendering.json_text(said, indented=indented)
+        assert text.replace("\n", "").isprintable()
+        assert json.loads(text) == said

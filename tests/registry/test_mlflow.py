@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import SourceError, SourceUnavailable
-from gateway.registry.mlflow import ARTIFACTS, MlflowResolver, MlflowSettings
+from gateway.registry.mlflow import ARTIFACTS, MlflowResolver, MlflowSettings, _datasets
 from gateway.registry.resolver import Bounds, Lineage, Resolved
 from tests.registry.scripted_http import Scripted, answer, scripted
 
@@ -204,3 +204,16 @@ def test_who_we_are() -> None:
             MlflowResolver(settings, Bounds()).resolve("models:/digits/3")
         assert server.heads("authorization") == ["Basic YWRhOnA="]
         assert repr(MlflowResolver(settings, Bounds())) == f"<MlflowResolver {server.url}>"
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        ('{"url": "https://u:p@h/x.csv?sig=1&a=2"}', '{"url": "https://h/x.csv"}'),
+        ('{"uri": "s3://b/k"}', '{"uri": "s3://b/k"}'),
+        (None, None),
+    ],
+)
+def test_a_data_set_is_named_without_the_secrets_of_its_address(source: str | None, kept: str | None) -> None:
+    listed = [{"dataset": {"name": "d", "source": source}}]
+    assert [dataset.source for dataset in _datasets(listed)] == [kept]

@@ -105,6 +105,16 @@ def test_a_pin_also_holds_for_what_is_in_the_cache(registries: Registries) -> No
         registries.obtain(registries.resolve(CHAMPION), OTHER)
 
 
+def test_a_pin_is_not_met_by_the_files_of_another_version(registry: Registry, registries: Registries) -> None:
+    digest = serve(registries, pin=None)
+    registry.champion = "2"
+    moved = registries.resolve(CHAMPION)
+    with pytest.raises(SourceError, match=rf"models:/digits/2 have digest .*, but the configuration pins {digest}"):
+        registries.obtain(moved, digest)
+    assert [origin.version for origin in registries.cache.origins(digest)] == ["1"]
+    assert serve(registries, "models:/digits/1", digest) == digest
+
+
 def test_a_pin_does_not_overrule_the_lock(registries: Registries) -> None:
     digest = serve(registries)
     resolved = registries.resolve(CHAMPION)
@@ -205,6 +215,19 @@ def test_a_hiccup_is_tried_again_and_a_refused_credential_is_not(registry: Regis
     with pytest.raises(SourceUnavailable):
         registries.resolve(CHAMPION)
     assert registry.asked == 1
+
+
+@pytest.mark.parametrize("trouble", [ValueError("4300 digits"), TypeError("'int'"), KeyError("x"), RecursionError()])
+def test_an_answer_that_nobody_thought_of_is_trouble_with_the_registry(
+    registry: Registry, registries: Registries, trouble: Exception
+) -> None:
+    resolved = registries.resolve(CHAMPION)
+    registry.trouble, registry.failures = trouble, 2  # type: ignore[assignment]
+    with pytest.raises(SourceUnavailable, match="cannot be read"):
+        registries.resolve(CHAMPION)
+    with pytest.raises(SourceUnavailable, match="cannot be read"):
+        registries.obtain(resolved)
+    assert registries.statistics().schemes["models"].outcomes["unavailable"] == 2
 
 
 def test_a_fetch_that_broke_begins_anew_in_an_empty_directory(registry: Registry, registries: Registries) -> None:

@@ -147,6 +147,12 @@ def test_a_redirect_in_a_circle_ends() -> None:
     assert len(server.requests) == MAX_REDIRECTS + 1
 
 
+@pytest.mark.parametrize("target", ["http://[bad", "http://127.0.0.1:99999/", "http://h:abc/"])
+def test_a_redirect_to_what_is_no_address_is_refused(target: str) -> None:
+    with scripted(says(answer(302, Location=target))) as server, pytest.raises(SourceError, match="no address"):
+        Web(server.url, allowed=lambda url: True).ask("x")
+
+
 def test_nobody_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,12 +183,15 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_shown_of_an_address() -> None:
     assert shown("https://user:secret@h:1/p?token=secret#f") == "https://h:1/p"
+    assert shown("http://h/\x1b[2J\u202e") == "http://h/?[2J?"
     assert basic("a", "b") == "Basic YTpi"
 
 
 def test_an_answer_that_is_no_json_is_told() -> None:
     with pytest.raises(SourceUnavailable, match="not JSON"):
         Answer(200, {}, b"<html>", "http://h/x").json()
+    with pytest.raises(SourceUnavailable, match="not JSON"):  # half a surrogate pair
+        Answer(200, {}, b'{"key": "\\ud800"}', "http://h/x").json()
     assert str(refusal(Answer(403, {}, b'{"error": ["x"]}', "http://h/x"))).startswith("http://h/x answered 403: ['x']")
 
 
