@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import http.client
 import resource
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from benchmarks import bare, grpc_load, log_show
 from benchmarks.report import Claim, Outcome
 from benchmarks.server import BenchmarkError, Server
-from benchmarks.systems import batch_rows, gateway, gateway_before, grpc_echo, nginx
+from benchmarks.systems import batch_rows, gateway, gateway_before, gateway_logging, grpc_echo, log_rows, nginx
 from benchmarks.triton import Flags, best_flags, triton, tune
-from benchmarks.workload import Workload, prepare
+from benchmarks.workload import CACHE, Workload, prepare
 from benchmarks.wrk import Round, load
 
 WARM_UP_S: Final = 1.0
 IDLE_CONNECTIONS: Final = 2000
+LOG_DRAIN_S: Final = 10.0
 BARE_BATCHES: Final = (16, 32, 64, 128, 256)
 
 
@@ -175,6 +179,36 @@ def front_triton(plan: Plan, name: str = "front-triton", connections: int = 256)
     return outcome
 
 
+def inference_log(plan: Plan) -> Outcome:
+    """What it costs to keep a row and the tensors of every request: the load of tiny-json, with the log off and on."""
+    work = prepare("tiny")
+    what = "MLP 16-64-64-4, JSON, 64 connections, gateway, workers and sealer on core 0, client on core 1"
+    outcome = Outcome("inference-log", what)
+    asked = 0.0
+
+    def post(server: Server, seconds: float = plan.seconds) -> Round:
+        nonlocal asked
+        result = load(server, work.body_file, 64, seconds, cores="1")
+        asked += result.requests if server.name == "gateway, log on" else 0
+        return result
+
+    with TemporaryDirectory(dir=CACHE, prefix="inference-log-") as directory, ExitStack() as stack:
+        servers = [gateway(work, "0"), gateway_logging(work, Path(directory), "0")]
+        _measure(outcome, plan, work, stack, servers, post)
+        asked += len(work.expected)
+        deadline = time.monotonic() + LOG_DRAIN_S
+        while (rows := log_rows(servers[1]))[0] < asked and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if rows[0] < asked or rows[1]:
+            raise BenchmarkError(f"{asked:.0f} answers, but {rows[0]:.0f} rows on the disk and {rows[1]:.0f} lost")
+    outcome.figures["answers that the client of the logging gateway counted"] = asked
+    outcome.figures["rows on the disk"] = rows[0]
+    pairs = zip(outcome.rounds["gateway"], outcome.rounds["gateway, log on"], strict=True)
+    outcome.figures["median of the rounds' own ratios"] = median(on.rate / off.rate for off, on in pairs)
+    outcome.claims.append(Claim("log on ÷ log off", outcome.ratio("gateway, log on", "gateway"), 0.85))
+    return outcome
+
+
 def latency_1(plan: Plan) -> Outcome:
     """One connection: what the gateway adds to one bare run."""
     work = prepare("tiny")
@@ -218,6 +252,7 @@ SCENARIOS: Final[dict[str, Callable[[Plan], Outcome]]] = {
     "heavy": heavy,
     "front-triton": front_triton,
     "front-triton-64": partial(front_triton, name="front-triton-64", connections=64),
+    "inference-log": inference_log,
     "latency-1": latency_1,
     "idle-connections": idle_connections,
     "log-show": lambda plan: log_show.measure(plan.rows, plan.rounds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -86,6 +87,16 @@ def gateway(work: Workload, cores: str = "", workers: int = 2) -> Server:
     )
 
 
+def gateway_logging(work: Workload, directory: Path, cores: str = "") -> Server:
+    """The gateway of `gateway()` with the inference log on at its defaults: a row and the tensors of every request."""
+    settings = directory / "gateway.yaml"
+    settings.write_text(f"inference_log: {{directory: {directory / 'log'}}}\nmodels: [{{source: {work.repository}}}]\n")
+    server = gateway(work, cores)
+    command = [str(settings) if part == str(work.repository) else part for part in server.command]
+    command.insert(command.index(str(settings)), "--config")
+    return replace(server, name="gateway, log on", command=command, notes=f"{server.notes}, inference_log: {{}}")
+
+
 def gateway_before(name: str, backend: str, work: Workload, cores: str = "") -> Server:
     """The gateway with a running server as its only backend, every default on; `backend` is the server's URL."""
     port, grpc_port, metrics_port = free_port(), free_port(), free_port()
@@ -115,6 +126,18 @@ def grpc_echo(cores: str = "") -> Server:
         grpc_port=grpc_port,
         notes="grpc.aio on uvloop",
     )
+
+
+def log_rows(server: Server) -> tuple[float, float]:
+    """(rows and events forced onto the disk for the inference log, those lost) so far, from the gateway's metrics."""
+    status, text = server.request("GET", "/metrics", port=server.metrics_port)
+    if status != 200:
+        raise BenchmarkError(f"/metrics answers {status}")
+    sums = {"gateway_inference_log_synced_records": 0.0, "gateway_inference_log_dropped": 0.0}
+    for family in text_string_to_metric_families(text.decode()):
+        if family.name in sums:
+            sums[family.name] += sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+    return sums["gateway_inference_log_synced_records"], sums["gateway_inference_log_dropped"]
 
 
 def batch_rows(server: Server, model: str) -> tuple[float, float]:

@@ -24,6 +24,8 @@ class Round:
     p99_us: float
     batch: float = 0.0
     """Mean rows of an executed batch; 0 where it is not known."""
+    requests: int = 0
+    """Answers counted by the client."""
 
 
 def load(server: Server, body_file: Path, connections: int, seconds: float, cores: str = "") -> Round:
@@ -47,4 +49,5 @@ def load(server: Server, body_file: Path, connections: int, seconds: float, core
     result = json.loads(lines[0].removeprefix("RESULT "))
     if result["bad_status"] or result["socket_errors"] or not result["requests"]:
         raise BenchmarkError(f"{server.name} failed requests: {result}")
-    return Round(result["requests"] / result["duration_us"] * 1e6, result["p50_us"], result["p99_us"])
+    rate = result["requests"] / result["duration_us"] * 1e6
+    return Round(rate, result["p50_us"], result["p99_us"], requests=result["requests"])
