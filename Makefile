@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python
-# The fast suite runs on two processes; SPREAD= runs it on one.
+# The suites run on two processes; SPREAD= runs them on one.
 SPREAD ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -26,10 +26,10 @@ test: $(VENV)/.installed-test
 	$(RUN) -m pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow $(SPREAD) $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(SPREAD) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -30,9 +30,17 @@ from gateway import app_registries, app_variants, plan, terminal, variants_metri
 from gateway.agreement_sampling import AgreementSamplers
 from gateway.app_files import connections_for, raise_file_limit
 from gateway.app_log import ServingLog, serving_log
+from gateway.app_takeover import (
+    DRAINED,
+    METRICS,
+    Sockets,
+    inherited,
+    not_handed_over,
+    successor_serves,
+    tell_ready,
+)
 from gateway.app_takeover import GRPC as GRPC_SOCKETS
 from gateway.app_takeover import HTTP as HTTP_SOCKETS
-from gateway.app_takeover import METRICS, Sockets, inherited, successor_serves, tell_ready
 from gateway.app_variants import VariantLoader
 from gateway.app_views import Views, release_view
 from gateway.backends.onnx import LoadOptions, OnnxPool, PoolEvent
@@ -52,7 +60,6 @@ from gateway.ingress.grpc_server import GrpcServer, Http2Limits
 from gateway.ingress.grpc_services import GrpcServices
 from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
-from gateway.ingress.oip_http import request_id_header
 from gateway.ingress.tls import GRPC, HTTP, TlsFiles, context
 from gateway.loading import LoadedModel, WantedVersion
 from gateway.management import Management
@@ -81,6 +88,7 @@ from gateway.releases import Releases
 from gateway.releases_sources import Following, following
 from gateway.remote_models import RemoteModels
 from gateway.shared_memory import SharedMemory
+from gateway.side_threads import SideThreads
 from gateway.variants import Variants
 from gateway.variants_sources import Target
 
@@ -119,7 +127,9 @@ class Gateway:
         cache = config.server.response_cache
         self.pipeline = Pipeline(None if cache is None else Store(cache.max_bytes, cache.ttl_s))
         self.catalog = Catalog(self.pipeline.infer)
+        self.backends = Backends(self.catalog.versions)
         self.remotes = RemoteModels(config, self.catalog)
+        self.remotes.drained = self.backends.drained
         self.remotes.on_discovered = lambda name: self._spawn(self.repository.discovered(name))
         self.releases = Releases(self.catalog, self._following)
         self.registered = RegisteredModels(config, self._load)
@@ -151,6 +161,7 @@ class Gateway:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def serve(self, *, demo: bool) -> int:
+        asyncio.get_running_loop().set_default_executor(SideThreads())
         try:
             wanted = await asyncio.to_thread(self.repository.initial)
             await asyncio.to_thread(check_variants, self.config)
@@ -166,6 +177,7 @@ class Gateway:
             if self.serving_log is not None:
                 await asyncio.to_thread(self.serving_log.start)
             sockets = inherited(os.environ)
+            self.backends.adopt(os.environ.pop(DRAINED, ""))
             listener, grpc_listener = await self._listen(sockets)
             if METRICS not in sockets:
                 await self.operations.start(self.config.server.host, self.config.server.metrics_port)
@@ -221,7 +233,7 @@ class Gateway:
         self.management = Management(
             self.catalog,
             self.repository,
-            self.ready,
+            self.obstacle,
             server_name=server.protocol.server_name,
             trace=settings,
             restrictions=Restrictions({api: (r.header, r.value) for r in server.restricted_apis for api in r.apis}),
@@ -247,7 +259,7 @@ class Gateway:
                 write_timeout_s=limits.write_timeout_s,
                 min_body_rate_bytes_s=limits.min_body_rate_bytes_s,
             ),
-            error_headers=request_id_header,
+            refused=application.refused,
         )
         self._build_grpc(options)
         self.loop_lag = LoopLag(self._requests)
@@ -265,9 +277,9 @@ class Gateway:
             Metrics(sources, time.monotonic),
             self.views.for_people,
             self._worker_statuses,
-            Backends(self.catalog.versions),
+            self.backends,
             token_file,
-            health=lambda: self.serving_log.health() if self.serving_log is not None else {},
+            health=self._health,
             pages=[
                 *ReleasePages(self.releases).pages(),
                 MlflowWebhook(self.releases, self._webhook_secret).page(),
@@ -304,6 +316,7 @@ class Gateway:
             ),
             held=self.http.held,
             compression=server.compression.grpc,
+            refused=self.services.refused,
         )
 
     async def _listen(self, sockets: Sockets) -> tuple[Listener, Listener]:
@@ -492,11 +505,13 @@ class Gateway:
         if self._stopping.is_set() or self._successor is not None:
             log.warning("SIGUSR2: a successor is being started, or this process is ending, already")
             return
+        for loss in not_handed_over(self.releases.statistics(), self.variants.statuses().values()):
+            log.warning("SIGUSR2: %s", loss)
         fds = {HTTP_SOCKETS: listener.fds(), GRPC_SOCKETS: grpc_listener.fds(), METRICS: self.operations.fds()}
         self._successor = asyncio.ensure_future(self._hand_over(fds))
 
     async def _hand_over(self, fds: Mapping[str, Sequence[int]]) -> None:
-        serves = await successor_serves(fds)
+        serves = await successor_serves(fds, self.backends.orders_as_text())
         self._successor = None
         if not serves:
             return
@@ -514,6 +529,7 @@ class Gateway:
                 config = await asyncio.to_thread(self._reread)
                 await asyncio.to_thread(check_variants, config)
                 failed = await self.repository.reload(config)
+                self.backends.reloaded(self.remotes.server_names())
             except GatewayError as error:
                 log.error("SIGHUP: nothing was changed: %s", error)
                 return
@@ -547,9 +563,21 @@ class Gateway:
 
     # -- what the parts ask of each other --------------------------------------------------------------------------
 
-    def ready(self) -> bool:
-        logged = self.serving_log is None or not any(version.log_blocked for version in self.catalog.versions())
-        return self._loaded and not self._draining and logged and self.catalog.ready()
+    def obstacle(self) -> str:
+        """Why this server is not ready, in words; empty where it is."""
+        if not self._loaded:
+            return "models are still being loaded"
+        if self._draining:
+            return "the server is stopping"
+        if self.serving_log is not None and any(version.log_blocked for version in self.catalog.versions()):
+            return "the inference log has no room"
+        return self.catalog.obstacle()
+
+    def _health(self) -> dict[str, Any]:
+        """What `/healthz` says besides that the process answers."""
+        obstacle = self.obstacle()
+        readiness = {"ready": False, "reason": obstacle} if obstacle else {"ready": True}
+        return readiness | (self.serving_log.health() if self.serving_log is not None else {})
 
     def _requests(self) -> float:
         return float(self.http.statistics().requests + self.grpc.statistics().requests)
@@ -563,6 +591,7 @@ class Gateway:
             self.serving_log.attach(version)
         self.tracing.attach(version)
         self.remotes.attach(version)
+        self.backends.attach(version)
         self.probers.attach(version)
         self.agreement.attach(version)
         if self.config.server.metrics.nv_summaries and version.statistics.recent is None:
@@ -614,7 +643,7 @@ class Gateway:
     async def _promote(self, name: str, version: ServedVersion) -> object:
         """The canary takes over; a browser or the command line asked."""
         async with self.releases.turn(name):
-            return await self.releases.promote(name, [version], by="operations port")
+            return await self.releases.promote(name, [version], by="operator")
 
     def _registered(self, config: Config, entry: ModelEntry, name: str, load: plan.Load) -> Target:
         """What a variant's reference means, from its registry; runs in a thread."""

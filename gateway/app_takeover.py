@@ -9,7 +9,8 @@ each as often as there are addresses; without names they come in this order, one
 - SIGUSR2: a running gateway starts its own command line anew, with its sockets inherited, waits until that process
   serves, and only then stops accepting. The queue of the sockets is shared: a connection in it is accepted by one of
   the two. What the old one has it answers, with `Connection: close` or GOAWAY; then it ends. A successor that does not
-  come up changes nothing.
+  come up changes nothing. What operators drained when it was started is drained there too; a rollback, a promotion and
+  a share that was changed at run time are not repeated there, which is told when it is started (`not_handed_over`).
 
 The successor is a child that nothing binds to its parent, so it lives on. It has another process id: under a service
 manager that follows the first one, use socket activation.
@@ -30,6 +31,8 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Final
 
 from gateway.errors import BindError
+from gateway.releases_model import ModelReleasesStatus
+from gateway.variants_status import TrafficStatus
 
 log = logging.getLogger("gateway")
 
@@ -42,6 +45,8 @@ START_TIMEOUT_S: Final = 600.0
 _FIRST_FD: Final = 3
 _OUT_OF_THE_WAY: Final = 64
 _READY: Final = "GATEWAY_READY_FD"
+DRAINED: Final = "GATEWAY_DRAINED"
+"""Variable of a successor's environment; see `operations_backends.Backends.orders_as_text`."""
 # Only the process itself can know its number, which LISTEN_PID has to name, and move descriptors to where they belong.
 _SHIM: Final = (
     "import os, sys\n"
@@ -53,6 +58,27 @@ _SHIM: Final = (
 )
 
 Sockets = Mapping[str, Sequence[socket.socket]]
+
+
+def not_handed_over(releases: Iterable[ModelReleasesStatus], traffic: Iterable[TrafficStatus]) -> list[str]:
+    """What operators changed at run time and a successor, which knows the configuration and the sources only, will not
+    do: sentences for people."""
+    found = []
+    for model in releases:
+        live = next((release.version for release in model.releases if release.role == "live"), "none")
+        if model.withheld:
+            found.append(
+                f"model {model.model}: version {live} serves by an operator's choice; the successor serves what "
+                f"{model.reference or 'its source'} means; move that too"
+            )
+    for split in traffic:
+        for role, variant in (("canary", split.canary), ("shadow", split.shadow)):
+            if variant is not None and variant.percent != variant.configured_percent:
+                found.append(
+                    f"model {split.model}: its {role} has {variant.percent:g} % by an operator's choice; the successor "
+                    f"gives it the {variant.configured_percent:g} % of the configuration; change that too"
+                )
+    return found
 
 
 def inherited(environment: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
@@ -109,7 +135,9 @@ def tell_ready(environment: MutableMapping[str, str]) -> None:
 class Successor:
     """A process that is to take over these sockets. `command`: what to run."""
 
-    def __init__(self, sockets: Mapping[str, Iterable[int]], command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, sockets: Mapping[str, Iterable[int]], command: Sequence[str] | None = None, drained: str = ""
+    ) -> None:
         """Start it. `sockets`: descriptors of listening sockets, by name. Raises OSError."""
         names = [name for name, fds in sockets.items() for _ in fds]
         ready, theirs = os.pipe2(os.O_CLOEXEC)
@@ -122,7 +150,7 @@ class Successor:
                 "LISTEN_FDS": str(len(names)),
                 "LISTEN_FDNAMES": ":".join(names),
                 _READY: str(_FIRST_FD + len(names)),
-            }
+            } | ({DRAINED: drained} if drained else {})
             places = ",".join(map(str, copies))
             self._process = subprocess.Popen(  # noqa: S603  # our own command line
                 [sys.executable, "-ISc", _SHIM, places, *(command or [sys.executable, *sys.orig_argv[1:]])],
@@ -174,10 +202,10 @@ class Successor:
             said.set_result(_read(self._ready))
 
 
-async def successor_serves(sockets: Mapping[str, Sequence[int]]) -> bool:
+async def successor_serves(sockets: Mapping[str, Sequence[int]], drained: str) -> bool:
     """Start a successor; returns once it serves, or will not. `sockets`: descriptors of listening sockets, by name."""
     try:
-        successor = Successor(sockets)
+        successor = Successor(sockets, drained=drained)
     except OSError as error:
         log.error("SIGUSR2: no successor could be started, this process goes on: %s", error.strerror)
         return False

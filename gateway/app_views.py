@@ -63,15 +63,17 @@ class Views:
 
     def _status(self, version: ServedVersion) -> ModelStatus:
         known = version.scheduler is not None
+        loaded = version.state is ModelState.READY
+        reason = version.refusal if loaded else version.reason
         return ModelStatus(
             version.name,
             version.version,
-            version.state.value,
+            ModelState.UNAVAILABLE.value if loaded and reason else version.state.value,
             version.artifact.digest if version.artifact is not None else "",
             self._backends(version),
             version.spec.policy.max_batch_size if known else 0,
             version.spec.batching_note if known else "",
-            "" if version.state is ModelState.READY else version.reason,
+            reason,
             self._agreement.statistics(version),
             version.role,
             version.artifact.source if version.artifact is not None else version.wanted.uri,

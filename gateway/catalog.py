@@ -101,9 +101,10 @@ class Catalog:
         return [version for name in sorted(self._models.keys() | self._beside.keys()) for version in self.of(name)]
 
     def distinct(self) -> list[ServedVersion]:
-        """`versions`, without those beside whose number another one has: what clients and dashboards can tell apart."""
+        """`versions`, without those beside whose number another one has: what clients and dashboards can tell apart.
+        Those that clients can reach go first."""
         found: dict[tuple[str, str], ServedVersion] = {}
-        for version in self.versions():
+        for version in sorted(self.versions(), key=lambda version: (version.name, not version.reachable)):
             found.setdefault((version.name, version.version), version)
         return list(found.values())
 
@@ -118,7 +119,13 @@ class Catalog:
 
     def ready(self) -> bool:
         """Whether every version that should be served can take requests; one that was unloaded should not."""
-        return all(v.ready for v in self.versions() if v.required and v.state not in GONE)
+        return not self.obstacle()
+
+    def obstacle(self) -> str:
+        """Which version that should be served takes no requests, and why, in words; empty where all do."""
+        required = (version for version in self.versions() if version.required)
+        found = next((v for v in required if v.state not in GONE and not v.ready), None)
+        return "" if found is None else f"model '{found.name}' version {found.version}: {found.obstacle}"
 
     def names(self) -> list[str]:
         """Every model that was ever loaded or tried, in order."""

@@ -1,7 +1,8 @@
 """One version of the catalog from its files to READY, or to FAILED with a reason.
 
 Read and hash its bytes → load its instances on workers → read its signature → settle how it may be batched, with proof
-→ golden inputs → READY. Whatever goes wrong on the way, nothing of it stays loaded.
+→ golden inputs → READY. Whatever goes wrong on the way, nothing of it stays loaded. A remote server that is lost
+meanwhile is not the model's fault: it is loaded on the next one, and the lost one joins when it is back.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from gateway.catalog_version import ServedVersion
 from gateway.core.ensemble_plan import load_order
-from gateway.core.model import ModelEvent, next_state
+from gateway.core.model import Artifact, ModelEvent, next_state
 from gateway.core.request import InferRequest
 from gateway.ensemble import Ensemble, check_cacheable, ensemble_spec
-from gateway.errors import ConfigError, GatewayError
-from gateway.loading import check_answers, document, settle_spec
+from gateway.errors import ConfigError, GatewayError, ModelError
+from gateway.loading import LoadedModel, Settled, WantedVersion, check_answers, document, settle_spec
+from gateway.loading_trial import ServerLost
 
 log = logging.getLogger("gateway.catalog")
+
+MAX_LOST: Final = 2
+"""Servers that one load may lose. A model that took two along is not tried on a third: it may be the reason."""
 
 Resolve = Callable[[str, str | None], ServedVersion]
 Infer = Callable[[ServedVersion, InferRequest], None]
@@ -62,16 +68,40 @@ async def _load(version: ServedVersion, resolve: Resolve, infer: Infer) -> None:
         version.config_document = await asyncio.to_thread(document, wanted, artifact, spec, 0)
         version.settle_ensemble(Ensemble(spec, version.statistics, resolve, infer))
         return
-    loaded = await wanted.load(artifact)
+    settled, loaded = await _loaded(wanted, artifact)
     try:
-        settled = await settle_spec(version.wanted, artifact, loaded)
-        await check_answers(wanted, settled.spec, loaded)
         instances = len(loaded.replicas)
         version.config_document = await asyncio.to_thread(document, wanted, artifact, settled.spec, instances)
     except BaseException:
         await loaded.unload()
         raise
     version.settle(settled, loaded)
+
+
+async def _loaded(wanted: WantedVersion, artifact: Artifact) -> tuple[Settled, LoadedModel]:
+    """Instances, or a remote server, on which the model was tried with success."""
+    lost: list[str] = []
+    while True:
+        try:
+            loaded = await wanted.load(artifact)
+        except ModelError as error:
+            if not lost:
+                raise
+            raise ModelError("; ".join([*lost, str(error)])) from None
+        try:
+            settled = await settle_spec(wanted, artifact, loaded)
+            await check_answers(wanted, settled.spec, loaded)
+        except ServerLost as error:
+            await loaded.unload()
+            lost.append(str(error))
+            if len(lost) == MAX_LOST:
+                raise ModelError("; ".join(lost)) from None
+            log.warning("model %s version %s: %s; another server is tried", wanted.name, wanted.version, error)
+        except BaseException:
+            await loaded.unload()
+            raise
+        else:
+            return settled, loaded
 
 
 def _failed(version: ServedVersion, reason: str) -> bool:

@@ -31,6 +31,8 @@ _LOADS: Final = itertools.count(1)
 GONE: Final = frozenset((ModelState.UNLOADING, ModelState.UNAVAILABLE))
 """States of a version that somebody took out of service."""
 
+LOG_FULL: Final = "the inference log has no room for its requests"
+
 Role = Literal["champion", "standby", "previous", "canary", "shadow"]
 """What a loaded version of a model is for: the model's name means it; it is on trial before it takes the name; it had
 the name and can have it back; or it answers a share of the requests; or it is only compared."""
@@ -40,6 +42,8 @@ class ServedVersion:
     """One model version in the catalog. `scheduler` is there exactly while requests can be taken."""
 
     _fingerprint = b""
+    on_joined: Callable[[ServedVersion], None] = staticmethod(lambda version: None)
+    """Called when a replica has joined, before any batch can go there."""
 
     def __init__(self, wanted: WantedVersion) -> None:
         self.name = wanted.name
@@ -152,7 +156,17 @@ class ServedVersion:
             return self.reason or self.state.value.lower()
         if isinstance(self.scheduler, Ensemble):
             return self.scheduler.obstacle
-        return "" if self.ready else "no backend is available" if self.origin is not None else "no worker is available"
+        if self.ready:
+            return ""
+        members = [member for fleet in self.fleets for member in fleet.members]
+        if members and all(member.breaker.state is State.DRAINED for member in members):
+            return "all its backends are drained"
+        return "no backend is available" if self.origin is not None else "no worker is available"
+
+    @property
+    def refusal(self) -> str:
+        """Why clients are told that it is not ready, in words; empty where it takes requests."""
+        return self.obstacle or (LOG_FULL if self.log_blocked else "")
 
     def fingerprint(self) -> bytes:
         """Names what would answer now: it changes whenever the same input might be answered differently."""
@@ -174,7 +188,8 @@ class ServedVersion:
     def add_replica(self, replica: Replica) -> None:
         """`replica`, whose tensors are those of `spec`, takes part from now on. Harmless where nothing is served."""
         if isinstance(self.scheduler, Scheduler):
-            self.scheduler.add_replica(replica)
+            self.scheduler.add_replica(replica)  # which looks for work for it at the end of this turn of the loop
+            self.on_joined(self)
 
     async def remove_replica(self, replica: Replica) -> None:
         """No batch goes to `replica` any more; returns when those under way are over."""

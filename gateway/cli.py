@@ -21,7 +21,7 @@ from rich.console import Console
 
 import gateway
 from gateway.cli_log import log_app
-from gateway.cli_text import Verb, count
+from gateway.cli_text import Verb, count, harmless
 from gateway.client import Access
 from gateway.config import Config, json_schema, load
 from gateway.errors import ConfigError, Fault, GatewayError
@@ -409,7 +409,7 @@ def backends(
     action: Annotated[
         str, typer.Argument(metavar="list|drain|undrain", help="`drain`: no new batches; `undrain` lifts that.")
     ] = "list",
-    name: Annotated[str | None, typer.Argument(help="The backend, or the server with all it serves.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A backend; or a server, or host:port: all there.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Only for this model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Drain the last one that can serve a model, too.")] = False,
     wait: Annotated[
@@ -459,10 +459,10 @@ def _explain(error: Exception) -> int:
     console = _console(stderr=True)
     if isinstance(error, ConfigError):
         for fault in error.faults:
-            _say(console, f"error: {str(fault).removeprefix(': ')}")
+            _say(console, f"error: {harmless(str(fault)).removeprefix(': ')}")
         return EXIT_CONFIG
     if isinstance(error, GatewayError):
-        _say(console, f"error: {error}")
+        _say(console, f"error: {harmless(str(error))}")  # it may repeat what a client, or a registry, wrote
         return EXIT_REFUSED
     what = " ".join(str(error).split())[:300] or "no further text"
     _say(

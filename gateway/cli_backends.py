@@ -52,9 +52,7 @@ def show(out: Console, url: str, access: Access, *, name: str | None, model: str
         ClientError: no server, an unexpected answer, or nothing of that name.
     """
     listed = _listed(url, access)
-    chosen = [
-        one for one in listed if name in (None, one.get("backend"), one.get("server")) and model in (None, one["model"])
-    ]
+    chosen = [one for one in listed if (name is None or name in _names(one)) and model in (None, one["model"])]
     if not chosen and (name is not None or model is not None):
         names = ", ".join(sorted({str(one.get("backend")) for one in listed}, key=natural))
         of = f" of model '{model}'" if model is not None else ""
@@ -69,6 +67,12 @@ def show(out: Console, url: str, access: Access, *, name: str | None, model: str
     out.print(_table(chosen, wide=wide))
     for cause, held in [] if wide else _reasons(chosen):
         out.print(f"{', '.join(held)}: {cause}", markup=False, highlight=False)
+
+
+def _names(one: Mapping[str, Any]) -> set[str]:
+    """What people may call a backend: its own name, its server's, the server's address and URL."""
+    url = str(one.get("url") or "")
+    return {str(one.get("backend")), str(one.get("server")), url, url.rpartition("//")[2]} - {""}
 
 
 def _listed(url: str, access: Access) -> list[dict[str, Any]]:

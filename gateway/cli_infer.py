@@ -27,6 +27,8 @@ from gateway.provenance.headers import HeaderError, Provenance, parse
 MAX_ROWS_SHOWN: Final = 50
 MAX_VALUES_SHOWN: Final = 10
 SHORT_DIGEST: Final = 19
+WIDE: Final = 110
+"""Columns of a terminal on which the list has room for where a model comes from."""
 """Characters: `sha256:` and twelve digits."""
 
 
@@ -166,7 +168,8 @@ def models(out: Console, url: str, access: Access, *, detailed: bool, only: str 
     elif detailed:
         _print_blocks(out, headings, rows)
     else:
-        if not any(model.get("reference") for model in chosen):  # a person knows where the files are
+        # A person knows where the files are, and a narrow table is unreadable: the status has it too.
+        if out.width < WIDE or not any(model.get("reference") for model in chosen):
             headings, rows = headings[:-1], [row[:-1] for row in rows]
         table = Table(show_edge=False)
         for heading in headings:

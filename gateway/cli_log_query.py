@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gateway.cli_text import count
+from gateway.cli_text import count, harmless
 from gateway.errors import ConfigError
 from gateway.inference_log.log_queries import explained, running
 from gateway.inference_log.rendering import json_text, jsonable
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FORMATS: Final = ("table", "json", "csv", "parquet")
 MAX_ROWS_SHOWN: Final = 200
 MAX_CELL: Final = 200
+NARROWEST: Final = 8
+"""Columns of a terminal that a column of a table needs at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def _csv(stream: TextIO, reader: pa.RecordBatchReader) -> None:
     writer.writerow(reader.schema.names)
     for row in _rows(reader):
         cells = [_cell(value) for value in row.values()]
-        writer.writerow([_shown(cell) for cell in cells] if stream.isatty() else cells)
+        writer.writerow([harmless(cell) for cell in cells] if stream.isatty() else cells)
 
 
 def _parquet(output: Path | None, reader: pa.RecordBatchReader) -> int:
@@ -129,7 +131,10 @@ def _parquet(output: Path | None, reader: pa.RecordBatchReader) -> int:
 
 
 def _table(out: Console, reader: pa.RecordBatchReader) -> None:
+    """As wide as the terminal; where the columns cannot fit, a block a row, without what is empty."""
     table = Table(show_edge=False)
+    narrow = len(reader.schema) * NARROWEST > out.width
+    names = [f"{name:<{max(map(len, reader.schema.names))}}" for name in reader.schema.names]
     for field in reader.schema:
         numeric = str(field.type).startswith(("int", "uint", "float", "double", "decimal"))
         table.add_column(escape(field.name), overflow="fold", justify="right" if numeric else "left")
@@ -138,9 +143,15 @@ def _table(out: Console, reader: pa.RecordBatchReader) -> None:
         if shown == MAX_ROWS_SHOWN:
             more = 1
             break
-        table.add_row(*(escape(_short(_cell(value))) for value in row.values()))
+        cells = [_short(_cell(value)) for value in row.values()]
+        if narrow:
+            lines = [f"{name} {cell}" for name, cell in zip(names, cells, strict=True) if cell]
+            out.print("\n".join(["", *lines][not shown :]), markup=False, highlight=False, soft_wrap=True)
+        else:
+            table.add_row(*map(escape, cells))
         shown += 1
-    out.print(table)
+    if not narrow:
+        out.print(table)
     if more:
         out.print(f"the first {MAX_ROWS_SHOWN} rows; --format json, csv or parquet gives all of them", highlight=False)
     elif shown == 0:
@@ -156,13 +167,8 @@ def _cell(value: Any) -> str:
     return orjson.dumps(plain).decode() if isinstance(plain, dict | list | bool) else str(plain)
 
 
-def _shown(text: str) -> str:
-    """What a client wrote cannot move a terminal's cursor."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def _short(text: str) -> str:
-    clean = _shown(text)
+    clean = harmless(text)
     return clean if len(clean) <= MAX_CELL or "\n" in clean else clean[:MAX_CELL] + "…"
 
 

@@ -19,19 +19,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gateway.cli_text import count
+from gateway.cli_text import count, harmless
 from gateway.inference_log.log_queries import explained
-from gateway.inference_log.rendering import jsonable
+from gateway.inference_log.rendering import json_text, jsonable
 from gateway.inference_log.retention import holds
-from gateway.inference_log.segments import SealerState, read_json
+from gateway.inference_log.segments import UNRESOLVED, SealerState, read_json
 from gateway.inference_log.store import Store
 from gateway.inference_log.verification import verify as check
 
 MAX_NOTES: Final = 50
-_BY_STATUS: Final = """
-    select model, version, status // 100 as class, count(*) as requests, cast(sum(rows) as bigint) as rows,
-        min(received) as first, max(received) as last
-    from requests group by all order by 1, 2, 3"""
+_BY_STATUS: Final = f"""
+    select model, case when model <> '{UNRESOLVED}' then version end as version, status // 100 as class,
+        count(*) as requests, cast(sum(rows) as bigint) as rows, min(received) as first, max(received) as last
+    from requests group by all order by 1, 2, 3"""  # noqa: S608 — ours
+"""What strangers asked for is one line, whatever versions they wrote."""
 _LOSSES: Final = """select coalesce(details ->> 'reason', kind) as reason, model, count(*) as gaps,
     cast(sum(cast(details ->> 'rows' as bigint)) as bigint) as rows, min("at") as first, max("at") as last from gaps
     group by all order by 1, 2"""
@@ -41,11 +42,11 @@ def stats(out: Console, store: Store, retention_days: int | None, *, as_json: bo
     """Print them."""
     found = collect(store, retention_days)
     if as_json:
-        out.file.write(orjson.dumps(jsonable(found), option=orjson.OPT_INDENT_2).decode() + "\n")
+        out.file.write(json_text(jsonable(found), indented=True) + "\n")
         return
     _requests(out, found["requests"])
-    for line in _lines(found):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in _lines(found):  # a sink's fault repeats what its server said, and that what a client wrote
+        out.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def collect(store: Store, retention_days: int | None) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _requests(out: Console, rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="right")
     for (model, version), mine in by_model.items():
         cells = [f"{mine.get(key, 0):,}" for key in ("requests", "rows", *classes)]
-        table.add_row(escape("(none of ours)" if model == "__unresolved__" else model), escape(version), *cells)
+        table.add_row(escape("(none of ours)" if model == UNRESOLVED else model), escape(version), *cells)
     if by_model:
         out.print(table)
     else:
@@ -170,7 +171,8 @@ def _sealer_lines(sealer: dict[str, Any] | None) -> list[str]:
 
 
 def _sink_line(sink: dict[str, Any]) -> str:
-    state = f"{sink['shipped_rows']:,} rows shipped, {sink['lag_rows']:,} behind"
+    behind = f"about {sink['lag_rows']:,} behind" if sink["lag_rows"] else "none behind"  # an estimate until sealed
+    state = f"{sink['shipped_rows']:,} rows shipped, {behind}"
     problem = f"; {sink['failing']}" if sink["failing"] else ""
     return f"sink       {sink['name']} said {_ago(sink['at_us'])}: {state}{problem}"
 

@@ -108,7 +108,7 @@ def _print(out: Console, row: Mapping[str, Any], as_json: bool) -> None:
 def line_of(row: Mapping[str, Any], *, narrow: bool = False) -> str:
     """One request as one line; the id stands last but for an error's text, which may be long. `narrow`: within 80."""
     asked = row["asked_model"]
-    served = f"{row['model']}/{row['version']}" if not asked else f"{_printable(asked)}?"
+    served = _printable(f"{row['model']}/{row['version']}" if not asked else f"{asked}?")
     if row["variant"] in ("canary", "shadow"):
         served += f" {row['variant']}"
     if narrow:

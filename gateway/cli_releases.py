@@ -55,14 +55,16 @@ def show(out: Console, url: str, model: str, access: Access) -> None:
     for one in status.get("releases") or []:
         text = f"  {one.get('role', ''):<15} version {one.get('version')}  {one.get('digest') or '-'}  {one.get('uri')}"
         out.print(text, markup=False, highlight=False, soft_wrap=True)
-    asked = _when(status.get("asked_at"))
+    asked = "not asked since the start" if status.get("asked_at") is None else f"asked last {_when(status['asked_at'])}"
     lines = {
-        "followed": f"{status.get('reference')}, every {status.get('interval_s'):g} s, asked last {asked}"
+        "followed": f"{status.get('reference')}, every {status.get('interval_s'):g} s, {asked}"
         if status.get("followed")
         else "",
         "unreachable": status.get("trouble"),
         "refused": status.get("refused"),
-        "withheld": status.get("withheld"),
+        "withheld": f"{status['withheld']}, until the source means something else, or: gateway models refresh --force"
+        if status.get("withheld")
+        else "",
     }
     for heading, value in lines.items():
         if value:

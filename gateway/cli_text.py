@@ -14,6 +14,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def harmless(text: str) -> str:
+    """What strangers wrote, unable to move a terminal's cursor."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 class Verb(TyperCommand):
     """A command whose "no such option" does not suggest options of later versions."""
 

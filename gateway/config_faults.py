@@ -34,6 +34,7 @@ from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.config_variants import variant_faults
 from gateway.errors import ConfigError, Fault
 from gateway.protocol.spelling import nearest, unknown_key
+from gateway.registry.formats import advice
 from gateway.registry.reference import DirectorySource, ModelFileSource, RegistrySource, Source, name_fault, parse
 
 OPTIONS: Final[dict[str, tuple[str, ...]]] = {
@@ -347,7 +348,9 @@ def _path_fault(source: Source) -> str | None:
         return f"there is no file {source.path}; write the path of an .onnx file"
     if isinstance(source, DirectorySource) and not source.path.is_dir():
         if source.path.exists():
-            return f"{source.path} is neither a directory nor an .onnx file; only ONNX models are served"
+            known = advice(source.path.name)
+            refusal = f"{source.path} is neither a directory nor an .onnx file; only ONNX models are served"
+            return f"{refusal}; {known}" if known else refusal
         if _ADDRESS.fullmatch(source.text):
             return f"there is no directory {source.path}; for a running server write http://{source.text}"
         return f"there is no directory {source.path}; write the path of a model repository or model"
@@ -420,6 +423,9 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     example = _example(holder, key)
     if error in ("extra_forbidden", "missing"):
         return f"is missing; {example}" if error == "missing" else unknown_key(key, _fields(holder))
+    known = _fields(holder).get(key)
+    if known is not None and known.repr is False:  # what stands there may be the secret itself
+        return f"expected env:VARIABLE or file:PATH, the place where it is; {example}"
     if error in _EXPECTED:
         quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
         hint = f'write {key}: "{value}" (in quotes)' if quoted else example
@@ -427,15 +433,13 @@ def _explain(kind: type[Section], details: ErrorDetails) -> str:
     if error == "literal_error":
         return _explain_choice(value, str(context["expected"]))
     if error == "string_pattern_mismatch":
-        return _explain_pattern(value, _fields(holder)[key], key, str(context["pattern"]), example)
+        return _explain_pattern(value, key, str(context["pattern"]), example)
     return f"{_explain_bound(details, context)}; {example}"
 
 
-def _explain_pattern(value: object, field: FieldInfo, key: str, pattern: str, example: str) -> str:
+def _explain_pattern(value: object, key: str, pattern: str, example: str) -> str:
     if key == "digest":
         return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
-    if field.repr is False:  # what stands there may be the secret itself
-        return f"expected env:VARIABLE or file:PATH, the place where it is; {example}"
     return f"expected {PATTERNS.get(pattern, f'text that matches {pattern}')}, found {_shown(value)}; {example}"
 
 
@@ -477,7 +481,8 @@ def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[type[
     """The section class that holds the key at `location`, and the key."""
     keys = [part for part in location if isinstance(part, str)]
     for key in keys[:-1]:
-        kind = _section_in(_fields(kind)[key].annotation) or kind
+        known = _fields(kind).get(key)  # None: the key of a mapping, such as a host, which is the user's own
+        kind = (known and _section_in(known.annotation)) or kind
     return kind, keys[-1] if keys else ""
 
 

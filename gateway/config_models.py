@@ -118,8 +118,8 @@ def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
                 continue
             if entry.digest not in (None, digest):
                 message = (
-                    f"the files of model '{model.name}' version {version} have digest {digest}; "
-                    "put the right files there or change the pin"
+                    f"the files of model '{model.name}' version {version} have digest {digest}, but {entry.digest} "
+                    "is pinned; put the right files there or change the pin"
                 )
                 index = next(i for i, known in enumerate(config.models) if known is entry)
                 faults.append(_fault(config, index, ".digest", message))

@@ -268,7 +268,7 @@ class ModelKeys(Section):
     meaning can change, such as an alias of a registry; 0 for files."""
     keep_previous: int | None = Field(default=None, ge=0, le=4, examples=[1])
     """Former versions that stay loaded after a swap, for `gateway models rollback`. Default: 1 for a model whose source
-    is followed (`poll_interval_s`), else 0."""
+    is followed (`poll_interval_s`), or that has a canary, which may be promoted; else 0."""
     inference_log: ModelLog | None = Field(default=None, examples=[{"overflow": "block", "sampling": 1.0}])
     """What the inference log keeps of its requests."""
     verification: Mode | None = Field(default=None, examples=["enforce"])

@@ -34,6 +34,10 @@ WORKER_BACK_S: Final = 60.0
 """How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
 
 
+class ServerLost(ModelError):
+    """The remote server that a load was trying the model on went away; another one may still have it."""
+
+
 Trial = tuple[list[InputTensor | None], Success]
 """One tensor per input of the model file, None for those left out, and the answer."""
 
@@ -78,6 +82,7 @@ async def run_patiently(
     """Run made-up input. A worker that dies meanwhile may have died of something else: the run is repeated.
 
     Raises:
+        ServerLost: a remote server goes away and does not come back.
         ModelError: the worker dies every time, or does not come back.
     """
     why = ""
@@ -97,7 +102,7 @@ async def run_patiently(
         except TimeoutError:
             break
     if replica.traits.kind == "oip":
-        raise ModelError(f"the model's server {replica.name} was lost on a trial run: {why}")
+        raise ServerLost(f"the model's server {replica.name} was lost on a trial run: {why}")
     raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
 
 

@@ -45,18 +45,19 @@ class Management:
         self,
         catalog: Catalog,
         repository: Repository,
-        ready: Callable[[], bool],
+        obstacle: Callable[[], str],
         *,
         server_name: str = SERVER_NAME,
         trace: TraceSettings | None = None,
         restrictions: Restrictions | None = None,
         memory: SharedMemory | None = None,
     ) -> None:
-        """`ready`: whether the whole server takes requests; `memory`: None: clients cannot share theirs."""
+        """`obstacle`: why the whole server takes no requests, empty if it does; `memory`: None: clients cannot share
+        theirs."""
         self.restrictions = restrictions or Restrictions()
         self._catalog = catalog
         self._repository = repository
-        self._ready = ready
+        self._obstacle = obstacle
         self._server_name = server_name
         self._trace = trace or TraceSettings()
         self._log = LogSettings()
@@ -69,7 +70,11 @@ class Management:
 
     def server_ready(self) -> bool:
         """Every model that should serve does, and the server is not stopping."""
-        return self._ready()
+        return not self._obstacle()
+
+    def server_obstacle(self) -> str:
+        """Why it is not ready, in words; empty where it is."""
+        return self._obstacle()
 
     def server_metadata(self) -> dict[str, Any]:
         return {"name": self._server_name, "version": __version__, "extensions": self._extensions()}
@@ -83,8 +88,11 @@ class Management:
 
     def model_ready(self, name: str, version: str | None = None) -> bool:
         """Whether it can answer now. Raises NotFound: unknown model or version."""
-        found = self._catalog.find(name, version)
-        return found.ready and not found.log_blocked
+        return not self.model_obstacle(name, version)
+
+    def model_obstacle(self, name: str, version: str | None = None) -> str:
+        """Why it cannot answer now, in words; empty where it can. Raises NotFound: unknown model or version."""
+        return self._catalog.find(name, version).refusal
 
     def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Raises NotFound, NotReady."""

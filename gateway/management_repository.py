@@ -52,12 +52,13 @@ MAX_SHOWN: Final = 10
 """Names of models in one message."""
 AGAIN_S: Final = 10.0
 """Between two attempts to load a model that was found late."""
+SIGNAL: Final = "SIGHUP"
+"""Who asks where a signal has the configuration read again."""
 PARALLEL: Final = 2
 """Models loaded at one time."""
 
 _INDEX_STATE: Final = {
     ModelState.LOADING: "LOADING",
-    ModelState.READY: "READY",
     ModelState.UNLOADING: "UNLOADING",
     ModelState.UNAVAILABLE: "UNAVAILABLE",
     ModelState.FAILED: "UNAVAILABLE",
@@ -93,6 +94,8 @@ class Repository:
         """And those of registries."""
         self._seen: dict[str, object] = {}
         """What each model's settings and files looked like when they were looked at last; not in mode explicit."""
+        self._behind: set[str] = set()
+        """Models that could not be loaded as they were wanted last."""
         self.forgotten: Callable[[str], None] = lambda name: None
         """Called with the name of a model about which nothing is known any more."""
         self.open = False
@@ -215,7 +218,8 @@ class Repository:
     # -- what clients ask ----------------------------------------------------------------------------------------
 
     async def index(self, ready: bool = False, repository: str = "") -> list[dict[str, str]]:
-        """Every version with its state, or only those that are READY; models never loaded have only a name.
+        """Every version with its state, or only those that are READY; models never loaded have only a name. READY means
+        what `…/ready` means: one that is loaded, and cannot answer, is UNAVAILABLE with the reason.
 
         `repository` chooses among several in Triton and is ignored, as it is there.
         """
@@ -223,21 +227,14 @@ class Repository:
         for version in self._catalog.distinct():
             if not version.reachable:
                 continue
-            state = _INDEX_STATE[version.state]
-            obstacle = version.obstacle if version.dependencies and version.state is ModelState.READY else ""
-            if obstacle:  # an ensemble that lacks one of its models
-                state = "UNAVAILABLE"
-            if version.state is ModelState.READY and not obstacle:
-                entries.append({"name": version.name, "version": version.version, "state": state})
+            entry = {"name": version.name, "version": version.version}
+            loaded = version.state is ModelState.READY
+            reason = version.refusal if loaded else version.reason
+            if loaded and not reason:
+                entries.append(entry | {"state": "READY"})
             elif not ready:
-                entries.append(
-                    {
-                        "name": version.name,
-                        "version": version.version,
-                        "state": state,
-                        "reason": obstacle or version.reason,
-                    }
-                )
+                state = "UNAVAILABLE" if loaded else _INDEX_STATE[version.state]
+                entries.append(entry | {"state": state, "reason": reason})
         if not ready and self._mode != "none":
             known = set(self._catalog.names())
             loadable = await asyncio.to_thread(self._known_names)
@@ -399,7 +396,7 @@ class Repository:
 
     async def poll(self, by: str = "poll") -> list[str]:
         """Bring the catalog in line with the sources, once. A model that cannot be loaded is logged, and tried again
-        when its files change. Returns the names of those."""
+        when its files or settings change, or when a signal asks for it. Returns the names of those."""
         async with self._polling:
             return await self._poll(by)
 
@@ -410,7 +407,8 @@ class Repository:
             log.info("model %s has left the repository and is unloaded", name)
             async with self.turn(name):
                 await self._unload(name, by)
-        changed = [name for name in sorted(now) if self._differs(name, now[name])]
+        again = self._behind if by == SIGNAL else set()
+        changed = [name for name in sorted(now) if name in again or self._differs(name, now[name])]
         self._seen = now
         failed = []
         for name in changed:
@@ -419,6 +417,7 @@ class Repository:
             except GatewayError as error:
                 log.error("model %s has changed but stays as it was: %s", name, error)
                 failed.append(name)
+        self._behind = (self._behind - set(changed)) & now.keys() | set(failed)
         return failed
 
     def _differs(self, name: str, looks: object) -> bool:
@@ -444,7 +443,7 @@ class Repository:
         await self._servers.reload(config)
         self._registered.reload(config)
         self._config = replace(config, server=self._config.server)
-        failed = await self.poll("SIGHUP") if self._mode != "explicit" else []
+        failed = await self.poll(SIGNAL) if self._mode != "explicit" else []
         await self._servers.reconcile()
         return failed
 

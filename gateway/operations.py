@@ -72,6 +72,7 @@ class ModelStatus:
     name: str
     version: str
     state: str
+    """READY means that it can answer now; UNAVAILABLE is one that was unloaded, or has nobody to execute it."""
     digest: str
     backends: Sequence[BackendStatus]
     max_batch_size: int

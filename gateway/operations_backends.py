@@ -2,7 +2,9 @@
 
 Rules:
   * a name is a backend's (`onnx-1`, `triton-a:8000`) or a server's, which means the server's replicas of every model;
-  * drained stays drained until it is undrained or leaves the configuration; nothing that happens to it changes that;
+    an address (`triton-a:8000`, also as a URL) means everything there, whatever it is called;
+  * drained stays drained until it is undrained or leaves the configuration: a restart of it, another version of the
+    model and a reload that makes its replicas anew change nothing (`core/drains.py`);
   * the last backend that can serve a model is not drained unless that is insisted on; then nothing at all is changed;
   * draining ends nothing: batches under way are answered, new ones go elsewhere.
 """
@@ -10,24 +12,30 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
 
 from gateway.catalog import ServedVersion
+from gateway.core.breaker_states import State
+from gateway.core.drains import Drains, Order
 from gateway.core.fleet import Fleet, Member, MemberStatistics
 
 Action = Literal["drain", "undrain"]
 
 MAX_WAIT_S: Final = 600.0
+MAX_HANDED_OVER: Final = 100_000
+"""Characters; the system takes 131 071 bytes in one variable of an environment."""
 LOOK_S: Final = 0.02
 """Between two looks at what is still under way, while somebody waits for it."""
 
 audit = logging.getLogger("gateway.audit")
+log = logging.getLogger("gateway.backends")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,70 @@ class Backends:
         self._versions = versions
         self._now = clock
         self._wall_clock = wall_clock
+        self._drains = Drains()
+
+    # -- what was drained stays so -------------------------------------------------------------------------------
+
+    def attach(self, version: ServedVersion) -> None:
+        """A version was loaded and takes no requests yet; backends of it that were drained get none, now and later."""
+        version.on_joined = self._hold
+        self._hold(version)
+
+    def _hold(self, version: ServedVersion) -> None:
+        """Before any batch can go to a replica that came."""
+        now = self._now()
+        for fleet in version.fleets:
+            for member in fleet.members:
+                state = member.breaker.state
+                if state is not State.DRAINED and self._drains.drained(version.name, names_of(member)):
+                    fleet.force(member, "open", now)
+                    log.info("model %s: backend %s stays drained", version.name, member.replica.name)
+
+    def drained(self, model: str, server: str, url: str) -> bool:
+        """Whether replicas of `model` get no batches on the server of that name and URL."""
+        return self._drains.drained(model, _names(server, server, url))
+
+    def orders_as_text(self) -> str:
+        """For a successor's `adopt`; empty: nothing is drained."""
+        orders = [[order.name, order.model, order.drained] for order in self._drains.orders]
+        text = json.dumps(orders) if orders else ""
+        if len(text) > MAX_HANDED_OVER:
+            log.warning("a successor is not told which %d backends are drained: their names are too long", len(orders))
+            return ""
+        return text
+
+    def adopt(self, text: str) -> None:
+        """Drain what a predecessor's operators had drained, as far as it comes. What cannot be read is told only."""
+        try:
+            orders = [_order(*given) for given in json.loads(text)] if text else []
+        except (ValueError, TypeError) as error:
+            log.error("which backends the predecessor had drained cannot be read: %s", error)
+            return
+        self._drains = Drains(orders)
+
+    def reloaded(self, configured: Collection[str]) -> None:
+        """Another configuration holds. What was drained and is neither `configured` (names and addresses of servers)
+        nor there any more is forgotten."""
+        there = {
+            (name, version.name)
+            for version in self._versions()
+            for fleet in version.fleets
+            for member in fleet.members
+            for name in names_of(member)
+        }
+        names = {name for name, _ in there}
+        models = {version.name for version in self._versions()}
+
+        def exists(name: str, model: str | None) -> bool:
+            # One of several addresses of a name, as `name/address`, may be away for a while.
+            server = name in configured or name.partition("/")[0] in configured
+            return name in names or server if model is None else (name, model) in there or (server and model in models)
+
+        for order in self._drains.keep(exists):
+            of = f" of model {order.model}" if order.model is not None else ""
+            log.info("backend %s%s left the configuration, and is not drained if it comes back", order.name, of)
+
+    # -- what there is -------------------------------------------------------------------------------------------
 
     def views(self) -> list[BackendView]:
         """By model, version and the order in which they came."""
@@ -143,6 +215,8 @@ class Backends:
             share=round(seen.share, 4),
         )
 
+    # -- what can be done with it --------------------------------------------------------------------------------
+
     async def act(self, action: Action, name: str, model: str | None, *, force: bool, wait_s: float) -> Done:
         """Drain or undrain what is called `name`, of all models or of `model`; wait until it is idle, at most `wait_s`.
 
@@ -157,6 +231,7 @@ class Backends:
         for version, fleet, member in found:
             fleet.force(member, "open" if action == "drain" else None, now)
             version.kick()
+        self._drains.give(Order(name, model, drained=action == "drain"))
         audit.info("%s of backend %s, model %s, force %s", action, name, model or "any", force)
         idle = await self._idle([member for _, _, member in found], wait_s if action == "drain" else 0.0)
         return Done(action, name, [self._changed(*one) for one in found], idle)
@@ -169,8 +244,7 @@ class Backends:
             for fleet in version.fleets
             for member in fleet.members
         ]
-        # Workers have no server: an empty name means nobody, not all of them.
-        found = [one for one in every if name and name in (one[2].replica.name, one[2].replica.traits.server)]
+        found = [one for one in every if name in names_of(one[2])]
         if not found:
             names = sorted({member.replica.name for _, _, member in every})
             of = f" of model '{model}'" if model is not None else ""
@@ -204,6 +278,23 @@ class Backends:
         seen = dict(zip(fleet.members, fleet.statistics(self._now()).members, strict=True)).get(member)
         state = "removed" if seen is None else seen.state
         return Changed(version.name, version.version, member.replica.name, state, member.replica.in_flight)
+
+
+def _order(name: object, model: object, drained: object) -> Order:
+    if not isinstance(name, str) or not isinstance(model, str | None) or not isinstance(drained, bool):
+        raise TypeError("an order is a name, a model or null, and true or false")
+    return Order(name, model, drained)
+
+
+def names_of(member: Member) -> frozenset[str]:
+    """What people may call it: its own name, its server's, the server's address and URL."""
+    replica = member.replica
+    return _names(replica.name, replica.traits.server, str(getattr(replica, "url", "")))
+
+
+def _names(backend: str, server: str, url: str) -> frozenset[str]:
+    # Workers have no server and no URL: an empty name means nobody, not all of them.
+    return frozenset((backend, server, url, url.rpartition("//")[2])) - {""}
 
 
 def cause_of(member: Member, seen: MemberStatistics) -> str:

@@ -73,7 +73,7 @@ def _percents(body: bytes) -> Mapping[VariantRole, float]:
     example = 'write for example {"canary": 25}'
     try:
         read: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PageFault(400, f"the body is not JSON; {example}") from None
     if not isinstance(read, dict) or not read:
         raise PageFault(400, f"the body names no share; {example}")

@@ -138,10 +138,16 @@ class RegisteredModels:
         )
 
     def reload(self, config: Config) -> None:
-        """Take over another configuration; registries whose settings did not change go on counting."""
+        """Take over another configuration; registries whose settings did not change go on counting. What was refused
+        is tried again."""
         if (config.registries, config.environ) != (self._config.registries, self._config.environ):
             self.registries = registries_of(config)
+        self.forget_refused()
         self._config = config
+
+    def forget_refused(self) -> None:
+        """See `Registries.forget_refused`."""
+        self.registries.forget_refused()
 
 
 class _Release:

@@ -7,8 +7,8 @@ What may be done is decided in core/release.py; here it is carried out:
          it has taken; it stays loaded for a rollback, or is freed
 
 Rules:
-  * one change of a model at a time, whoever asks: `turn`. Only a rollback does not wait for a release on trial: it ends
-    the trial;
+  * one change of a model at a time, whoever asks: `turn`. Only a rollback waits for nobody: it ends a trial, and a load
+    that somebody else asked for changes hands after it. So between two awaits the catalog and what is known here agree;
   * a request belongs to the version it was decoded for, and a version has a queue and workers' instances of its own: no
     batch holds rows of two releases;
   * until the name changes hands nothing that callers see has changed. What goes wrong is a refusal (the release's
@@ -44,13 +44,12 @@ from gateway.core.release import (
 )
 from gateway.errors import GatewayError, LoadFailed
 from gateway.loading import LoadedModel, WantedVersion
+from gateway.loading_passing import Passing
 from gateway.releases_model import (
     FollowedModel,
     ModelReleasesStatus,
-    Passing,
     Result,
     check_fit,
-    confirm,
     digest_of,
     uri_of,
     versions_of,
@@ -113,7 +112,8 @@ class Releases:
     async def adopt(self, names: Iterable[str], by: str) -> None:
         """These models were loaded, at start or late, without `replace`."""
         for name in names:
-            await self._installed(name, by)
+            if self._catalog.champions(name):
+                await self._installed(name, by, await asyncio.to_thread(self._find, name))
 
     async def replace(self, wanted: Sequence[WantedVersion], by: str, *, follow: bool = True) -> list[ServedVersion]:
         """`Catalog.replace`: what serves is kept for a rollback, where that is wanted. The caller has the model's turn.
@@ -122,20 +122,18 @@ class Releases:
         Returns the versions that FAILED, which the caller tells; then nothing has changed.
         """
         name = wanted[0].name
-        model = self._models.get(name)
-        keep = model is not None and model.track.keep > 0 and model.track.live is not None
-        failed = await self._catalog.replace(wanted, keep=keep)
-        if not failed:
-            await self._installed(name, by, follow=follow)
-        return failed
-
-    async def _installed(self, name: str, by: str, *, follow: bool = True) -> None:
-        served = self._catalog.champions(name)
-        if not served:
-            return
-        following = await asyncio.to_thread(self._find, name)
+        following = await asyncio.to_thread(self._find, name)  # nothing may fail once the name has changed hands
         if not follow:
             following = replace(following, interval_s=0.0, source=None)
+        model = self._models.get(name)
+        keep = model is not None and following.keep > 0 and model.track.live is not None
+        failed = await self._catalog.replace(wanted, keep=keep)
+        if not failed:
+            await self._installed(name, by, following)
+        return failed
+
+    async def _installed(self, name: str, by: str, following: Following) -> None:
+        served = self._catalog.champions(name)
         model = self._models.get(name)
         if model is None:
             model = self._models[name] = FollowedModel(name, following)
@@ -147,8 +145,8 @@ class Releases:
         self._drop(model, dropped)
         self._forget_lost(model)
         self._tell(model)
-        await confirm(served)
         self._follow(model)
+        await model.note(release)
 
     def unloaded(self, name: str, by: str) -> None:
         """The model was taken out of service, with everything beside it."""
@@ -187,9 +185,12 @@ class Releases:
             log.exception("following model %s failed; it is tried again", name)
 
     async def refresh_all(self, by: str) -> None:
-        """Ask the source of every model that has one that can change, and do what it says."""
-        names = [name for name, model in self._models.items() if model.following.source is not None]
-        await asyncio.gather(*[self.look(name, by) for name in names])
+        """Ask the source of every model that has one that can change, and do what it says. What was refused is tried
+        again: the configuration was read anew, and golden inputs are files of it."""
+        followed = [model for model in self._models.values() if model.following.source is not None]
+        for model in followed:
+            model.track.forgive()
+        await asyncio.gather(*[self.look(model.name, by) for model in followed])
 
     def referring(self, prefixes: tuple[str, ...]) -> list[str]:
         """Names of the models whose reference begins like one of these and can mean something else."""
@@ -217,13 +218,15 @@ class Releases:
         async with self.turn(name):
             if self._models.get(name) is not model or model.track.live is None:
                 raise NothingToDo(f"model '{name}' is not loaded")
+            if insist:
+                model.following.forget()
             model.trial = asyncio.get_running_loop().create_task(self._look(model, by, insist=insist))
             try:
                 return await asyncio.shield(model.trial)
             except asyncio.CancelledError:
                 if model.trial.cancelled():  # by a rollback
                     raise NothingToDo(f"model '{name}' was rolled back meanwhile") from None
-                model.trial.cancel()
+                model.end_trial()
                 await asyncio.wait({model.trial})
                 raise
             finally:
@@ -246,17 +249,20 @@ class Releases:
         model.trouble = model.said = ""
         model.asked_at = now = self._now()
         decision = model.track.noticed(meant.identity, meant.version, meant.uri, now, insist=insist)
+        if isinstance(decision, Restore) and (obstacle := _obstacle(model.served[decision.release])):
+            log.warning("model %s: it is kept, but loaded anew: %s", model.name, obstacle)
+            self._lose(model, decision.release)
+            decision = model.track.noticed(meant.identity, meant.version, meant.uri, now)
         match decision:
             case Stay():
                 if decision.why == "refused":
                     raise LoadFailed(f"model '{model.name}': refused before, and not tried again: {decision.text}")
                 return model.result(decision.why, decision.text)
             case Restore():
-                return await self._restore(model, decision.release, by)
+                return await self._serve(model, decision.release, model.served[decision.release], by, "swapped")
             case Prepare():
                 log.info("model %s: its source means version %s now (%s)", model.name, meant.version, meant.uri)
-                async with self._trying:
-                    return await self._try(model, decision.release, meant.wanted, by)
+                return await self._try(model, decision.release, meant.wanted, by)
 
     async def _try(
         self, model: FollowedModel, release: Release, wanted_of: Callable[[], list[WantedVersion]], by: str
@@ -264,8 +270,9 @@ class Releases:
         """Fetch, verify, load, check, swap."""
         passing = Passing()
         try:
-            wanted = await asyncio.to_thread(passing.watch, wanted_of)
-            staged = await self._catalog.stage([self._watched(model, one, passing) for one in wanted], "standby")
+            async with self._trying:
+                wanted = await asyncio.to_thread(passing.watch, wanted_of)
+                staged = await self._catalog.stage([self._watched(model, one, passing) for one in wanted], "standby")
         except GatewayError as error:
             self._not_served(model, str(error), by, passing=passing.seen)
             raise LoadFailed(f"model '{model.name}': {error}") from None
@@ -281,9 +288,7 @@ class Releases:
             self._catalog.retire(staged)
             await self._catalog.freed(model.name)
             raise LoadFailed(f"model '{model.name}': {error}") from None
-        result = self._swap(model, release, staged, by, "swapped")
-        await confirm(staged)
-        return result
+        return await self._serve(model, release, staged, by, "swapped")
 
     def _watched(self, model: FollowedModel, wanted: WantedVersion, passing: Passing) -> WantedVersion:
         async def load(artifact: Artifact) -> LoadedModel:
@@ -305,7 +310,7 @@ class Releases:
 
     # -- changing hands ------------------------------------------------------------------------------------------
 
-    def _swap(
+    async def _serve(
         self,
         model: FollowedModel,
         release: Release,
@@ -313,6 +318,7 @@ class Releases:
         by: str,
         outcome: Literal["swapped", "rolled_back", "promoted"],
     ) -> Result:
+        """The name means `versions` before anybody else runs."""
         before, track = model.track.live, model.track
         self._catalog.flip(model.name, versions, keep=track.keep > 0)
         model.served[release] = versions
@@ -322,63 +328,59 @@ class Releases:
         # Files that changed keep their version number: then the digests tell the two apart.
         full = before is not None and before.version == release.version
         was = _named(before, full=full) if before is not None else "nothing"
-        return model.result(outcome, f"{_named(release, full=full)} serves now, {was} before")
-
-    async def _restore(
-        self, model: FollowedModel, release: Release, by: str, outcome: Literal["swapped", "rolled_back"] = "swapped"
-    ) -> Result:
-        versions = model.served[release]
-        if bad := next((version for version in versions if not version.ready), None):
-            raise LoadFailed(f"model '{model.name}' version {bad.version} is kept, but cannot answer: {bad.obstacle}")
-        result = self._swap(model, release, versions, by, outcome)
-        await confirm(versions)
+        result = model.result(outcome, f"{_named(release, full=full)} serves now, {was} before")
+        await model.note(release)
         return result
 
     async def rollback(self, name: str, by: str) -> Result:
-        """Let the name mean what it meant before, at once; what it meant until now is kept in its place.
+        """Let the name mean what it meant before, at once; what it meant until now is kept in its place. Needs no turn.
 
         Raises:
             NothingToDo: nothing is kept.
             LoadFailed: what is kept cannot answer.
         """
         model = self._known(name)
-        if model.track.back() is None:
+        kept = model.track.back()
+        if kept is None:
             raise NothingToDo(
                 f"model '{name}' has no former version loaded, so there is nothing to go back to; keep_previous says "
                 "how many are kept from the next swap on"
             )
-        if model.trial is not None:
-            model.trial.cancel()
-        async with self.turn(name):
-            kept = model.track.back()
-            if kept is None:
-                raise NothingToDo(f"model '{name}' has no former version loaded any more")
-            return await self._restore(model, kept.release, by, "rolled_back")
+        versions = model.served[kept.release]
+        if obstacle := _obstacle(versions):
+            raise LoadFailed(f"model '{name}': {obstacle}")
+        model.end_trial()
+        self._not_served(model, "it was given up for a rollback", by, passing=True)
+        return await self._serve(model, kept.release, versions, by, "rolled_back")
 
     async def promote(self, name: str, versions: list[ServedVersion], by: str) -> Result:
         """Let the name mean versions that are loaded beside, a canary. The caller has the model's turn, and has asked
         whether they fit its clients.
 
         Raises:
-            NothingToDo: the model is not loaded, or one of the versions is not.
+            NothingToDo: the model is not loaded, one of the versions is not, or it has the name already.
         """
         model = self._known(name)
+        model.track.keep = (await asyncio.to_thread(self._find, name)).keep  # it may not have had a canary when loaded
+        if any(version.role == "champion" for version in versions):
+            raise NothingToDo(f"version {versions_of(versions)} is what the name of model '{name}' means already")
         if bad := next((version for version in versions if not version.ready), None):
             raise NothingToDo(f"version {bad.version} cannot answer: {bad.obstacle}")
         now = self._now()
         release = Release(identity_of(versions), versions_of(versions), uri_of(versions), now, digest_of(versions))
         for event in (ReleaseEvent.VERIFIED, ReleaseEvent.LOADED, ReleaseEvent.CHECKED):
             release.go(event, now)
-        result = self._swap(model, release, versions, by, "promoted")
-        await confirm(versions)
-        return result
+        return await self._serve(model, release, versions, by, "promoted")
 
     def _forget_lost(self, model: FollowedModel) -> None:
         """What was not well when it was displaced is not kept."""
         for release in model.track.previous:
             if any(version.role != "previous" for version in model.served[release]):
-                model.track.lost(release, self._now())
-                self._drop(model, [release])
+                self._lose(model, release)
+
+    def _lose(self, model: FollowedModel, release: Release) -> None:
+        model.track.lost(release, self._now())
+        self._drop(model, [release])
 
     def _drop(self, model: FollowedModel, releases: Iterable[Release]) -> None:
         for release in releases:
@@ -420,3 +422,9 @@ class Releases:
 
 def _named(release: Release, *, full: bool) -> str:
     return f"version {release.version} ({release.digest})" if full else f"version {release.version}"
+
+
+def _obstacle(kept: Sequence[ServedVersion]) -> str:
+    """Why what is kept cannot answer now; empty: it can."""
+    bad = next((version for version in kept if not version.ready), None)
+    return "" if bad is None else f"version {bad.version} is kept, but cannot answer: {bad.obstacle}"

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from gateway.catalog import ServedVersion
 from gateway.core.release import OUTCOMES, Happened, ModelReleases, Release
 from gateway.core.signature_compatibility import incompatibilities
-from gateway.errors import ConfigError, GatewayError, LoadFailed, SourceUnavailable
+from gateway.errors import GatewayError, LoadFailed
 from gateway.releases_sources import Following
 
 log = logging.getLogger("gateway.releases")
@@ -82,6 +82,7 @@ class FollowedModel:
         "following",
         "last_swap",
         "name",
+        "noting",
         "said",
         "served",
         "swaps",
@@ -98,11 +99,24 @@ class FollowedModel:
         self.served: dict[Release, list[ServedVersion]] = {}
         self.trial: asyncio.Task[Result] | None = None
         """A release is being tried."""
+        self.noting = asyncio.Lock()
+        """Held while it is written down what serves."""
         self.task: asyncio.Task[None] | None = None
         self.asked_at: float | None = None
         self.trouble = self.said = ""
         self.swaps: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
         self.last_swap = 0.0
+
+    def end_trial(self) -> None:
+        """Whoever waits for the trial is told; what it has loaded is freed in its own time."""
+        if self.trial is not None and not self.trial.cancelling():
+            self.trial.cancel()
+
+    async def note(self, release: Release) -> None:
+        """Have it written down that `release` serves, if it still does when others have written."""
+        async with self.noting:
+            if self.track.live is release:
+                await confirm(self.served[release])
 
     def tell(self) -> Happened:
         """Log and count the newest line of the history."""
@@ -155,22 +169,6 @@ class FollowedModel:
 
     def __repr__(self) -> str:
         return f"<FollowedModel {self.name} {self.track}>"
-
-
-class Passing:
-    """Remembers whether what went wrong may be over soon: a registry that is down, a disk that is full."""
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def watch(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except (SourceUnavailable, OSError) as error:
-            self.seen = True
-            if isinstance(error, OSError):
-                raise ConfigError(f"the model's files cannot be read: {error.strerror or error}") from None
-            raise
 
 
 def versions_of(served: Sequence[ServedVersion]) -> str:

@@ -55,6 +55,8 @@ class Following:
     source: Source | None = None
     reference: str = ""
     """The source as it is configured, for people."""
+    forget: Callable[[], None] = lambda: None
+    """Forget what was refused, so that it is fetched once more."""
 
 
 def identity_of(served: Sequence[ServedVersion]) -> str:
@@ -141,10 +143,11 @@ def following(config: Config, load: plan.Load, name: str, registered: Registered
     entry = dict(registry_entries(config)).get(name)
     if entry is not None and registered is not None:
         if not locate_reference(entry.source).mutable:
-            return Following(0.0, int(_key(config, entry, "keep_previous", 0)), None, entry.source)
+            return Following(0.0, _kept(config, entry, followed=False), None, entry.source)
         interval_s = _key(config, entry, "poll_interval_s", POLL_S)
         source = RegisteredSource(config, entry, name, load, registered)
-        return Following(interval_s, int(_key(config, entry, "keep_previous", 1)), source, entry.source)
+        kept = _kept(config, entry, followed=True)
+        return Following(interval_s, kept, source, entry.source, registered.forget_refused)
     return _following_files(config, load, name)
 
 
@@ -155,7 +158,11 @@ def _following_files(config: Config, load: plan.Load, name: str) -> Following:
     entry, place = located
     interval_s = _key(config, entry, "poll_interval_s", 0.0)
     source = DirectorySource(config, load, name) if interval_s > 0 else None
-    return Following(interval_s, int(_key(config, entry, "keep_previous", 1 if source else 0)), source, str(place))
+    return Following(interval_s, _kept(config, entry, followed=source is not None), source, str(place))
+
+
+def _kept(config: Config, entry: ModelEntry, *, followed: bool) -> int:
+    return int(_key(config, entry, "keep_previous", 1 if followed or entry.canary is not None else 0))
 
 
 def _key(config: Config, entry: ModelEntry, key: str, built_in: float) -> float:

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 import orjson
 
-from gateway.backends.remote_endpoint import RemoteError, RemoteModel
+from gateway.backends.remote_endpoint import IndexEntry, RemoteError, RemoteModel
 from gateway.backends.remote_server import RemoteServer
 from gateway.config import Backend, ModelEntry
 from gateway.remote_sites import START_S, Site
@@ -30,6 +30,8 @@ PARALLEL: Final = 8
 """Servers that are asked whether they are there at one time, and questions to one server about its models."""
 MAX_RAW_BYTES: Final = 16_384
 """Of a model's metadata as its server wrote it: more is not kept to be shown."""
+UNLOADED: Final = "unloaded"
+"""Triton's reason, and ours, in the index for a model that somebody took out of service."""
 PATIENCE: Final = 3
 """Questions in a row without an answer after which a server counts as silent."""
 
@@ -116,8 +118,7 @@ class Census:
                 try:
                     async with asyncio.timeout(START_S):
                         if site in sources:
-                            ready = dict.fromkeys(e.name for e in await _readable(server.index()) if e.ready)
-                            self._index[server] = tuple(ready)
+                            self._take_index(server, await _readable(server.index()))
                         else:
                             await server.connect()
                     self._causes[server] = ""
@@ -128,6 +129,12 @@ class Census:
                     self._causes[server] = str(error)
 
         await asyncio.gather(*[one(site, server) for site in sites for server in site.servers.values()])
+
+    def _take_index(self, server: RemoteServer, entries: Iterable[IndexEntry]) -> None:
+        """Models that are ready; and those that were, and are in trouble there, which is not the same as unloaded."""
+        before = self._index.get(server, ())
+        names = (e.name for e in entries if e.ready or (e.name in before and e.reason not in ("", UNLOADED)))
+        self._index[server] = tuple(dict.fromkeys(names))
 
     async def ask(self, model: Redundant, *, unheard: bool = False) -> None:
         """Hear of a model from those of its servers that answer; `unheard`: only where nothing is known yet."""

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -24,6 +25,7 @@ from typing import Any, Final
 from gateway.backends.interface import Traits
 from gateway.backends.remote import RemoteReplica
 from gateway.backends.remote_endpoint import RemoteModel
+from gateway.backends.remote_server import RemoteServer
 from gateway.catalog import Catalog, ServedVersion
 from gateway.config import Config
 from gateway.config_models import model_names
@@ -67,6 +69,9 @@ class RemoteModels:
         """Replicas that left and still answer what they had taken."""
         self.on_discovered: Callable[[str], None] = lambda name: None
         """Called with the name of a model that a server has which was down at start."""
+        self.drained: Callable[[str, str, str], bool] = lambda model, server, url: False
+        """Whether a model gets no batches on a server of that name and URL: others are loaded from first, since a
+        version begins with one replica."""
 
     def __repr__(self) -> str:
         return f"<RemoteModels models={len(self._models)} sites={len(self._sites)}>"
@@ -104,6 +109,11 @@ class RemoteModels:
     def names(self) -> list[str]:
         """Models that are not on disk, in order."""
         return sorted(name for name, model in self._models.items() if not model.mixed)
+
+    def server_names(self) -> set[str]:
+        """What people may call the servers that the configuration names: names, addresses and URLs."""
+        endpoints = [origin.endpoint for origin in self._origins]
+        return {name for one in endpoints for name in (one.label, one.authority, one.url)}
 
     def settings(self) -> dict[str, object]:
         """For each of `names`, what makes it another model when it changes."""
@@ -315,25 +325,38 @@ class RemoteModels:
         try:
             if not heard:
                 raise ModelError(f"{NONE_HAS_IT}: {self.census.silence(model)}")
-            load = partial(self._load, model.name, version, newest, heard[0])
+            load = partial(self._load, model.name, version, newest, heard[0], Counter())
             return wanted_version(self._config, model, version, heard, load)
         except GatewayError as error:
             return broken_version(self._config, model, version, error)
 
-    async def _load(self, name: str, version: str, newest: str, first: RemoteModel, artifact: Artifact) -> LoadedModel:
+    async def _load(
+        self,
+        name: str,
+        version: str,
+        newest: str,
+        first: RemoteModel,
+        tried: Counter[RemoteServer],
+        artifact: Artifact,
+    ) -> LoadedModel:
         """One replica, whose server answers; the others join once the version serves.
+
+        `tried`: how often this load began on each server. Asked again, since one was lost meanwhile, it takes another.
 
         Raises:
             ModelError: no server has it any more.
         """
         model = self._models.get(name)
         causes = []
-        for wanted in self._due(model, version, newest) if model is not None else []:
+        due = self._due(model, version, newest) if model is not None else []
+        drained = {wanted.server: self.drained(name, wanted.server.name, wanted.server.url) for wanted in due}
+        for wanted in sorted(due, key=lambda wanted: (drained[wanted.server], tried[wanted.server])):
             if not self.census.answers(wanted.server):
                 continue
             replica = wanted.replica(first.inputs, first.outputs)
             cause = await replica.verify(START_S)
             if not cause:
+                tried[wanted.server] += 1
                 side = RemoteSide()
                 side.replicas[wanted] = replica
                 return RemoteLoaded(side, first.inputs, first.outputs)

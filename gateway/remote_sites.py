@@ -93,8 +93,8 @@ class Site:
 
     def _moved(self, added: tuple[str, ...], removed: tuple[str, ...]) -> None:
         log.info("%s: addresses added: %s; removed: %s", self.endpoint.label, _listed(added), _listed(removed))
-        self._take(added)
         self._gone += [self.servers.pop(address) for address in removed if address in self.servers]
+        self._take(added)
         self._changed()
 
     async def close_gone(self) -> None:

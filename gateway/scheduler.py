@@ -69,6 +69,7 @@ class Scheduler(FleetAccess):
         self.tracer: ModelTracer | None = None
         """Notes single requests, where somebody asked for it."""
         self._policy = spec.policy
+        self._deadline_s = spec.policy.deadline_s
         self._rows = max(spec.policy.max_batch_size, 1)
         self._loop = asyncio.get_running_loop()
         stated = spec.scheduling
@@ -139,7 +140,9 @@ class Scheduler(FleetAccess):
     def _accept(self, request: InferRequest) -> None:
         request.owner = self
         if self._levels is None:
-            request.deadline = deadline_of(self._policy, request)
+            # Most callers say nothing of time.
+            asked = request.timeout_s or request.stated_timeout_s
+            request.deadline = deadline_of(self._policy, request) if asked else request.received + self._deadline_s
         else:
             request.deadline = deadline_of(self._policy, request, self._levels.policy_of(request))
         self._queue.push(request)

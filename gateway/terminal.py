@@ -13,10 +13,11 @@ import shlex
 import shutil
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -32,6 +33,17 @@ SAMPLES: Final = Path(__file__).parent / "demo" / "samples"
 SHORT_DIGEST: Final = 19
 """Characters: `sha256:` and twelve digits."""
 MB: Final = 1_000_000
+_COLUMNS: Final = (
+    ("name", "version", "digest", "backends", "state", "batching"),
+    ("name", "version", "backends", "state", "batching"),
+    ("name", "version", "backends", "state"),
+)
+"""Of the table of models; the first that fit the screen are shown."""
+FOLDED: Final = 12
+"""Characters of a name in a line, where it has to be folded."""
+FRAME: Final = 1
+FRAME_OF_COLUMN: Final = 3
+"""Characters of a table besides its cells: a line at its end, and for each column a line and a space on both sides."""
 MAX_VALUES: Final = 6
 MAX_NAMES: Final = 20
 NEAR_BY_DEFAULT: Final = ("127.0.0.1:8000", "localhost:8000", "0.0.0.0:8000")
@@ -164,7 +176,7 @@ def show_started(
         log.info("serving %s; %s, operations http://%s/", names, addresses, operations)
         return
     if versions:
-        out.print(_table(versions))
+        out.print(_table(versions, out.width))
     else:
         _show_loadable(loadable, f"{scheme}://{_address(host, http_port)}")
     out.print(f"inference   {scheme}://{_address(host, http_port)}/v2")
@@ -182,20 +194,53 @@ def _show_loadable(names: Sequence[str], url: str) -> None:
     )
 
 
-def _table(versions: Sequence[ServedVersion]) -> Table:
+def _table(versions: Sequence[ServedVersion], width: int) -> Table | Text:
+    """One row a version, on a screen of `width` columns.
+
+    Lines break between words only. Where there is no room for that, columns are left out that `gateway models` shows;
+    where that is not enough, long names are folded; and on the narrowest screens it is no table, but lines.
+    """
+    rows = [_row(version) for version in versions]
+    for longest in (width, FOLDED):
+        for columns in _COLUMNS:
+            narrow, natural = _widths(columns, rows, longest)
+            room = width - FRAME - FRAME_OF_COLUMN * len(columns) - sum(narrow)
+            if room >= 0:
+                return _spread(columns, rows, narrow, natural, room)
+    return Text("\n".join(" ".join(row[column] for column in _COLUMNS[-1]) for row in rows))
+
+
+def _spread(
+    columns: Sequence[str], rows: Sequence[Mapping[str, str]], narrow: list[int], natural: list[int], room: int
+) -> Table:
+    """With columns as wide as `narrow`, and as near to `natural` as `room` allows, the last ones first."""
+    widths = [*narrow]
+    for place in reversed(range(len(columns))):
+        more = max(0, min(room, natural[place] - narrow[place]))
+        room -= more
+        widths[place] += more
     table = Table(title="models", title_justify="left", expand=False)
-    for column in ("name", "version", "digest", "backends", "state", "batching"):
-        table.add_column(column, overflow="fold", no_wrap=column in {"version", "digest", "state"})
-    for version in versions:
-        table.add_row(
-            escape(version.name),
-            escape(version.version),
-            _short(version.spec.digest) or "-",
-            escape(_backends(version)),
-            f"[green]{version.state.value}[/green]",
-            _batching(version),
-        )
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, width=width, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(row[column], style="green" if column == "state" else "") for column in columns])
     return table
+
+
+def _row(version: ServedVersion) -> dict[str, str]:
+    known = version.scheduler is not None  # a canary or a shadow may be loaded still, and nobody waits for it
+    digest, batching = (_short(version.spec.digest) or "-", _batching(version)) if known else ("-", "-")
+    cells = (digest, _backends(version), version.state.value, batching)
+    return dict(zip(_COLUMNS[0], (version.name, version.version, *cells), strict=True))
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Mapping[str, str]], longest: int) -> tuple[list[int], list[int]]:
+    """Of each column what its longest word takes (of names no more than `longest`), and what its longest cell takes."""
+    cells = [[column, *[row[column] for row in rows]] for column in columns]
+    words = [max(cell_len(word) for cell in column for word in cell.split(" ")) for column in cells]
+    named = [column in {"name", "backends"} for column in columns]
+    narrow = [min(word, longest) if name else word for word, name in zip(words, named, strict=True)]
+    return narrow, [max(map(cell_len, column)) for column in cells]
 
 
 def _backends(version: ServedVersion) -> str:

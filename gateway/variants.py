@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, Final
 
 from gateway.catalog import Catalog, ServedVersion
@@ -33,10 +34,12 @@ from gateway.core.request import InferRequest
 from gateway.core.shadow_comparison import Tolerance
 from gateway.core.signature_compatibility import incompatibilities
 from gateway.core.traffic_split import SplitRule
-from gateway.errors import ConfigError, GatewayError, SourceUnavailable
+from gateway.errors import ConfigError, GatewayError, LoadFailed, SourceUnavailable
+from gateway.loading import WantedVersion
+from gateway.loading_passing import Passing
 from gateway.traffic import Chance
 from gateway.traffic_shadow import Mirror, ShadowRule, unmirrorable
-from gateway.variants_sources import Target
+from gateway.variants_sources import Target, variant_entry
 from gateway.variants_status import TrafficStatus
 from gateway.variants_wanted import ROLES, ModelVariants, VariantRole, WantedVariant
 
@@ -108,12 +111,13 @@ class Variants:
             if before is not None:
                 self._retire(model, before)
             return
-        variant = model.variants[role] = WantedVariant(role, keys)
+        settings = (variant_entry(model.entry, keys), keys.version, self._config.defaults, self._config.registries)
+        variant = model.variants[role] = WantedVariant(role, keys, settings)
         if before is None:
             return
         variant.percent = before.percent if before.keys.percent == keys.percent else keys.percent
-        variant.version, variant.identity, variant.reason = before.version, before.identity, before.reason
-        variant.same = before.same
+        variant.version, variant.reason, variant.same = before.version, before.reason, before.same
+        variant.identity = before.identity if before.settings == variant.settings else ""
 
     async def settle(self) -> None:
         """Load what is wanted and not there, and let go of what is not wanted any more. Never raises for a variant's
@@ -175,7 +179,7 @@ class Variants:
                 self.elected(model.name)
                 return
             variant.refused = target.identity
-            (version,) = await self._catalog.stage([target.wanted], variant.role)
+            (version,) = await self._stage(variant, target.wanted)
             champion = self._champion(model.name)
             if champion is None or self._gone(model, variant):
                 variant.refused = ""
@@ -195,6 +199,18 @@ class Variants:
             variant.percent,
         )  # fmt: skip
         await self._confirm(version)
+
+    async def _stage(self, variant: WantedVariant, wanted: WantedVersion) -> list[ServedVersion]:
+        """Raises LoadFailed; SourceUnavailable: its files could not be had, which says nothing of them."""
+        passing = Passing()
+        watched = replace(wanted, read=lambda: passing.watch(wanted.read))
+        try:
+            return await self._catalog.stage([watched], variant.role)
+        except LoadFailed as error:
+            if not passing.seen:
+                raise
+            variant.refused = ""
+            raise SourceUnavailable(str(error)) from None
 
     async def _confirm(self, version: ServedVersion) -> None:
         """Have it written down what the reference means (models.lock); a failure is told and changes nothing."""

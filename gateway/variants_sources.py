@@ -13,7 +13,7 @@ from gateway import plan
 from gateway.config import Config, ModelEntry
 from gateway.config_release import Canary, Shadow
 from gateway.config_variant_models import variant_model
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, SourceUnavailable
 from gateway.loading import WantedVersion
 
 
@@ -55,7 +55,7 @@ def find(
 
     Raises:
         ConfigError, SourceError: it is not there, or cannot be one.
-        SourceUnavailable: its registry does not answer.
+        SourceUnavailable: its registry does not answer, or its files cannot be read.
     """
     own = variant_entry(entry, keys)
     found = variant_model(keys, name, config.base)
@@ -67,5 +67,8 @@ def find(
         return target
     config = replace(config, instances=None)  # an option for all models, and not for their variants
     (wanted,) = plan.settled(config, own, found, load)
-    artifact, _ = wanted.read()
+    try:
+        artifact, _ = wanted.read()
+    except OSError as error:
+        raise SourceUnavailable(f"its files cannot be read: {error.strerror or error}") from None
     return Target(f"{wanted.version} {artifact.digest}", wanted)

@@ -19,9 +19,11 @@ ROLES: Final[tuple[VariantRole, ...]] = ("canary", "shadow")
 class WantedVariant:
     """One wanted variant of one model, and what became of it."""
 
-    def __init__(self, role: VariantRole, keys: Canary | Shadow) -> None:
+    def __init__(self, role: VariantRole, keys: Canary | Shadow, settings: object) -> None:
         self.role = role
         self.keys = keys
+        self.settings = settings
+        """What it is loaded with: where that changes it is loaded anew, whatever its source means."""
         self.percent = keys.percent
         """Share of the requests now; an operator may have changed it."""
         self.version: ServedVersion | None = None

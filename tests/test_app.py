@@ -33,15 +33,16 @@ async def test_ready_means_loaded_and_not_stopping_and_every_model_able_to_answe
     async with oip_bench() as bench:
         subject = Gateway(Config())
         subject.catalog = bench.catalog
-        assert not subject.ready(), "nothing is loaded yet"
+        assert subject.obstacle() == "models are still being loaded"
         subject._loaded = True
-        assert subject.ready()
+        assert subject._health() == {"ready": True}
         replica = replica_of(bench.catalog.find("numbers", "1"))
         replica.available = False
-        assert not subject.ready()
+        why = "model 'numbers' version 1: no worker is available"
+        assert subject._health() == {"ready": False, "reason": why}
         replica.available = True
         subject._draining = True
-        assert not subject.ready()
+        assert subject.obstacle() == "the server is stopping"
 
 
 async def test_what_happens_to_workers_reaches_the_catalog_and_the_log(caplog: pytest.LogCaptureFixture) -> None:

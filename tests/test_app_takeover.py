@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from gateway import app_takeover
-from gateway.app_takeover import GRPC, HTTP, METRICS, Successor, inherited, tell_ready
+from gateway.app_takeover import GRPC, HTTP, METRICS, Successor, inherited, not_handed_over, tell_ready
 from gateway.errors import BindError
+from gateway.releases_model import ModelReleasesStatus, ReleaseStatus
+from gateway.variants_status import CanaryStatus, TrafficStatus
 
 
 @pytest.fixture
@@ -102,3 +104,22 @@ async def test_a_successor_that_ends_or_never_serves_is_noticed() -> None:
 def test_telling_nobody_is_harmless() -> None:
     tell_ready({})
     tell_ready({"GATEWAY_READY_FD": "no number"})
+
+
+def _releases(withheld: str) -> ModelReleasesStatus:
+    live = ReleaseStatus("live", "3", "sha256:ab", "three", "models:/digits/3", 0.0)
+    return ModelReleasesStatus("digits", True, 30.0, "models:/digits@champion", 0.0, "", "", withheld, [live], [])
+
+
+def _traffic(percent: float) -> TrafficStatus:
+    canary = CanaryStatus("models:/digits@next", "4", "", "ready", "", percent, 5.0, 0, {}, None, 0)
+    return TrafficStatus("digits", "3", 0, canary, None)
+
+
+def test_what_a_successor_will_not_repeat_is_told() -> None:
+    assert not_handed_over([_releases("")], [_traffic(5.0)]) == []
+    rolled_back, share = not_handed_over([_releases("four")], [_traffic(25.0)])
+    assert "version 3 serves by an operator's choice" in rolled_back
+    assert "models:/digits@champion" in rolled_back
+    assert "25 %" in share
+    assert "5 % of the configuration" in share

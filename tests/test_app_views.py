@@ -27,7 +27,7 @@ def version_of(bench: Bench | None, **changed: Any) -> Any:
     seen = {
         "name": "m", "version": "1", "state": ModelState.READY, "reason": "", "artifact": None, "replicas": (),
         "statistics": None, "load_s": 0.5, "config_document": {"metric_tags": {"team": "a"}}, "dependencies": (),
-        "scheduler": None, "spec": None, "fleets": (), "ready": True, "role": "champion",
+        "scheduler": None, "spec": None, "fleets": (), "ready": True, "role": "champion", "refusal": "",
         "wanted": SimpleNamespace(uri="", facts=None, stale=""),
     }  # fmt: skip
     if bench is not None:
@@ -63,6 +63,15 @@ async def test_a_backend_is_shown_to_scrapers_and_to_people_in_the_same_state() 
     assert not view.panic
     assert view.tags == {"team": "a"}
     assert view.agreement is None
+    await bench.finish()
+
+
+@simulated
+async def test_people_are_told_why_a_loaded_version_is_not_ready() -> None:
+    bench = Bench(replicas=1)
+    well, lost = views_of(version_of(bench), version_of(bench, refusal="no worker is available")).for_people()
+    assert (well.state, well.reason) == ("READY", "")
+    assert (lost.state, lost.reason) == ("UNAVAILABLE", "no worker is available")
     await bench.finish()
 
 

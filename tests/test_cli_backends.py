@@ -82,6 +82,17 @@ def test_a_program_gets_every_field_of_every_backend(port: Port, capsys: Said) -
     assert one == "salary\t3\ttriton-a:8000\tdrained\tan operator\t-\t1.0\t0\t1.25\t0.5\toip\t-\t-\n"
 
 
+def test_an_address_or_url_lists_everything_there_whatever_it_is_called(port: Port, capsys: Said) -> None:
+    named = backend("blue", server="blue", kind="oip", url="http://triton-a:8000")
+    port.reply = 200, {}, json.dumps([*LISTED[:3], named]).encode()
+    with serving(port) as url:
+        for name in ("triton-a:8000", "http://triton-a:8000"):
+            assert main(["backends", "list", name, "--ops-url", url]) == 0
+            assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["blue", "triton-a:8000"]
+        assert main(["backends", "list", "blue", "--ops-url", url]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_person_sees_why_and_until_when(port: Port, width: int) -> None:
     text = io.StringIO()

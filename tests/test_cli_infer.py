@@ -197,6 +197,18 @@ def test_models_is_a_table_where_a_person_watches() -> None:
     ]
 
 
+@pytest.mark.parametrize(("width", "shown"), [(80, False), (120, True)])
+def test_where_a_model_comes_from_is_listed_where_there_is_room(width: int, shown: bool) -> None:
+    text = io.StringIO()
+    with serving(double) as url:
+        cli_infer.models(
+            Console(file=text, force_terminal=True, width=width, color_system=None),
+            *(url, Access(10)), detailed=False, only="double",
+        )  # fmt: skip
+    assert ("source" in text.getvalue()) is shown
+    assert "unavailable" in text.getvalue()
+
+
 @pytest.mark.parametrize("reply", [(404, {}, b'{"error":"Not Found"}'), (200, {}, b'{"a": 1}'), (200, {}, b"[1]")])
 def test_the_wrong_port_is_named(reply: Any, capsys: Said) -> None:
     with serving(lambda *_: reply) as url:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -157,6 +156,23 @@ def test_tail_shows_the_newest_last_and_chooses(log: Path, capsys: Output) -> No
     assert "write a status such as 503" in capsys.readouterr().err
 
 
+def test_what_strangers_asked_for_cannot_command_a_terminal(log: Path, capsys: Output) -> None:
+    made = requests([1])
+    for number in range(3):
+        asked = Detail(error="no \x1b[2J", asked_model="", asked_version=f"\x1b]0;{number}\x07")
+        row = made.rows[0]._replace(batch=NO_BATCH, status=400, rows=0, oip_id="\x1b[2J", detail=asked)
+        write(log, [Requests(made.wall_ns, 100.0, "", "", "", "", [], [row], [], [])])
+    assert run(log, "tail") == 0
+    assert run(log, "stats") == 0
+    assert run(log, "stats", "--json") == 0
+    assert run(log, "show", made.rows[0].request_id.decode()) == 0
+    assert run(log, "query", "select cast(oip_id as int) from requests where oip_id is not null") == 1
+    shown = capsys.readouterr()
+    assert "Could not convert" in shown.err
+    assert "\x1b" not in shown.out + shown.err
+    assert "\\u001b" not in shown.out, "one line for all that was asked for, whatever it was"
+
+
 def test_a_narrow_terminal_gets_lines_that_fit(log: Path) -> None:
     (row,) = cli_log_tail.newest(Store(log), cli_log_tail.Choice("digits"), 1)
     assert len(cli_log_tail.line_of(row, narrow=True)) <= 80
@@ -164,11 +180,11 @@ def test_a_narrow_terminal_gets_lines_that_fit(log: Path) -> None:
 
 
 def test_tail_follows_until_it_is_interrupted(log: Path) -> None:
-    command = [sys.executable, "-m", "gateway", "log", "tail", "-f", "-n", "1", "--json", "--dir", str(log)]
+    tail = [sys.executable, "-m", "gateway", "log", "tail", "-f", "-n", "1", "--json", "--dir", str(log)]
     # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = ["env", "--default-signal=INT", *tail]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as process:  # noqa: PLW1509
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["status"] in (200, 404)
         later = requests(range(20, 23))
@@ -213,6 +229,18 @@ def test_a_query_that_is_none(log: Path, capsys: Output) -> None:
     assert "write table, json, csv, parquet" in capsys.readouterr().err
     assert run(log, "query", "select 1", "-o", str(log / "no" / "such")) == 2
     assert "No such file" in capsys.readouterr().err
+    assert run(log, "query", "select * from requsts") == 1
+    assert "There are requests, " in capsys.readouterr().err
+
+
+def test_more_columns_than_fit_are_a_block_a_row(log: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sql = "select * from requests where status = 200 order by position limit 2"
+    assert run(log, "query", sql, "--format", "table") == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert re.search(r"^model +digits$", first, re.MULTILINE)
+    assert re.search(r"^position +[0-9]+$", second, re.MULTILINE)
+    assert "grpc_code" not in first  # of HTTP there is none
 
 
 def test_export_and_its_record(log: Path, capsys: Output, tmp_path: Path) -> None:
@@ -222,7 +250,7 @@ def test_export_and_its_record(log: Path, capsys: Output, tmp_path: Path) -> Non
     )
     shown = capsys.readouterr().out
     assert "digits-3-aa.jsonl: 4 rows, 1 label" in shown
-    assert "note: 1 requests left out: they were refused or failed" in shown
+    assert "note: 1 request left out: they were refused or failed" in shown
     lines = [json.loads(line) for line in (tmp_path / "out" / "digits-3-aa.jsonl").read_text().splitlines()]
     assert [(line["height"], line["prediction"], line["target"]) for line in lines] == [
         (0, 0, None),
@@ -231,6 +259,7 @@ def test_export_and_its_record(log: Path, capsys: Output, tmp_path: Path) -> Non
         (3, 9, None),
     ]
     assert access(log)[-1]["as"] == "jsonl"
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
     assert run(log, "export", "--as", "jsonl", "-o", str(tmp_path / "o2"), "--to", "yesterday") == 2
     assert "write 2026-11-23" in capsys.readouterr().err
 
@@ -316,6 +345,14 @@ def test_help_is_instant() -> None:
     code = f"import sys; from gateway.cli import main; main(['log', '--help']); sys.exit({heavy})"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
     assert (done.returncode, "tail" in done.stdout) == (0, True), done.stderr
+
+
+def test_how_far_a_sink_is_behind_is_an_estimate() -> None:
+    from gateway.cli_log_stats import _sink_line
+
+    sink = {"name": "postgres", "at_us": 0, "shipped_rows": 1200, "lag_rows": 30, "failing": ""}
+    assert _sink_line(sink).endswith(": 1,200 rows shipped, about 30 behind")
+    assert _sink_line(sink | {"lag_rows": 0}).endswith(": 1,200 rows shipped, none behind")
 
 
 def test_output_fits_eighty_columns(log: Path) -> None:

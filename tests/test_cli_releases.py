@@ -95,6 +95,19 @@ def test_the_status_names_releases_refusals_and_what_happened_last(port: Port) -
     assert "models:/digits@champion, every 30 s, asked last 2027-01-15T08:00:00Z" in text
     assert "refused         output 'y' is 3 in element 0, expected 2" in text
     assert "refused by poll, 4 -> 5: wrong [answer]" in text
+    assert "withheld" not in text
+
+
+def test_what_is_withheld_and_what_was_never_asked_is_said_in_words(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STATUS, "withheld", "m-5")
+    monkeypatch.setitem(STATUS, "asked_at", None)
+    with serving(port) as url:
+        out = shown()
+        cli_releases.show(out, url, "digits", Access(5.0))
+    assert "every 30 s, not asked since the start" in text_of(out)
+    assert "withheld        m-5, until the source means something else, or: gateway models refresh" in text_of(out)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def faults(tmp_path: Path, text: str, **environ: str) -> list[str]:
 
 def test_a_reference_needs_its_registry_and_the_environment_may_name_it(tmp_path: Path) -> None:
     (said,) = faults(tmp_path, MODEL)
-    assert "add registries.mlflow or set MLFLOW_TRACKING_URI" in said
+    assert "add registries.mlflow or set MLFLOW_TRACKING_URI to an http:// or https:// address" in said
     config = read(tmp_path, MODEL, MLFLOW_TRACKING_URI="http://h:5000")
     assert config.registries.mlflow is not None
     assert config.registries.mlflow.url == "http://h:5000"

@@ -104,6 +104,10 @@ def test_registries_are_made_from_their_sections(tmp_path: Path) -> None:
         ("oci: {hosts: {'https://r.example': {}}}", "is no host; write for example registry.example.org"),
         ("oci: {hosts: {r.example: {username: 'env:KEY'}}}", "username: stands without password"),
         ("oci: {hosts: {r.example: {ca: none.pem}}}", "there is no file"),
+        ("oci: {hosts: {r.example: {username: bob, password: 'env:KEY'}}}", "username: expected env:VARIABLE or file:"),
+        ("oci: {hosts: {r.example: {user: 'env:KEY'}}}", "unknown key 'user'; did you mean 'username'?"),
+        ("oci: {hosts: {r.example: none}}", "registries.oci.hosts.r.example: expected keys and values"),
+        ("huggingface: {token: 12345}", "token: expected env:VARIABLE or file:PATH, the place where it is; write for"),
         ("huggingface: {url: 'ftp://x'}", "registries.huggingface.url: is no address"),
         ("huggingface: {token: hf_secret}", "registries.huggingface.token: "),
     ],
@@ -112,6 +116,7 @@ def test_faults_of_registries_are_found_without_asking_them(tmp_path: Path, sect
     text = faults(tmp_path, f"registries: {{{section}}}\nmodels: [{{source: m.onnx}}]", {"KEY": "me"})
     assert fault in text
     assert "hf_secret" not in text
+    assert "12345" not in text
 
 
 def test_a_source_without_its_section_is_refused(tmp_path: Path) -> None:

@@ -82,12 +82,14 @@ ROOMS: dict[str, set[str]] = {
         "protocol",
         "registry",
         "supervisor",
+        "side_threads",
         "terminal",
     },
     "app": EVERYTHING,
     "supervisor": EVERYTHING,
     "__main__": {"cli"},
     "__init__": set(),
+    "side_threads": set(),
 }
 """A module is in the room its name begins with: `config_schema` is in `config`, `cli_models` in `cli`."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gateway import __version__
+from gateway.catalog_version import LOG_FULL
 from gateway.core.model import ModelState
 from gateway.errors import GatewayError, InvalidRequest, NotFound, NotReady, Restricted, Unsupported
 from gateway.management import EXTENSIONS, Management
@@ -153,6 +156,40 @@ async def test_a_model_that_is_gone_is_in_no_list_and_has_no_documents() -> None
             m.model_ready("x")
 
 
+async def test_a_version_that_nobody_can_execute_is_ready_nowhere_until_somebody_can() -> None:
+    async with oip_bench() as bench:
+        m, version = bench.management, bench.catalog.resolve("numbers", "2")
+        (fleet,) = version.fleets
+        (member,) = fleet.members
+
+        async def shown() -> tuple[str, dict[str, str], list[str]]:
+            first, second = await m.repository_index()
+            assert first == {"name": "numbers", "version": "1", "state": "READY"}
+            ready = [entry["version"] for entry in await m.repository_index(ready=True)]
+            return m.model_obstacle("numbers", "2"), second, ready
+
+        well = {"name": "numbers", "version": "2", "state": "READY"}
+        assert await shown() == ("", well, ["1", "2"])
+        member.replica.available = False  # type: ignore[misc]  # the test plays the worker
+        fleet.availability_changed(member, time.monotonic())
+        why = "no worker is available"
+        assert await shown() == (why, well | {"state": "UNAVAILABLE", "reason": why}, ["1"])
+        assert bench.catalog.obstacle() == f"model 'numbers' version 2: {why}"
+        assert m.model_metadata("numbers")["versions"] == ["1", "2"], "what it is does not change"
+        member.replica.available = True  # type: ignore[misc]
+        fleet.availability_changed(member, time.monotonic())
+        assert await shown() == ("", well, ["1", "2"])
+        fleet.force(member, "open", time.monotonic())
+        why = "all its backends are drained"
+        assert await shown() == (why, well | {"state": "UNAVAILABLE", "reason": why}, ["1"])
+        fleet.force(member, None, time.monotonic())
+        assert await shown() == ("", well, ["1", "2"])
+        version.log = SimpleNamespace(blocked=True)
+        assert await shown() == (LOG_FULL, well | {"state": "UNAVAILABLE", "reason": LOG_FULL}, ["1"])
+        version.log = None
+        assert bench.catalog.ready()
+
+
 async def test_a_version_that_failed_is_known_and_not_ready() -> None:
     async with oip_bench() as bench:
         version = bench.catalog.resolve("numbers", "2")
@@ -197,7 +234,7 @@ async def test_shared_memory_is_on_where_regions_are_kept(tmp_path: Path) -> Non
     (tmp_path / "object").write_bytes(bytes(8))
     async with oip_bench() as bench:
         repository = bench.management._repository
-        m = Management(bench.catalog, repository, lambda: True, memory=SharedMemory(100, str(tmp_path)))
+        m = Management(bench.catalog, repository, lambda: "", memory=SharedMemory(100, str(tmp_path)))
         assert m.server_metadata()["extensions"] == list(EXTENSIONS)
         m.shm_register("r", "/object", 2, 4)
         assert m.shm_status() == m.shm_status("r") == [{"name": "r", "key": "/object", "offset": 2, "byte_size": 4}]
@@ -235,6 +272,6 @@ def test_the_server_may_have_another_name() -> None:
     async def make() -> dict[str, Any]:
         bench = Bench()
         repository: Repository = bench.management._repository
-        return Management(bench.catalog, repository, lambda: True, server_name="triton").server_metadata()
+        return Management(bench.catalog, repository, lambda: "", server_name="triton").server_metadata()
 
     assert asyncio.run(make())["name"] == "triton"

@@ -497,3 +497,17 @@ async def test_the_state_of_a_version_that_is_just_being_unloaded(tmp_path: Path
         (entry,) = [e for e in await r.repository.index() if e["name"] == "a"]
         assert entry["state"] == "UNLOADING"
         version.state = ModelState.READY
+
+
+async def test_a_signal_tries_again_what_could_not_be_loaded_and_says_so_as_long_as_it_cannot(tmp_path: Path) -> None:
+    async with rig(tmp_path, "model_control: none") as r:
+        await r.start()
+        r.write("a", b"broken")
+        assert await r.repository.reload(r.config) == ["a"]
+        assert await r.repository.reload(r.config) == ["a"], "nothing changed, and it still does not serve"
+        assert await r.repository.poll() == [], "only a signal tries again what did not change"
+        loads = len(r.loaded)
+        r.write("a", b"fine, and new")
+        assert await r.repository.reload(r.config) == []
+        assert await r.repository.reload(r.config) == []
+        assert len(r.loaded) == loads + 1

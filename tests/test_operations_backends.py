@@ -14,10 +14,11 @@ import pytest
 
 from gateway.backends.interface import Failure, FailureKind
 from gateway.core.fleet import Fleet
+from gateway.core.traits import Traits
 from gateway.observe.metrics import Metrics, Sources, build_labels
 from gateway.observe.metrics_views import HttpView
 from gateway.operations import Operations
-from gateway.operations_backends import MAX_WAIT_S, Backends, LastBackend, UnknownBackend
+from gateway.operations_backends import MAX_HANDED_OVER, MAX_WAIT_S, Backends, LastBackend, UnknownBackend
 from tests.scripted import Bench, Kind, simulated, turns
 
 WALL = 1_800_000_000.0
@@ -208,6 +209,103 @@ async def test_unknown_names_are_told_what_there_is() -> None:
     with pytest.raises(UnknownBackend):
         await act(backends, "drain", "")  # not "everything without a server"
     await bench.finish()
+
+
+# -- what was drained stays so ----------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_an_address_or_url_means_everything_there_and_a_name_that_backend() -> None:
+    bench = bench_of("oip", "oip", "oip")
+    backends = backends_of(Version(bench))
+    for replica, name, url in zip(
+        bench.backend.replicas, ("blue", "a:8000", "green"), ("http://a:8000", "http://a:8000", "http://a:9000"),
+        strict=True,
+    ):  # fmt: skip
+        replica._name, replica.traits = name, Traits("oip", server=name)
+        replica.url = url  # type: ignore[attr-defined]  # as `RemoteReplica` has it
+    await act(backends, "drain", "a:8000")
+    assert states(backends) == {"m:blue": "drained", "m:a:8000": "drained", "m:green": "closed"}
+    await act(backends, "undrain", "blue")
+    assert states(backends) == {"m:blue": "closed", "m:a:8000": "drained", "m:green": "closed"}
+    await act(backends, "drain", "http://a:9000")
+    assert states(backends) == {"m:blue": "closed", "m:a:8000": "drained", "m:green": "drained"}
+    await act(backends, "undrain", "http://a:8000")
+    assert states(backends) == {"m:blue": "closed", "m:a:8000": "closed", "m:green": "drained"}
+    for nobody in ("a", "8000", "//a:8000", ""):
+        with pytest.raises(UnknownBackend):
+            await act(backends, "drain", nobody)
+    await bench.finish()
+
+
+@simulated
+async def test_a_version_that_comes_later_has_the_backends_drained_that_were() -> None:
+    first, second, other = bench_of("onnx", "oip"), bench_of("onnx", "oip"), bench_of("onnx", "oip")
+    served: list[Any] = [Version(first), Version(other, "other")]
+    backends = Backends(lambda: served, first.loop.time, lambda: WALL)
+    await act(backends, "drain", "s2")
+    await act(backends, "undrain", "host-2", "other")
+    await act(backends, "drain", "onnx-1", "other")
+    with pytest.raises(LastBackend):
+        await act(backends, "drain", "onnx-1", "m")  # refused: nothing of it is remembered either
+    served[0] = Version(second, version="2")
+    backends.attach(served[0])
+    assert states(backends) == {
+        "m:onnx-1": "closed", "m:host-2": "drained", "other:onnx-1": "drained", "other:host-2": "closed",
+    }  # fmt: skip
+    await act(backends, "undrain", "s2")
+    served[0] = Version(first)
+    for member in first.scheduler.fleets[0].members:
+        first.scheduler.fleets[0].force(member, None, first.loop.time())
+    backends.attach(served[0])
+    assert states(backends)["m:host-2"] in ("closed", "ramp")
+    for bench in (first, second, other):
+        await bench.finish()
+
+
+@simulated
+async def test_what_left_the_configuration_is_not_drained_when_it_comes_back() -> None:
+    bench = bench_of("oip", "oip", "oip")
+    served: list[Any] = [Version(bench)]
+    backends = Backends(lambda: served, bench.loop.time, lambda: WALL)
+    bench.backend.replicas[1]._name = "dns:8000/10.0.0.2"
+    for name in ("host-1", "dns:8000/10.0.0.2"):
+        await act(backends, "drain", name)
+    there = served.copy()
+    served.clear()
+    backends.reloaded({"dns:8000"})  # one of its addresses is away for a moment, and host-1 for good
+    served += there
+    for member in bench.scheduler.fleets[0].members:
+        bench.scheduler.fleets[0].force(member, None, bench.loop.time())
+    backends.attach(served[0])
+    assert [view.state for view in backends.views()] == ["closed", "drained", "closed"]
+    backends.reloaded(())  # what is there is not forgotten, whatever is configured
+    backends.attach(served[0])
+    assert [view.state for view in backends.views()] == ["closed", "drained", "closed"]
+    await bench.finish()
+
+
+@simulated
+async def test_a_successor_is_told_what_is_drained(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = bench_of("oip", "oip"), bench_of("oip", "oip")
+    predecessor = backends_of(Version(first))
+    assert predecessor.orders_as_text() == ""
+    await act(predecessor, "drain", "s2", "m")
+    version = Version(second)
+    successor = backends_of(version)
+    successor.adopt(predecessor.orders_as_text())
+    successor.attach(version)  # type: ignore[arg-type]  # as far as operations look at one
+    assert states(successor) == {"m:host-1": "closed", "m:host-2": "drained"}
+    successor.adopt("")
+    assert successor.orders_as_text() == ""
+    for odd in ("{", "[1]", '[["a", 1, true]]', '[["a", null, "yes"]]', "7"):
+        caplog.clear()
+        successor.adopt(odd)
+        assert "cannot be read" in caplog.text
+    predecessor.adopt(json.dumps([["n" * MAX_HANDED_OVER, None, True]]))
+    assert predecessor.orders_as_text() == "", "the system would not take it, nor start the successor"
+    await first.finish()
+    await second.finish()
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

@@ -123,6 +123,17 @@ async def test_no_log_and_a_full_log_are_503(log: Log) -> None:
         assert (status, "1 items were taken" in answer["error"]) == (503, True)
 
 
+async def test_what_found_no_room_is_no_duplicate_when_it_is_sent_again(log: Log) -> None:
+    items = [{"request_id": ID, "label": 1, "idempotency_key": key} for key in ("a", "b")]
+    log.room = 1
+    async with Port(log) as port:
+        assert (await port.post(items))[0] == 503
+        log.room = 10
+        status, answer = await port.post(items)
+        assert (status, answer["accepted"], answer["duplicates"]) == (202, 1, 1)
+    assert [details["idempotency_key"] for _, details in log.taken] == ["a", "b"]
+
+
 async def test_who_may_say_something(log: Log, tmp_path: Path) -> None:
     admin, own = tmp_path / "admin", tmp_path / "own"
     admin.write_text("everything")

@@ -84,6 +84,7 @@ def test_a_split_is_shown_and_changed() -> None:
     [
         (b"canary=5", "not JSON"),
         (b"", "not JSON"),
+        (b"[" * 4000, "not JSON"),
         (b"{}", "names no share"),
         (b"[5]", "names no share"),
         (b'{"champion": 5}', "'champion' is no share"),

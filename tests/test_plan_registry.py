@@ -26,6 +26,7 @@ from gateway.registry.cache import Cache
 from gateway.registry.lock import LockFile
 from gateway.registry.resolver import Resolved, Told, untold
 from gateway.registry.sources import Registries
+from gateway.releases_sources import following
 from tests.registry.test_sources import CHAMPION, Registry
 
 MLMODEL = """\
@@ -106,6 +107,26 @@ async def test_a_pin_is_the_failed_load_of_the_version(
     with pytest.raises(SourceError, match="but the configuration pins sha256:0000"):
         wanted.read()
     assert registered.registries.cache.digests() == []
+
+
+async def test_what_was_refused_is_fetched_again_when_an_operator_insists_or_reloads(
+    registry: Described, registered: RegisteredModels
+) -> None:
+    pinned = configured(digest="sha256:" + "0" * 64)
+    registered.reload(pinned)
+    followed = following(pinned, loads, "digits", registered)
+
+    def refused() -> int:
+        (wanted,) = registered.wanted("digits")
+        with pytest.raises(SourceError, match="but the configuration pins"):
+            wanted.read()
+        return registry.fetched
+
+    assert [refused(), refused()] == [1, 1]
+    followed.forget()
+    assert [refused(), refused()] == [2, 2]
+    registered.reload(pinned)
+    assert refused() == 3
 
 
 async def test_nothing_is_fetched_before_it_is_read_and_progress_is_told(

@@ -15,6 +15,7 @@ from gateway.core.release import Happened
 from gateway.errors import ConfigError, GatewayError, LoadFailed, ModelError, NotFound, SourceUnavailable
 from gateway.loading import WantedVersion
 from gateway.releases import NothingToDo, Releases
+from gateway.releases_model import check_fit
 from gateway.releases_sources import Following, Meant
 from tests.ingress.oip_bench import Bench, NumberModel, check, infer, oip_bench, replica_of
 
@@ -305,6 +306,26 @@ async def test_a_load_by_request_waits_for_its_turn_and_keeps_what_served() -> N
         assert case.version() == "4"
 
 
+async def test_what_somebody_sent_is_not_replaced_by_what_the_source_has() -> None:
+    async with followed() as case:
+        async with case.releases.turn("numbers"):
+            assert await case.releases.replace([case.source.wanted("6")], "request", follow=False) == []
+        assert not case.releases.follows("numbers")
+        case.source.version = "4"
+        with pytest.raises(NothingToDo, match="not followed"):
+            await case.releases.refresh("numbers", "poll")
+        await case.releases.refresh_all("SIGHUP")
+        assert case.version() == "6"
+
+
+async def test_a_release_that_is_lost_before_it_has_the_name_does_not_get_it() -> None:
+    async with followed() as case:
+        staged = await case.bench.catalog.stage([case.source.wanted("4")], "standby")
+        case.bench.catalog.failed("numbers", "4", "its workers crash", staged[0].loaded)
+        with pytest.raises(LoadFailed, match=r"version 4 was lost again: .*its workers crash"):
+            check_fit(case.bench.catalog.champions("numbers"), staged)
+
+
 async def test_loading_what_serves_again_does_not_keep_it_twice() -> None:
     async with followed() as case:
         await moved(case, "4")
@@ -334,6 +355,17 @@ async def test_a_kept_release_that_lost_its_workers_is_not_brought_back() -> Non
         with pytest.raises(LoadFailed, match="cannot answer"):
             await case.releases.rollback("numbers", "operator")
         assert case.version() == "4"
+
+
+async def test_what_cannot_answer_is_not_promoted() -> None:
+    async with followed() as case:
+        (canary,) = await case.bench.catalog.stage([case.source.wanted("4")], "canary")
+        case.bench.catalog.failed("numbers", "4", "its workers crash", canary.loaded)
+        async with case.releases.turn("numbers"):
+            with pytest.raises(NothingToDo, match="version 4 cannot answer"):
+                await case.releases.promote("numbers", [canary], "operator")
+        assert case.version() == "3"
+        check(await case.bench.ask(infer([7])), [7])
 
 
 async def test_what_was_not_well_when_it_was_displaced_is_not_kept() -> None:

@@ -7,11 +7,13 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.config import load as load_config
 from gateway.core.model import ModelState
 from gateway.errors import LoadFailed, SourceUnavailable
 from gateway.registry import directory
@@ -125,6 +127,19 @@ async def test_what_is_not_followed_is_not_asked_and_keeps_nothing(tmp_path: Pat
         assert serving(r) == b"changed"
         with pytest.raises(NothingToDo, match="no former version"):
             await r.releases.rollback("a", "operator")
+
+
+async def test_what_a_canary_took_the_place_of_can_be_had_back(tmp_path: Path) -> None:
+    async with followed(tmp_path, "model_control: none", "instances: 2, name: a") as r:
+        text = f"models: [{{source: {r.root}, name: a, canary: {{source: {r.root / 'b'}}}}}]"
+        (tmp_path / "canary.yaml").write_text(text)
+        assert await r.repository.reload(load_config(tmp_path / "canary.yaml", {}, {})) == []
+        async with r.releases.turn("a"):
+            wanted = replace(r.catalog.resolve("a", None).wanted, version="2")
+            await r.releases.promote("a", await r.catalog.stage([wanted], "canary"), "operator")
+        assert r.catalog.resolve("a", None).version == "2"
+        await r.releases.rollback("a", "operator")
+        assert r.catalog.resolve("a", None).version == "1"
 
 
 async def test_what_clients_load_can_be_rolled_back_where_that_was_asked_for(tmp_path: Path) -> None:

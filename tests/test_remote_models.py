@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway import plan, remote_models, remote_sites
 from gateway.backends.remote_addresses import Addresses
+from gateway.catalog import ServedVersion
 from gateway.config import Backend, Config, ModelEntry, Server
 from gateway.core.model import ModelState
 from gateway.errors import ConfigError
+from gateway.operations_backends import Backends
 from gateway.remote_loaded import MixedLoaded
 from gateway.remote_models import NONE_HAS_IT
 from tests.backends.oip_server import refused_port, serving
@@ -268,6 +272,48 @@ async def test_a_changed_weight_is_another_replica_of_the_same_server() -> None:
         assert (traits.weight, traits.zone, traits.kind) == (5.0, "east", "oip")
 
 
+async def test_a_drained_backend_stays_drained_through_reloads_that_make_it_anew() -> None:
+    async with serving() as a, serving() as b, rig(double(Backend(url=url(a)), Backend(url=url(b)))) as subject:
+        backends = Backends(subject.catalog.versions)
+
+        def attach(version: ServedVersion) -> None:
+            subject.remotes.attach(version)
+            backends.attach(version)
+
+        def states() -> dict[str, str]:
+            return {view.backend: view.state for view in backends.views()}
+
+        async def reload(entry: ModelEntry) -> None:
+            assert await subject.repository.reload(Config(models=(entry,))) == []
+            backends.reloaded(subject.remotes.server_names())
+            await subject.all_available(len(entry.backends))
+
+        subject.catalog.on_ready, subject.remotes.drained = attach, backends.drained
+        await subject.start()
+        await subject.all_available(2)
+        drained = f"127.0.0.1:{a.port}"
+        await backends.act("drain", drained, None, force=False, wait_s=0.0)
+        first = subject.version()
+        await reload(double(Backend(url=url(a), weight=5.0, zone="z"), Backend(url=url(b))))
+        assert subject.version() is first
+        assert states()[drained] == "drained"
+        await reload(double(Backend(url=url(a)), Backend(url=url(b)), max_queue_delay_ms=1.0))
+        assert subject.version() is not first
+        names = [replica.name for replica in subject.version().replicas]
+        assert names == [f"127.0.0.1:{b.port}", drained], "it began with one that takes batches"
+        assert states()[drained] == "drained"
+        for number in range(20):
+            batch, _ = await subject.ask(float(number))
+            assert batch.backend == f"127.0.0.1:{b.port}"
+        await backends.act("undrain", drained, None, force=False, wait_s=0.0)
+        await reload(double(Backend(url=url(a), weight=2.0), Backend(url=url(b))))
+        assert states()[drained] != "drained"
+        await backends.act("drain", drained, None, force=False, wait_s=0.0)
+        await reload(double(Backend(url=url(b))))
+        await reload(double(Backend(url=url(a)), Backend(url=url(b))))
+        assert states()[drained] != "drained"
+
+
 async def test_a_model_that_leaves_the_configuration_is_unloaded_and_a_new_one_loaded() -> None:
     async with serving() as a, serving() as b, rig(double(Backend(url=url(a)))) as subject:
         await subject.start()
@@ -348,6 +394,25 @@ async def test_polling_follows_what_the_servers_have() -> None:
         assert subject.catalog.ready_versions("double") == ["1", "2"]
 
 
+async def test_a_model_in_trouble_on_its_server_is_kept_and_one_that_was_unloaded_there_is_not() -> None:
+    async with serving() as a, rig(ModelEntry(source=url(a)), server=Server(model_control="poll")) as subject:
+        trouble = {"version": "1", "state": "UNAVAILABLE", "reason": "no backend is available"}
+        a.index.append({"name": "other", **trouble})  # never ready: not served
+        await subject.start()
+        before = subject.version()
+        for state, reason, expected in (
+            ("UNAVAILABLE", "no backend is available", ["double"]),
+            ("READY", "", ["double"]),
+            ("UNAVAILABLE", "unloaded", []),
+            ("UNAVAILABLE", "no backend is available", []),
+        ):
+            a.index[0] |= {"state": state, "reason": reason}
+            await subject.remotes.refresh()
+            assert await subject.repository.poll() == []
+            assert subject.remotes.names() == expected
+            assert (subject.version() is before and before.state is ModelState.READY) is bool(expected)
+
+
 async def test_what_is_known_of_servers_that_left_is_dropped() -> None:
     async with serving() as a, serving() as b, rig(double(Backend(url=url(a)), Backend(url=url(b)))) as subject:
         await subject.start()
@@ -356,6 +421,41 @@ async def test_what_is_known_of_servers_that_left_is_dropped() -> None:
         assert repr(subject.remotes) == "<RemoteModels models=1 sites=1>"
         # The model and its one version, of the one server that stayed.
         assert repr(subject.remotes.census) == "<Census servers=1 models=2>"
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback; enable it (net.ipv6.conf.lo)")
+async def test_a_server_that_listens_on_one_of_its_names_addresses_is_found_there_also_when_it_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def lookup(host: str, port: int) -> tuple[str, ...]:
+        assert host == "localhost"
+        return ("127.0.0.1", "::1")
+
+    monkeypatch.setattr(remote_sites, "Addresses", partial(Addresses, lookup=lookup, every_s=0.02, soon_s=0.01))
+
+    def on_ipv6(server: Any) -> None:
+        server.host = "::1"
+
+    async with serving(setup=on_ipv6) as a, serving() as b:
+        entry = double(Backend(url=f"http://localhost:{a.port}"), Backend(url=url(b)))
+        async with rig(entry) as subject:
+            await subject.start()
+            await subject.all_available(2)
+        await a.stop()
+        async with rig(entry) as subject:
+            await subject.start()
+            assert subject.backends()[f"localhost:{a.port}"] is False
+            await a.start()
+            await subject.all_available(2)
+            assert set(subject.backends()) == {f"localhost:{a.port}", f"127.0.0.1:{b.port}"}
 
 
 # -- beside workers ---------------------------------------------------------------------------------------------------

@@ -69,6 +69,73 @@ def first_doubled(request: Any) -> Reply:
     return Reply(binary_answer([("y", "FP32", given["shape"], values.tobytes())]))
 
 
+# -- start ------------------------------------------------------------------------------------------------------------
+
+
+def lost_on_trial(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first inference on it is away, until it is started again."""
+    monkeypatch.setattr(loading_trial, "SERVER_S", 0.2)
+
+    def dies(request: Any) -> Reply:
+        server.script = first_doubled
+        stopping.append(asyncio.ensure_future(server.stop()))
+        return Reply(b"")
+
+    stopping: list[asyncio.Future[None]] = []
+    server.script = dies
+
+
+async def test_a_server_lost_on_the_first_trial_joins_later_where_another_has_the_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as a, serving() as b:
+        lost_on_trial(a, monkeypatch)
+        async with rig(double(Backend(url=url(a)), Backend(url=url(b)))) as subject:
+            assert await subject.start() == []
+            assert "127.0.0.1:" + str(a.port) + " was lost on a trial run" in caplog.text
+            for number in range(5):
+                batch, values = await subject.ask(float(number))
+                assert (batch.backend, values) == (f"127.0.0.1:{b.port}", [2.0 * number, 1.0])
+            before = subject.version()
+            await a.start()
+            await subject.all_available(2)
+            assert subject.version() is before
+
+
+async def test_a_model_that_took_two_servers_along_is_not_tried_on_a_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as a, serving() as b, serving() as c:
+        for server in (a, b):
+            lost_on_trial(server, monkeypatch)
+        async with rig(double(*[Backend(url=url(server)) for server in (a, b, c)])) as subject:
+            (failed,) = await subject.start()
+            for server in (a, b):
+                assert f"the model's server 127.0.0.1:{server.port} was lost on a trial run" in failed.reason
+            assert not [request for request in c.requests if request.path.endswith("/infer")]
+
+
+async def test_a_load_that_lost_its_server_goes_on_another_even_if_the_first_is_back() -> None:
+    async with serving() as a, serving() as b, rig(double(Backend(url=url(a)), Backend(url=url(b)))) as subject:
+        await subject.start()
+        for _ in range(2):  # every load begins anew
+            (wanted,) = await subject.remotes.wanted("double")
+            artifact, _ = wanted.read()
+            names = []
+            for _ in range(3):
+                loaded = await wanted.load(artifact)
+                names += [replica.name for replica in loaded.replicas]
+                await loaded.unload()
+            assert names == [f"127.0.0.1:{server.port}" for server in (a, b, a)]
+
+
+async def test_the_only_server_that_is_lost_on_trial_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as a:
+        lost_on_trial(a, monkeypatch)
+        async with rig(double(Backend(url=url(a)))) as subject:
+            (failed,) = await subject.start()
+            assert f"the model's server 127.0.0.1:{a.port} was lost on a trial run" in failed.reason
+            assert "no backend of double can be used" in failed.reason
+
+
 # -- changes ----------------------------------------------------------------------------------------------------------
 
 

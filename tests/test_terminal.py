@@ -100,6 +100,18 @@ def test_the_table_tells_every_model(screen: Console) -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_a_version_that_is_still_loading_ends_nothing(screen: Console) -> None:
+    async def show() -> None:
+        wanted = served("digits", "3", BatchPolicy(64)).wanted
+        terminal.show_started(
+            [served("digits", "2", BatchPolicy(64)), ServedVersion(wanted)], "127.0.0.1", 8000, 8002, grpc_port=8001
+        )
+
+    asyncio.run(show())
+    (row,) = [line for line in screen.export_text().splitlines() if "LOADING" in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["digits", "3", "-", "", "LOADING", "-"]
+
+
 def test_encrypted_ports_are_shown_as_such(screen: Console) -> None:
     terminal.show_started([], "127.0.0.1", 8000, 8002, grpc_port=8001, encrypted=True)
     lines = screen.export_text().splitlines()
@@ -119,6 +131,50 @@ def test_a_long_name_is_shown_whole_and_costs_no_other_column(screen: Console) -
     rows = [line.split("│")[1:-1] for line in screen.export_text().splitlines() if line.startswith("│")]
     assert "".join(row[0].strip() for row in rows) == name
     assert [cell.strip() for cell in rows[0][1:]] == ["1", "sha256:0123456789ab…", "onnx-1, onnx-2", "READY", "off"]
+
+
+def table(width: int, *names: str, backends: Sequence[str] = ("onnx-1", "onnx-2")) -> list[str]:
+    async def made() -> str:
+        versions = [served(name, "1", BatchPolicy(64)) for name in names]
+        for version in versions:
+            for replica, backend in zip(version.replicas, backends, strict=True):
+                replica._name = backend  # type: ignore[attr-defined]  # scripted
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(terminal._table(versions, width))
+        return console.export_text()
+
+    return asyncio.run(made()).splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_no_name_is_broken_while_there_is_a_column_that_can_be_left_out(width: int) -> None:
+    names, backends = ("digits", "customer-churn-eu"), ("triton-a:8000", "triton-b:8000")
+    lines = table(width, *names, backends=backends)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for word in (*names, *backends, "READY"):
+        assert word in text
+    header = next(line for line in lines if "name" in line)
+    assert ("digest" in header, "batching" in header) == (width > 80, width > 60)
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 50, 60])
+def test_on_a_narrow_screen_nothing_is_lost(width: int) -> None:
+    names, backends = ("customer-churn-europe", "salary"), ("triton-a.example:8000", "onnx-1")
+    lines = table(width, *names, backends=backends)
+    assert max(map(len, lines)) <= width
+    rows = [line.strip("│").split("│") for line in lines if not set("━─") & set(line)]
+    cells = zip(*[row for row in rows if len(row) > 1], strict=True)
+    whole = "".join("".join(cell.strip() for cell in column) for column in cells)
+    text = whole if width >= 50 else "".join(lines).replace(" ", "")
+    for word in (*names, *backends):
+        assert word in text
+    assert text.count("READY") == 2
+
+
+def test_a_table_for_which_there_is_room_has_a_line_a_model() -> None:
+    lines = table(120, "digits", "salary")
+    assert len([line for line in lines if "READY" in line]) == len([line for line in lines if "│" in line]) == 2
 
 
 def test_an_ipv6_address_stands_in_brackets(screen: Console) -> None:

@@ -15,7 +15,7 @@ from gateway import traffic_shadow
 from gateway.backends.interface import FailureKind
 from gateway.catalog import ServedVersion
 from gateway.core.model import BatchPolicy, ModelSpec
-from gateway.core.request import InferRequest, SequenceStep
+from gateway.core.request import InferRequest, InputTensor, SequenceStep
 from gateway.core.scheduling import PLAIN, SequencePolicy
 from gateway.core.shadow_comparison import Tolerance
 from gateway.errors import Overloaded
@@ -175,6 +175,27 @@ async def test_a_larger_request_is_cut_for_a_shadow_of_smaller_batches() -> None
     await road.answer(4)
     await road.finish()
     assert road.mirror.statistics().compared.agreed == 1
+
+
+@simulated
+async def test_a_share_of_nothing_copies_nothing() -> None:
+    road = Road(share=0.0)
+    road.mirror._draw = lambda: 0.0
+    road.send(1)
+    await road.answer(1)
+    assert road.mirror.mirrored == 0
+    await road.finish()
+
+
+def test_a_copy_has_its_inputs_by_name() -> None:
+    champion = model_spec(BatchPolicy(4))
+    (a,) = champion.inputs
+    b, c = replace(a, name="b"), replace(a, name="c", optional=True)
+    wiring = traffic_shadow._Wiring(replace(champion, inputs=(a, b)), replace(champion, inputs=(b, c, a)))
+    sent = [InputTensor(a.datatype, (1, 1), [value], None) for value in (1, 2)]
+    request = InferRequest(tuple(sent), 1, 16, None, (0,), None)
+    made = wiring.request(traffic_shadow._Copy(request, []))
+    assert list(made.inputs) == [sent[1], None, sent[0]]
 
 
 @simulated

@@ -21,6 +21,7 @@ from gateway.core.model import Artifact, ModelState
 from gateway.core.tensor import DATATYPE
 from gateway.errors import ConfigError, SourceError, SourceUnavailable
 from gateway.provenance.headers import ModelReference, parse
+from gateway.traffic_shadow import Mirror
 from gateway.variants import AGAIN_S, Variants
 from gateway.variants_sources import Target
 from tests.ingress.oip_bench import Bench, NumberModel, check, infer, oip_bench
@@ -245,6 +246,41 @@ async def test_a_version_that_does_not_fit_takes_no_part() -> None:
         assert r.loads.freed == r.loads.models
 
 
+async def test_what_does_not_fit_is_loaded_once_however_often_its_source_is_asked() -> None:
+    async with rig() as r:
+        r.offer("new", "2", Renamed, mutable=True)
+        await r.want({"source": "new", "percent": 100})
+        for _ in range(3):
+            r.now += 1e6
+            await r.variants.settle()
+        assert r.asked == ["new"] * 4
+        assert len(r.loads.models) == 1
+
+
+async def test_a_former_champion_has_neither_split_nor_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Mirror] = []
+    close = Mirror.close
+
+    def noted(mirror: Mirror) -> None:
+        closed.append(mirror)
+        close(mirror)
+
+    monkeypatch.setattr(Mirror, "close", noted)
+    async with rig() as r:
+        r.offer("new", "2")
+        r.offer("other", "5")
+        await r.want({"source": "new", "percent": 50}, {"source": "other"})
+        first, mirror = r.champion, r.champion.mirror
+        assert mirror is not None
+        await r.become("3")
+        assert (first.split, first.mirror, first.variant) == (None, None, "")
+        assert closed == [mirror]
+        second = r.champion.mirror
+        assert second is not None
+        await r.want({"source": "new", "percent": 50})
+        assert second in closed, "what it has copied is given up"
+
+
 async def test_the_champion_s_own_version_is_not_loaded_twice() -> None:
     async with rig() as r:
         r.offer("new", "1")
@@ -395,6 +431,11 @@ async def test_a_candidate_for_promotion_is_ready() -> None:
         r.offer("new", "2")
         await r.want({"source": "new", "percent": 100})
         canary = r.variants.candidate("numbers")
+        r.bench.catalog.failed("numbers", "2", "its workers crash", canary.loaded)
+        with pytest.raises(ConfigError, match=r"cannot be promoted: .*its workers crash"):
+            r.variants.candidate("numbers")
+        r.bench.catalog.recovered("numbers", "2", canary.loaded)
+        assert r.variants.candidate("numbers") is canary
         r.bench.catalog.flip("numbers", [canary], keep=False)
         told = await r.ask()
         assert (told.version, told.variant) == ("2", "champion")
@@ -413,3 +454,41 @@ async def test_metrics_name_every_variant() -> None:
         assert 'gateway_variant_requests_total{model="numbers",variant="champion",version="1"}' in text
         assert 'gateway_shadow_dropped_total{model="numbers",reason="busy",version="3"}' in text
         assert list(variants_metrics.families({})) == []
+
+
+async def test_what_could_not_be_fetched_is_tried_again() -> None:
+    async with rig() as r:
+        r.offer("new", "2")
+        good = r.offers["new"]
+        assert isinstance(good, Target)
+
+        def unreachable() -> Any:
+            raise SourceUnavailable("the registry went away")
+
+        r.offers["new"] = replace(good, wanted=replace(good.wanted, read=unreachable))
+        await r.want({"source": "new", "percent": 100})
+        assert "went away" in r.reason()
+        r.offers["new"] = good
+        r.now = AGAIN_S
+        await r.variants.settle()
+        assert (await r.ask()).version == "2"
+
+
+async def test_other_settings_of_a_variant_load_it_anew() -> None:
+    async with rig() as r:
+        r.offer("new", "2")
+        await r.want({"source": "new", "percent": 100})
+        first = r.variants.candidate("numbers")
+        await r.want({"source": "new", "percent": 50})
+        assert r.variants.candidate("numbers") is first
+        await r.want({"source": "new", "percent": 50, "instances": 2})
+        assert r.variants.candidate("numbers") is not first
+
+
+async def test_a_version_that_clients_can_reach_is_listed_before_one_that_they_cannot() -> None:
+    async with rig() as r:
+        r.offer("s", "2")
+        r.offer("c", "2")
+        await r.want(None, {"source": "s"})
+        await r.want({"source": "c"}, {"source": "s"})
+        assert [v.role for v in r.bench.catalog.distinct()] == ["champion", "canary"]

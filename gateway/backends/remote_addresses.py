@@ -3,6 +3,10 @@
 Rules (fault matrix, F28): looked up off the loop, again every half minute and soon after a failed connection. Whatever
 goes wrong (no answer, an empty one, an error), the last good set stays. An address is gone after two looks in a row
 without it, since name servers may tell a part of them at a time. An IP address is itself, for ever.
+
+A name with addresses of both kinds (`localhost` is often one) is the same machines twice, of which one kind is used:
+IPv4, unless only IPv6 takes connections. That is tried at the first look, and again after a connection failed; the kind
+in use stays while it, or nobody, takes them.
 """
 
 from __future__ import annotations
@@ -26,24 +30,36 @@ SPREAD: Final = 0.2
 SOON_S: Final = 1.0
 """Pause after a failed look, a failed connection, or one without a known address."""
 MAX_ADDRESSES: Final = 64
+MAX_TRIED: Final = 4
+"""Addresses of each kind that are connected to in order to choose the kind."""
 ABSENCES: Final = 2
 
 Resolve = Callable[[str, int], Awaitable[tuple[str, ...]]]
+Accepts = Callable[[str, int, float], Awaitable[bool]]
+"""Takes an address, a port, and seconds; says whether a connection is taken there in that time."""
 Changed = Callable[[tuple[str, ...], tuple[str, ...]], None]
 """Takes the addresses added and removed."""
 
 
 async def resolve(host: str, port: int) -> tuple[str, ...]:
-    """All addresses of a name, sorted. Where it has both kinds, those of IPv4: the others are the same machines.
+    """All addresses of a name, of both kinds, sorted.
 
     Raises:
         OSError: it has none, or nobody says.
     """
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    families = {family for family, *_ in found}
-    one = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    return tuple(sorted({str(address[0]) for family, _, _, _, address in found if family == one}))
+    return tuple(sorted({str(address[0]) for _, _, _, _, address in found}))
+
+
+async def accepts(address: str, port: int, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(address, port)
+    except OSError:  # TimeoutError is one
+        return False
+    writer.transport.abort()  # nothing was said, and nobody waits for the end of it
+    return True
 
 
 def literal_address(host: str) -> bool:
@@ -52,6 +68,10 @@ def literal_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _kind(address: str) -> int:
+    return 6 if ":" in address else 4
 
 
 def backend_name(endpoint: Endpoint, address: str, several: bool) -> str:
@@ -70,6 +90,7 @@ class Addresses:
         rng: random.Random | None = None,
         every_s: float = EVERY_S,
         soon_s: float = SOON_S,
+        accepts: Accepts = accepts,
     ) -> None:
         self._endpoint = endpoint
         self._changed = changed
@@ -79,6 +100,9 @@ class Addresses:
         self._soon_s = soon_s
         self._absent: dict[str, int] = {}
         """By known address: looks in a row without it."""
+        self._accepts = accepts
+        self._kind = 4
+        """Of the addresses in use, where there are two: 4 or 6."""
         self._hinted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._failing = False
@@ -128,7 +152,26 @@ class Addresses:
         found = await self._lookup(self._endpoint.host, self._endpoint.port)
         if not found:
             raise OSError("it has no address")
+        if len({_kind(address) for address in found}) > 1:
+            if not self._absent or self._hinted.is_set():
+                await self._choose_kind(found)
+            found = tuple([address for address in found if _kind(address) == self._kind])
         return found[:MAX_ADDRESSES]
+
+    async def _choose_kind(self, found: tuple[str, ...]) -> None:
+        async def any_accepts(kind: int) -> bool:
+            tried = [address for address in found if _kind(address) == kind][:MAX_TRIED]
+            port, timeout_s = self._endpoint.port, self._endpoint.connect_timeout_s
+            return any(await asyncio.gather(*[self._accepts(address, port, timeout_s) for address in tried]))
+
+        other = 10 - self._kind
+        ours, theirs = await asyncio.gather(any_accepts(self._kind), any_accepts(other))
+        if theirs and not ours:
+            _log.info("%s: its IPv%d addresses are used; no other takes connections", self._endpoint.label, other)
+            self._kind = other
+            for address in self._absent:
+                if _kind(address) != other:
+                    self._absent[address] = ABSENCES  # it was just tried in vain
 
     async def _watch(self) -> None:
         while True:

@@ -45,9 +45,16 @@ def never_fits(policy: BatchPolicy, rows: int, nbytes: int) -> Rejected | None:
 
 def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Rejected | None:
     """None: let in."""
+    groups = queue.groups
+    if (
+        queue.rows + request.rows <= policy.max_queue_rows
+        and queue.nbytes + request.nbytes <= policy.max_queue_bytes
+        and (len(groups) < MAX_GROUPS or request.key in groups)
+    ):
+        return None
     if request.rows > policy.max_queue_rows or request.nbytes > policy.max_queue_bytes:
         return never_fits(policy, request.rows, request.nbytes)
-    if len(queue.groups) >= MAX_GROUPS and request.key not in queue.groups:
+    if len(groups) >= MAX_GROUPS and request.key not in groups:
         return Rejected(
             "queue_shapes",
             f"Exceeds maximum queue size: requests of {MAX_GROUPS} different shapes wait, which cannot share batches; "
@@ -57,12 +64,9 @@ def admit(queue: BatchQueue, policy: BatchPolicy, request: InferRequest) -> Reje
         return Rejected(
             "queue_rows", f"Exceeds maximum queue size: {queue.rows} of {policy.max_queue_rows} rows wait; retry later"
         )
-    if queue.nbytes + request.nbytes > policy.max_queue_bytes:
-        return Rejected(
-            "queue_bytes",
-            f"Exceeds maximum queue size: {queue.nbytes} of {policy.max_queue_bytes} bytes wait; retry later",
-        )
-    return None
+    return Rejected(
+        "queue_bytes", f"Exceeds maximum queue size: {queue.nbytes} of {policy.max_queue_bytes} bytes wait; retry later"
+    )
 
 
 def admit_to_level(queue: PolicyQueue, request: InferRequest) -> Rejected | None:

@@ -5,8 +5,8 @@ another shape behind the head loses no time. Within a group the order is arrival
 executed again waits elsewhere (dispatcher_lanes.py).
 
 Invariants: `rows`, `nbytes` and `count` cover exactly the requests in state QUEUED; a request that was removed
-(caller left, deadline passed) is never handed out; every entry of the deadline heap that no longer matters is dropped
-before the heap is twice as long as what matters, and so are the ghosts of removed requests in a group's line.
+(caller left, deadline passed) is never handed out; entries of deadlines that no longer matter are dropped before there
+are more of them than of those that matter, and so are the ghosts of removed requests in a group's line.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Group:
 
 
 Deadline = list[Any]
-"""An entry of the deadline heap: [instant, sequence number, request]. The request is taken out when it is settled, so
-that an entry that waits to be dropped keeps nobody's bytes alive."""
+"""[instant, number, request]; numbers put equal instants of the heap in order. The request is taken out when it is
+settled, so that an entry that waits to be dropped keeps nobody's bytes alive."""
 
 
 class BatchQueue:
@@ -77,27 +77,31 @@ class BatchQueue:
     ranked: ClassVar[bool] = False
     """Whether anything but arrival decides who goes first."""
 
-    __slots__ = ("_deadlines", "_sequence", "_unsettled", "count", "groups", "nbytes", "rows")
+    __slots__ = ("_early", "_in_turn", "_sequence", "_unsettled", "count", "groups", "nbytes", "rows")
 
     def __init__(self) -> None:
         self.groups: dict[object, Group] = {}
         self.rows = 0
         self.nbytes = 0
         self.count = 0
-        self._deadlines: list[Deadline] = []
+        self._in_turn: deque[Deadline] = deque()
+        """Deadlines in their order, of those who came in it: mostly everyone, since all have equally long."""
+        self._early: list[Deadline] = []
+        """Heap of the others."""
         self._sequence = 0
         self._unsettled = 0
 
     def push(self, request: InferRequest) -> None:
         """A new request; its `deadline` must be set."""
-        self._sequence += 1
-        self._unsettled += 1
-        request.place = place = [request.deadline, self._sequence, request]
-        deadlines = self._deadlines
-        heappush(deadlines, place)
-        if len(deadlines) > 2 * self._unsettled + SLACK:
-            self._deadlines = [entry for entry in deadlines if entry[2] is not None]
-            heapify(self._deadlines)
+        self._unsettled = unsettled = self._unsettled + 1
+        deadline, in_turn = request.deadline, self._in_turn
+        if not in_turn or in_turn[-1][0] <= deadline:
+            request.place = place = [deadline, 0, request]
+            in_turn.append(place)
+            if len(in_turn) > 2 * unsettled + SLACK:
+                self._in_turn = deque([entry for entry in in_turn if entry[2] is not None])
+        else:
+            self._push_early(request)
         group = self.groups.get(request.key) or self._group(request)
         group.requests.append(request)
         group.memo = None
@@ -106,6 +110,16 @@ class BatchQueue:
         self.rows += request.rows
         self.nbytes += request.nbytes
         self.count += 1
+
+    def _push_early(self, request: InferRequest) -> None:
+        """Its deadline comes before that of somebody who was here first."""
+        self._sequence += 1
+        request.place = place = [request.deadline, self._sequence, request]
+        heap = self._early
+        heappush(heap, place)
+        if len(heap) > 2 * self._unsettled + SLACK:
+            self._early = [entry for entry in heap if entry[2] is not None]
+            heapify(self._early)
 
     def take(self, group: Group, max_rows: int) -> list[InferRequest]:
         """The longest run of waiting requests from the front that fits `max_rows`; at least one if any waits.
@@ -155,19 +169,31 @@ class BatchQueue:
     def expired(self, now: float) -> InferRequest | None:
         """An unsettled request, waiting or running, whose deadline is not after `now`: one at a time, each once. The
         caller must settle it before it does anything else here."""
-        heap = self._deadlines
-        while heap and (heap[0][2] is None or heap[0][0] <= now):
-            request: InferRequest | None = heappop(heap)[2]
-            if request is not None:
-                return request
-        return None
+        earliest = self._earliest()
+        if earliest is None or earliest[0] > now:
+            return None
+        if self._in_turn and self._in_turn[0] is earliest:
+            self._in_turn.popleft()
+        else:
+            heappop(self._early)
+        request: InferRequest = earliest[2]
+        return request
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of an unsettled request."""
-        heap = self._deadlines
+        earliest = self._earliest()
+        return None if earliest is None else earliest[0]
+
+    def _earliest(self) -> Deadline | None:
+        """The first entry that matters; those before it are dropped."""
+        in_turn, heap = self._in_turn, self._early
+        while in_turn and in_turn[0][2] is None:
+            in_turn.popleft()
         while heap and heap[0][2] is None:
             heappop(heap)
-        return heap[0][0] if heap else None
+        if in_turn and not (heap and heap[0][0] < in_turn[0][0]):
+            return in_turn[0]
+        return heap[0] if heap else None
 
     def first(self) -> Group:
         """The group whose head goes first; somebody must wait."""

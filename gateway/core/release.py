@@ -10,8 +10,8 @@ Rules:
   * a release that was refused is not tried again while the source means it, unless somebody insists or the rules that
     it broke have changed (`forgive`). One that could not be fetched or tried for reasons of its surroundings
     (`abandoned`) is;
-  * who rolls back is obeyed: what was rolled back from is withheld until the source means something else, or somebody
-    insists. What the source means is followed again from then on;
+  * who rolls back is obeyed: what the source means at that moment, whether it served or was on its way, is withheld
+    until the source means something else, or somebody insists. What the source means is followed again from then on;
   * a source that means a release which is kept is answered by it at once: nothing is fetched and loaded twice;
   * memory is bounded: one refusal, one thing withheld, `HISTORY` records.
 """
@@ -170,7 +170,7 @@ class ModelReleases:
         self.refusal: tuple[str, str, float] | None = None
         """Identity, reason and time of what was refused last, while the source means it."""
         self.withheld = ""
-        """Identity of what was rolled back from, while the source means it."""
+        """Identity of what the source meant when an operator chose something else, while it means that."""
         self.meant = ""
         """Identity of what the source meant when it was asked last."""
         self.history: deque[Happened] = deque(maxlen=HISTORY)
@@ -188,7 +188,8 @@ class ModelReleases:
         if self.live is not None and self.live.identity == identity:
             return Stay("serves", f"version {self.live.version} serves, and the source means no other")
         if self.withheld:
-            return Stay("withheld", f"version {version} was rolled back from, and the source still means it")
+            text = f"version {version} was rolled back from, or another was chosen, and the source still means it"
+            return Stay("withheld", text)
         if self.refusal is not None:
             return Stay("refused", self.refusal[1])
         kept = next((release for release in self.previous if release.identity == identity), None)
@@ -228,10 +229,11 @@ class ModelReleases:
     # -- which one serves ----------------------------------------------------------------------------------------
 
     def swapped(self, release: Release, by: str, now: float, outcome: Outcome = "swapped") -> tuple[Release, ...]:
-        """The name means `release`: the one on trial, or one that was kept. Returns those that are not kept any more.
+        """The name means `release`: the one on trial, one that was kept, or one that was promoted. Returns those that
+        are not kept any more.
 
-        Where an operator chose (`rolled_back`, `promoted`), the one that it displaces is withheld from now on, if it is
-        what the source means.
+        Where an operator chose (`rolled_back`, `promoted`), what the source means is withheld from now on, if it is not
+        the very release: be it what is displaced, or what was to come.
         """
         before = self.live
         release.go(ReleaseEvent.SWAPPED, now)
@@ -239,15 +241,16 @@ class ModelReleases:
             self.trial = None
         elif outcome != "loaded":
             self._trial_since = now
-        kept = [one for one in self.previous if one is not release]
+        others = [one for one in self.previous if one is not release]
         if before is not None:
             before.go(ReleaseEvent.DISPLACED, now)
-            kept.insert(0, before)
-        self.live, self.previous = release, tuple(kept[: self.keep])
-        dropped = tuple(kept[self.keep :])
+            others.insert(0, before)
+        kept = [one for one in others if one.identity != release.identity][: self.keep]
+        self.live, self.previous = release, tuple(kept)
+        dropped = tuple(one for one in others if one not in kept)
         for one in dropped:
             one.go(ReleaseEvent.DROPPED, now)
-        chosen = outcome in ("rolled_back", "promoted") and before is not None and before.identity == self.meant
+        chosen = outcome in ("rolled_back", "promoted") and release.identity != self.meant
         self.withheld = self.meant if chosen else ""
         self._record(outcome, by, before, release, now)
         return dropped

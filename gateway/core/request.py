@@ -144,9 +144,10 @@ class InferRequest:
         "timeout_s",
         "told",
         "trouble",
+        "unused",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - a line for each thing that is known of it
         self,
         inputs: tuple[InputTensor | None, ...],
         rows: int,
@@ -187,6 +188,8 @@ class InferRequest:
         """What is remembered of failed attempts; None for nearly everybody."""
         self.parameters: Mapping[str, object] = NO_PARAMETERS
         """The caller's own request parameters, for backends that get them as written; they are part of `key` then."""
+        self.unused: Mapping[str, object] = NO_PARAMETERS
+        """Those that nobody reads; for the inference log."""
         self.batch: Any = None
         """The finished batch (core.batch.FinishedBatch) once settled with an answer."""
         self.row = 0

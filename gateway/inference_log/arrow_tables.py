@@ -143,8 +143,16 @@ def requests_table(frames: Sequence[tuple[int, Requests]], epoch: str) -> pa.Tab
     """The table of all rows of these frames.
 
     Raises:
-        ValueError: a frame that contradicts itself (a column of rows that are not there, sizes that do not add up).
+        ValueError: a frame that contradicts itself (a column of rows that are not there, sizes that do not add up), or
+            holds numbers that no column takes.
     """
+    try:
+        return _requests_table(frames, epoch)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _requests_table(frames: Sequence[tuple[int, Requests]], epoch: str) -> pa.Table:
     rows = _Rows()
     inputs, outputs = _Cells(), _Cells()
     for position, frame in frames:

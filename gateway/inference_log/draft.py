@@ -23,8 +23,8 @@ Columns = tuple[list[Column], list[Column]]
 class Draft:
     """What one model version has noted since its last frame."""
 
-    __slots__ = ("_places", "batch", "batches", "failed", "groups", "nbytes", "place", "requests", "row_bytes", "rows",
-                 "served")  # fmt: skip
+    __slots__ = ("_entered", "_places", "batch", "batches", "failed", "groups", "nbytes", "place", "requests",
+                 "row_bytes", "rows", "served")  # fmt: skip
 
     def __init__(self) -> None:
         self.rows: list[tuple[Any, ...]] = []
@@ -44,13 +44,17 @@ class Draft:
         self.nbytes = 0
         """Of the tensors of all rows, roughly."""
         self._places: dict[object, int] = {}
+        self._entered: list[FinishedBatch] = []
+        """Whose identity stands in `_places`: rows that keep no payload do not keep their batch alive either, and
+        another one could take its address."""
 
     def enter(self, batch: FinishedBatch, row: int) -> int:
         """The next row, which is `row`, is from another batch than the last one: the batch's place."""
         self._begin(batch, row)
-        place = self._places.get(id(batch))  # it lives as long as its requests, which are kept here
+        place = self._places.get(id(batch))
         if place is None:
             place = self._places[id(batch)] = len(self.batches)
+            self._entered.append(batch)
             self.batches.append(
                 Batch(
                     batch.batch_id,

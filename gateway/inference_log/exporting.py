@@ -48,14 +48,14 @@ _LABELS: Final = """
 with entry as (
     select details ->> 'request_id' as id, cast(details ->> 'row' as bigint) as row, kind,
         cast(coalesce(details -> 'label', details -> 'new') as varchar) as value,
-        cast(details ->> 'at_us' as bigint) as said,
+        cast(details ->> 'at_us' as bigint) as said, "at", epoch, position,
         row_number() over (partition by details ->> 'idempotency_key' order by "at", epoch, position) as repeated
     from feedback
 )
-select id, list(struct_pack(row := row, kind := kind, value := value) order by said) as said
+select id, list(struct_pack(row := row, kind := kind, value := value) order by said, "at", epoch, position) as said
 from entry where repeated = 1 group by id
 """
-"""What was said of each request, in the order in which it was said; a post that was repeated counts once."""
+"""What was said of each request, in the order in which it was said, or came; a post that was repeated counts once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,9 @@ def export_log(store: Store, form: str, directory: Path, selection: Selection, r
                 made.skipped[str(why)] = made.skipped.get(str(why), 0) + 1
         _left_out(connection, selection, made)
     made.files = [output.finish() for _, output in sorted(outputs.items(), key=lambda item: str(item[0]))]
-    made.notes = [f"{number} requests left out: {why}" for why, number in made.skipped.items()] + made.notes
+    made.notes = [
+        f"{number} request{'' if number == 1 else 's'} left out: {why}" for why, number in made.skipped.items()
+    ] + made.notes
     _describe(directory, form, selection, made)
     return made
 
@@ -378,6 +380,7 @@ def _settings(form: str, plan: Plan, schema: pa.Schema, *, labelled: bool) -> di
 
 
 def _open(path: Path, form: str, schema: pa.Schema) -> _Sink:
+    path.touch(mode=0o600)  # as private as the log it comes from
     if FORMS[form] == ".parquet":
         import pyarrow.parquet as pq  # noqa: PLC0415 — heavy
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, cast
@@ -72,11 +73,21 @@ class VersionLog:
         self._name = spec.name if spec is not None else ""
         self._version = spec.version if spec is not None else ""
         self._draft = Draft()
+        self._named = {"": self}
         self._sampling = policy.sampling
         self._blocks = policy.overflow == "block"
 
     def __repr__(self) -> str:
         return f"<VersionLog {self._name or 'unresolved'}/{self._version} noted={self.noted}>"
+
+    def named(self, variant: str) -> VersionLog:
+        """Where requests are noted that are answered under this name: a frame has one, and a version that is promoted
+        still answers requests of its time as a canary."""
+        found = self._named.get(variant)
+        if found is None:
+            found = self._named[variant] = VersionLog(self._owner, self._spec, self.policy)
+            found.variant, found._named = variant, self._named
+        return found
 
     @property
     def noted(self) -> int:
@@ -120,37 +131,43 @@ class VersionLog:
             served: the answer's tensors, where they are not the request's rows of the batch's outputs.
             cause: see `Detail.cause`.
         """
+        if request.nbytes > FRAME_BYTES:
+            self.flush()  # where there is no room for this one there may be for those before it
         draft = self._draft
         rows = draft.rows
         if not rows:
             self._owner.arm(self)
         batch: FinishedBatch = request.batch
         detail = None
-        row = request.row
+        row, attempt = request.row, request.attempt
         if batch.parts is None:
             place = draft.place if batch is draft.batch else draft.enter(batch, len(rows))
         else:
+            attempt = attempt or batch.attempt  # the parts were tried, not the whole
             place, row, detail = draft.enter_parts(batch, row, request.received, len(rows))
         if cause is not None or (
             request.parameters is not NO_PARAMETERS
+            or request.unused is not NO_PARAMETERS
             or request.sequence is not None
             or request.priority
             or request.stated_timeout_s
         ):
             detail = _with(detail or Detail(), _parameters(request), cause)
         sampling = self._sampling
-        if served is not None:
-            draft.served[len(rows)] = served
-        draft.requests.append(request if sampling >= 1.0 or self._owner.draw() < sampling else None)
+        kept = request if sampling >= 1.0 or self._owner.draw() < sampling else None
         oip_id = request.request_id
         if oip_id is not None and len(oip_id) > MAX_TEXT:
             oip_id = oip_id[:MAX_TEXT]
         rows.append(
             (
                 request_id, request.received, total_s, protocol, endpoint, 200, grpc_code, request.rows,
-                request.attempt, place, row, sampling, caller[0], oip_id, caller[1], detail,
+                attempt, place, row, sampling, caller[0], oip_id, caller[1], detail,
             )
         )  # fmt: skip
+        # Nothing before this line may leave a trace if it fails: the next row would get this one's tensors.
+        draft.requests.append(kept)
+        if served is not None:
+            draft.served[len(rows) - 1] = served
         draft.nbytes += request.nbytes + draft.row_bytes * request.rows
         if draft.nbytes > FRAME_BYTES:
             self.flush()
@@ -169,7 +186,7 @@ class VersionLog:
         asked: tuple[str, str] | None = None,
         cause: str | None = None,
     ) -> None:
-        """A request ended without an answer.
+        """A request ended without an answer. Raises nothing: the caller may not have been told yet.
 
         Args:
             request: None: it was refused before it was decoded.
@@ -179,6 +196,29 @@ class VersionLog:
         if isinstance(error, LogUnavailable):
             self._owner.outlet.refused(self._name, self._version)
             return
+        try:
+            self._refused(
+                error, request, request_id, received, total_s, protocol, endpoint, grpc_code, caller, asked, cause
+            )
+        except Exception:
+            self.failed()
+
+    def _refused(
+        self,
+        error: GatewayError,
+        request: InferRequest | None,
+        request_id: bytes,
+        received: float,
+        total_s: float,
+        protocol: str,
+        endpoint: str,
+        grpc_code: int | None,
+        caller: Caller,
+        asked: tuple[str, str] | None,
+        cause: str | None,
+    ) -> None:
+        if request is not None and request.nbytes > FRAME_BYTES:
+            self.flush()
         draft = self._draft
         if not draft.rows:
             self._owner.arm(self)
@@ -193,8 +233,6 @@ class VersionLog:
             cause=cause,
         )
         oip_id = request.request_id if request is not None else None
-        draft.failed.add(len(draft.rows))
-        draft.requests.append(request)
         draft.rows.append(
             Row(
                 request_id,
@@ -215,6 +253,8 @@ class VersionLog:
                 detail,
             )
         )
+        draft.requests.append(request)
+        draft.failed.add(len(draft.rows) - 1)
         draft.nbytes += request.nbytes if request is not None else 0
         if draft.nbytes > FRAME_BYTES:
             self.flush()
@@ -224,14 +264,17 @@ class VersionLog:
 
         `ended_s`: monotonic seconds; `cause`: request id of the original's row, where it is known.
         """
-        self.variant = "shadow"
+        shadow = self.named("shadow")
         total_s = ended_s - request.received
         if request.error is None:
-            self.answered(request, request_id, total_s, "", "shadow", None, NOBODY, None, cause)
+            try:
+                shadow.answered(request, request_id, total_s, "", "shadow", None, NOBODY, None, cause)
+            except Exception:  # what waits for the comparison must not wait for ever
+                shadow.failed()
             return
         error = request.error
         known = error if isinstance(error, GatewayError) else GatewayError("the shadow failed on this request")
-        self.refused(known, request, request_id, request.received, total_s, "", "shadow", None, NOBODY, None, cause)
+        shadow.refused(known, request, request_id, request.received, total_s, "", "shadow", None, NOBODY, None, cause)
 
     def failed(self) -> None:
         """Called where noting a request raised: its caller has the answer all the same, and its row counts as lost."""
@@ -331,7 +374,11 @@ class InferenceLog:
 
 def _parameters(request: InferRequest) -> str | None:
     """What the request's parameters said, as far as it is kept: JSON text; None where it said nothing."""
-    found: dict[str, Any] = dict(request.parameters)
+    own = request.parameters or request.unused
+    found: dict[str, Any] = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in own.items()
+    }
     if request.sequence is not None:
         step = request.sequence
         found |= {"sequence_id": step.id, "sequence_start": step.start, "sequence_end": step.end}

@@ -83,4 +83,5 @@ def _result(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchRe
 def _text(error: str) -> str:
     """DuckDB's text on one line, without the drawing of the statement and without paths of its own."""
     first = error.split("\n\nLINE", maxsplit=1)[0]
-    return " ".join(first.split())[:600]
+    said = " ".join(first.split())[:600]
+    return re.sub(r'Did you mean "sqlite_master"\?', f"There are {', '.join(VIEWS.values())}, labels, labelled", said)

@@ -143,8 +143,14 @@ class Outlet:
             self._lose(model, version, "spill_full" if policy == "spill" else "queue_full", rows, len(data))
 
     def event(self, stream: Stream, kind: str, model: str, version: str, details: Mapping[str, object]) -> bool:
-        """An entry of a side stream; False: there is no room for it, which is counted and recorded as a gap."""
-        data = _event(self._wall_ns(), stream, kind, model, version, details)
+        """An entry of a side stream; False: there is no room for it, or it cannot be written, which is counted and
+        recorded as a gap. Raises nothing."""
+        try:
+            data = _event(self._wall_ns(), stream, kind, model, version, details)
+        except Exception:  # whatever it is, no load and no swap fails for what cannot be written about it
+            log.exception("an entry %s of %s could not be noted and is lost", kind, stream)
+            self.lose(model, version, "faulty", 1, 0)
+            return False
         self._offered += 1
         if not self._events and self._writer.offer(data, 1, reserve=True):
             return True

@@ -194,10 +194,18 @@ def json_text(document: Any, *, indented: bool = False) -> str:
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 if indented else None).decode().translate(_UNSEEN)
 
 
+def _is_tensor(value: Mapping[str, Any]) -> bool:
+    """Whether it is a tensor as the log keeps it, and not what a query made of one."""
+    if not value.keys() >= _TENSOR_KEYS or not isinstance(value["bytes"], int) or not isinstance(value["shape"], list):
+        return False
+    kept = isinstance(value["data"], bytes) or (value["data"] is None and value["policy"] == "drop")
+    return kept and all(isinstance(value[key], str) for key in ("name", "datatype", "policy"))
+
+
 def jsonable(value: Any) -> Any:  # noqa: PLR0911 — a kind of value each
     """Any value out of a query as JSON has it: a tensor as values, other bytes as base64, times as ISO 8601."""
     if isinstance(value, dict):
-        if value.keys() >= _TENSOR_KEYS:
+        if _is_tensor(value):
             return document_of(value)
         return {str(key): jsonable(element) for key, element in value.items()}
     if isinstance(value, list | tuple):

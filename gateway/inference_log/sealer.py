@@ -174,7 +174,7 @@ class Sealer:
                 sealing.remove(wals, segment, self._step)
                 return 0
             commit = sealing.seal(wals, segment, self._now_us(), self._step)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, it stays with this segment: the others are sealed
             self._faults.append(f"{segment.name}: {_text(error)}")
             return 0
         if commit is None:
@@ -262,7 +262,7 @@ def _file_size(path: Path) -> int:
 
 
 def _text(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def main(command: Sequence[str]) -> int:

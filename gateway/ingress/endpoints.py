@@ -20,7 +20,7 @@ from gateway.ingress.oip_http import new_request_id
 from gateway.ingress.request_notes import Unresolved, caller_of
 from gateway.ingress.rest_inference import RestInference, UnsupportedCoding
 from gateway.ingress.rest_management import RestManagement, answer
-from gateway.ingress.routes import Operation, Route, RouteTable, header_of, split_path
+from gateway.ingress.routes import Match, Operation, Route, RouteTable, header_of, split_path
 from gateway.management import Management
 from gateway.pipeline import Pipeline
 from gateway.protocol.http1 import Head
@@ -42,7 +42,7 @@ class OipApplication:
         log: InferenceLog | None = None,
     ) -> None:
         """`bodies`: None takes the default bounds for compressed bodies; `log`: None: requests are not logged."""
-        self._unresolved = Unresolved(log) if log is not None else None
+        self._unresolved = Unresolved(log, catalog) if log is not None else None
         self._restrictions = management.restrictions
         self._rest = RestManagement(management, catalog, provenance, options)
         self.table = RouteTable()
@@ -63,26 +63,31 @@ class OipApplication:
         except UnicodeDecodeError:
             segments = None
         match = self.table.match(segments) if segments is not None else None
-        if match is None:
+        if segments is None or match is None:
             return Route(self._refuse, error=NotFound("Not Found"))
         operation = match.operations.get(head.method)
         if operation is None:
-            allow = ", ".join([method.decode() for method in match.operations])
-            return Route(self._refuse, error=MethodNotAllowed("Method Not Allowed"), allow=allow)
+            return self._other_method(match, head, segments)
         names = match.names
         name = names.get("repository") or names.get("region", "")
         route = Route(operation.action, names.get("model", ""), names.get("version"), name=name)
         try:
             self._restrictions.check(operation.api, header_of(head))
-            return self._logged(self._inference.for_head(route, head), operation.api, head)
+            return self._logged(self._inference.for_head(route, head), operation.api, head, segments)
         except (Restricted, UnsupportedCoding) as error:
             refusing = Route(self._refuse, route.model, route.version, error=error)
-            return self._logged(refusing, operation.api, head)
+            return self._logged(refusing, operation.api, head, segments)
 
-    def _logged(self, route: Route, api: Api, head: Head) -> Route:
+    def _other_method(self, match: Match, head: Head, segments: tuple[str, ...]) -> Route:
+        operations, names = match.operations, match.names
+        error, allow = MethodNotAllowed("Method Not Allowed"), ", ".join([method.decode() for method in operations])
+        refusing = Route(self._refuse, names.get("model", ""), names.get("version"), error, allow=allow)
+        return self._logged(refusing, next(iter(operations.values())).api, head, segments)
+
+    def _logged(self, route: Route, api: Api, head: Head, segments: tuple[str, ...]) -> Route:
         """The route, with what the inference log wants to know of the head."""
         if self._unresolved is not None and api == "inference":
-            endpoint = head.path.rpartition(b"/")[2].decode("ascii")
+            endpoint = segments[-1]
             route.endpoint = "raw" if endpoint == "infer" and head.inference_header_length is not None else endpoint
             route.caller = caller_of(head.headers)
         return route
@@ -99,6 +104,15 @@ class OipApplication:
         if self._unresolved is not None and route.endpoint:
             asked = (route.model, route.version or "")
             self._unresolved.refused("http", route.endpoint, route.caller, request_id, exchange.received, error, asked)
+
+    def refused(self, head: Head | None, error: GatewayError, received: float) -> bytes:
+        """Fits `http_exchange.Refused`: a request was refused before it was handed over."""
+        request_id = new_request_id()
+        route: Route | None = head.route if head is not None else None
+        if self._unresolved is not None and route is not None and route.endpoint:
+            asked = (route.model, route.version or "")
+            self._unresolved.refused("http", route.endpoint, route.caller, request_id, received, error, asked)
+        return headers.request_id_header(request_id)
 
     # -- everything else -------------------------------------------------------------------------------------
 

@@ -35,6 +35,18 @@ class Method(Protocol):
     def open(self, head: CallHead, call: GrpcCall, /) -> StreamHandler: ...
 
 
+class Refused(Protocol):
+    """Is told of every call, and of every message of a stream, that is refused before the application was given it."""
+
+    def __call__(self, call: GrpcCall, code: int, text: str, /) -> bytes:
+        """Encoded literals that go with the status. Must not raise."""
+
+
+def untold(call: GrpcCall, code: int, text: str) -> bytes:
+    """Nobody wants to know."""
+    return b""
+
+
 class GrpcApplication(Protocol):
     """What answers the calls."""
 

@@ -365,6 +365,8 @@ class GrpcCall(Stream):
         """End the call with an error: trailers only, when nothing was sent. Does nothing if the call is over."""
         if self.over:
             return
+        if not self.begun:  # the application has not seen it
+            head += self._connection.shared.refused_here(self, code, text)
         trailers = grpc_wire.trailers(code, text, head)
         if self.started:
             self._connection.http2.send_trailers(self, trailers)
@@ -417,7 +419,8 @@ class GrpcCall(Stream):
         nothing if the call is over."""
         if not self.over:
             tell = self._told()
-            self.fail(code, text)
+            within = self.handler is not None and (self._delivering or bool(self._buffer))
+            self.fail(code, text, self._connection.shared.refused_here(self, code, text) if within else b"")
             tell()
 
     def _told(self) -> Callable[[], None]:

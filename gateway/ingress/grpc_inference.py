@@ -36,7 +36,7 @@ class Inference:
         log: InferenceLog | None = None,
     ) -> None:
         """`log`: None: requests are not logged."""
-        self.unresolved = Unresolved(log) if log is not None else None
+        self.unresolved = Unresolved(log, catalog) if log is not None else None
         self.openings = Openings()
         self.pipeline = pipeline
         self._catalog = catalog
@@ -82,6 +82,11 @@ class Inference:
         if self.unresolved is not None:
             method = call.head.route
             self.unresolved.refused("grpc", method.endpoint, method.caller, request_id, call.received, error, asked)
+
+    def note_unread(self, endpoint: str, caller: Caller, request_id: bytes, error: GatewayError) -> None:
+        """A request was refused before its message was there, and with it its model's name."""
+        if self.unresolved is not None:
+            self.unresolved.refused("grpc", endpoint, caller, request_id, 0.0, error, ("", ""))
 
     def refuse(self, call: GrpcCall, error: GatewayError, opening: Opening | None = None) -> None:
         """End a call that concerns no model version that is known."""

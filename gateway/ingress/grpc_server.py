@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from gateway.ingress.grpc_application import Refused, untold
 from gateway.ingress.grpc_call import GrpcApplication, GrpcCall, Method, StreamHandler
 from gateway.ingress.grpc_connection import GrpcConnection
 from gateway.ingress.grpc_shared import Shared
@@ -76,16 +77,18 @@ class GrpcServer:
         *,
         held: Held | None = None,
         compression: str = "none",
+        refused: Refused = untold,
     ) -> None:
         """
         Args:
             clock: monotonic seconds; `GrpcCall.received` and deadlines are read from it.
             held: the budget of bytes, to share it with another server.
             compression: of answers, to clients that accept any: none, low, medium or high.
+            refused: is told of each refusal made here.
         """
         self.limits = limits or Http2Limits()
         held = held if held is not None else Held(self.limits.max_held_bytes)
-        self._shared = Shared(application, self.limits, held, clock, COMPRESSION_LEVELS[compression])
+        self._shared = Shared(application, self.limits, held, clock, COMPRESSION_LEVELS[compression], refused)
         self._shared.opened = self._arm
         self._shared.closed = self._connection_closed
         self._listeners: list[Closable] = []

@@ -27,7 +27,7 @@ from gateway.ingress.grpc_stream import Drainable, InferStream
 from gateway.ingress.grpc_watch import HealthWatch
 from gateway.ingress.oip_grpc import known_error, metadata
 from gateway.ingress.oip_http import new_request_id, request_id_header, timeout_of
-from gateway.ingress.request_notes import caller_of
+from gateway.ingress.request_notes import caller_of, refusal
 from gateway.management import Management
 from gateway.management_access import GRPC_PREFIX
 from gateway.pipeline import Pipeline
@@ -39,6 +39,9 @@ from gateway.provenance import headers
 MODEL_INFER: Final = "/inference.GRPCInferenceService/ModelInfer"
 MODEL_STREAM_INFER: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
 HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
+
+_INFERENCE: Final = {MODEL_INFER.encode(): "infer", MODEL_STREAM_INFER.encode(): "stream"}
+"""What the inference log calls these ways of asking."""
 
 Open = Callable[[GrpcCall], StreamHandler]
 Note = Callable[[GrpcCall, GatewayError, bytes], None]
@@ -97,6 +100,14 @@ class GrpcServices:
 
     def _caller(self, head: CallHead) -> Caller:
         return caller_of(head.metadata) if self._logged else NOBODY
+
+    def refused(self, call: GrpcCall, code: int, text: str) -> bytes:
+        """Fits `grpc_application.Refused`: a call, or a message of a stream, was refused before it was handed over."""
+        request_id = new_request_id()
+        found = _INFERENCE.get(call.head.path)
+        if found is not None:
+            self._inference.note_unread(found, self._caller(call.head), request_id, refusal(code, text))
+        return metadata(headers.request_id_header(request_id))
 
     def drain(self) -> None:
         """The server stops: open streams take no more requests and end behind what they have taken."""

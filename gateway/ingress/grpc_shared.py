@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gateway.ingress.grpc_application import GrpcApplication
+from gateway.ingress.grpc_application import GrpcApplication, Refused, untold
 from gateway.ingress.grpc_deadlines import CallDeadlines
 from gateway.protocol.http1 import Held
 from gateway.protocol.http2_limits import Http2Limits, OpenCalls
@@ -24,8 +24,10 @@ class Shared:
         held: Held,
         clock: Callable[[], float],
         compression: int,
+        refused: Refused = untold,
     ) -> None:
         self.application = application
+        self.refused_here = refused
         self.limits = limits
         self.held = held
         self.calls = OpenCalls(limits.max_calls)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from gateway.errors import GatewayError, Overloaded
-from gateway.ingress.http_exchange import UNREAD_HEAD, AdaptedExchange, Application, Exchange
+from gateway.ingress.http_exchange import UNREAD_HEAD, AdaptedExchange, Application, Exchange, Refused
 from gateway.protocol.http1 import (
     CONTINUE,
     Event,
@@ -57,10 +57,10 @@ class Shared:
         application: Application,
         limits: HttpLimits,
         clock: Callable[[], float],
-        error_headers: Callable[[], bytes],
+        refused: Refused,
     ) -> None:
         self.limits = limits
-        self.error_headers = error_headers
+        self.refused_here = refused
         self.clock = clock
         self.handle = application.handle
         self.heads = Heads(limits, application.resolve)
@@ -179,7 +179,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self.shared.refused.add(self)
-        self.write(error_response(error, self.shared.error_headers(), keep_alive=False))
+        self.write(error_response(error, self.shared.refused_here(None, error, self.shared.clock()), keep_alive=False))
         self._linger = True
         self.finish()
 
@@ -261,25 +261,25 @@ class Connection(asyncio.Protocol):
             return
         elif isinstance(event, Reject):
             self.shared.count_reject(event.error)
-            self._refuse(event.error, event.close, now)
+            self._refuse(event.error, event.close, now, event.head)
         elif self.pending:
             self._continue_owed = self.attention = True
         else:
             self.write(CONTINUE)
 
-    def _refuse(self, error: GatewayError, close: bool, now: float) -> None:
+    def _refuse(self, error: GatewayError, close: bool, now: float, head: Head | None) -> None:
         self._continue_owed = False
         exchange = Exchange(self, UNREAD_HEAD, now, 0)
         exchange.keep_alive = not close
         self._linger = close
         self.pending.append(exchange)
-        exchange.send_error(error, self.shared.error_headers())
+        exchange.send_error(error, self.shared.refused_here(head, error, now))
 
     def _failed(self, exchange: Exchange) -> None:
         _log.exception("a request failed in a way nobody foresaw: %r", exchange.head)
         if not exchange.answered:
             error = GatewayError("the gateway failed on this request; its log says why")
-            exchange.send_error(error, self.shared.error_headers())
+            exchange.send_error(error, self.shared.refused_here(exchange.head, error, exchange.received))
 
     def eof_received(self) -> bool:
         """The client sends no more. It may have closed its half only, so what it asked for is answered first."""
@@ -431,8 +431,9 @@ class Connection(asyncio.Protocol):
                 self._linger = True
                 self.finish()
             else:
+                head = self.receiver.begun
                 self.receiver.close()
-                self._refuse(error, close=True, now=now)
+                self._refuse(error, close=True, now=now, head=head)
         elif self.pending:
             self._quiet_since = now
         elif self.receiver.idle and now - max(self._read_at, self._quiet_since) >= self.shared.limits.idle_timeout_s:

@@ -34,6 +34,21 @@ class Application(Protocol):
         """Answer now, or later through `exchange`. An exception becomes a 500, unless the answer is out."""
 
 
+class Refused(Protocol):
+    """Is told of every request that is refused before the application was given it, or because it failed on it."""
+
+    def __call__(self, head: Head | None, error: GatewayError, received: float, /) -> bytes:
+        """Header lines that the refusal carries besides, whole lines. Must not raise.
+
+        `head`: what is known of it, resolved; None: not even its path. `received`: monotonic seconds.
+        """
+
+
+def untold(head: Head | None, error: GatewayError, received: float) -> bytes:
+    """Nobody wants to know."""
+    return b""
+
+
 class Exchange:
     """One request's way back to its client. Answer it once, with one of the `send` methods."""
 

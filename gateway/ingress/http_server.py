@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from gateway.ingress.http_connection import Connection, Shared
-from gateway.ingress.http_exchange import Application, Exchange
+from gateway.ingress.http_exchange import Application, Exchange, Refused, untold
 from gateway.protocol.http1 import Head, Held, HttpLimits
 
 __all__ = ["Application", "Exchange", "Head", "HttpLimits", "HttpServer", "HttpStatistics"]
@@ -57,13 +57,13 @@ class HttpServer:
         application: Application,
         limits: HttpLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
-        error_headers: Callable[[], bytes] = bytes,
+        refused: Refused = untold,
     ) -> None:
-        """`clock`: monotonic seconds; `Exchange.received` is read from it. `error_headers`: what each refusal made
-        here carries besides, whole lines."""
+        """`clock`: monotonic seconds; `Exchange.received` is read from it. `refused`: is told
+        of each refusal made here."""
         self.limits = limits or HttpLimits()
         self._application = application
-        self._shared = Shared(application, self.limits, clock, error_headers)
+        self._shared = Shared(application, self.limits, clock, refused)
         self._shared.opened = self._arm
         self._shared.closed = self._connection_closed
         self._listeners: list[Closable] = []

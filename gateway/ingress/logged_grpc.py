@@ -20,8 +20,7 @@ class LoggedGrpcCodec(GrpcCodec):
 
     def __init__(self, version: ServedVersion, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         super().__init__(version, options)
-        self._log: VersionLog = version.log
-        self._log.variant = version.variant
+        self._log: VersionLog = version.log.named(version.variant)
 
     def read(self, cut: Cut, call: GrpcCall, timeout_s: float) -> InferRequest:
         self._log.check()

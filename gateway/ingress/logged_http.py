@@ -25,8 +25,7 @@ class LoggedHttpCodec(HttpCodec):
 
     def __init__(self, version: ServedVersion, options: ProtocolOptions = DEFAULT_OPTIONS) -> None:
         super().__init__(version, options)
-        self._log: VersionLog = version.log
-        self._log.variant = version.variant
+        self._log: VersionLog = version.log.named(version.variant)
 
     def decode(self, head: Head, body: bytes, exchange: Exchange) -> InferRequest:
         self._log.check()

@@ -155,20 +155,35 @@ class HttpCodec:
     def _answer(self, request: InferRequest, exchange: Exchange) -> None:
         batch: FinishedBatch = request.batch
         memo: BatchMemo = batch.http_memo or self._memo(batch)
-        parts, length, json_length = self._encoder.encode(request, memo.encoded)
+        plain = batch.parts is None and request.attempt == batch.attempt and not request.told and exchange.keep_alive
+        if not request.form.all_json:
+            self._answer_parts(request, exchange, memo, plain)
+            return
+        body = self._encoder.encode_json(request, memo.encoded)
         received = request.received
-        now = self._now()
-        queue_s, total_s = batch.dispatched - received, now - received
-        plain = batch.parts is None and request.attempt == batch.attempt and not request.told
-        if plain and exchange.keep_alive and length <= JOINED_BYTES:
-            timed = (request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
-            if json_length is None:
-                exchange.send(memo.json_head % (length, *timed) + parts[0])
-            else:
-                exchange.send(b"".join([memo.octets_head % (json_length, length, *timed), *parts]))
+        queue_s, total_s = batch.dispatched - received, self._now() - received
+        length = len(body)
+        if plain and length <= JOINED_BYTES:
+            head = memo.json_head % (length, request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
+            exchange.send(head + body)
             self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
         else:
+            self._write(request, memo, [body], None)
+
+    def _answer_parts(self, request: InferRequest, exchange: Exchange, memo: BatchMemo, plain: bool) -> None:
+        """As `_answer`, for whoever does not want everything as JSON. `plain`: the batch's own head serves."""
+        batch: FinishedBatch = request.batch
+        parts, length, json_length = self._encoder.encode(request, memo.encoded)
+        if not plain or length > JOINED_BYTES:
             self._write(request, memo, parts, json_length)
+            return
+        queue_s, total_s = batch.dispatched - request.received, self._now() - request.received
+        timed = (request.row, queue_s * 1e3, total_s * 1e3, memo.ids.pop())
+        if json_length is None:
+            exchange.send(memo.json_head % (length, *timed) + parts[0])
+        else:
+            exchange.send(b"".join([memo.octets_head % (json_length, length, *timed), *parts]))
+        self._statistics.answered(total_s, queue_s, batch.finished - batch.dispatched)
 
     def write(
         self,

@@ -48,9 +48,9 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     "Description": {"type": "object"},
     "ServerMetadata": _object({"name": _TEXT, "version": _TEXT, "extensions": _list(_TEXT)}),
     "Live": _object({"live": _FLAG}),
-    "Ready": _object({"ready": _FLAG}),
+    "Ready": _object({"ready": _FLAG}, {"reason": _TEXT}),
     "Models": _object({"models": _list(_TEXT)}),
-    "ModelReady": _object({"name": _TEXT, "ready": _FLAG}),
+    "ModelReady": _object({"name": _TEXT, "ready": _FLAG}, {"reason": _TEXT}),
     "Datatype": {
         "type": "string",
         "enum": [

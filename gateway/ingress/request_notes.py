@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
+from gateway.catalog import Catalog
 from gateway.core.batch import FinishedBatch
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest, OutputTensor
-from gateway.errors import GatewayError
+from gateway.errors import DeadlineExceeded, GatewayError, InvalidRequest, Overloaded, TooLarge, Unsupported
 from gateway.inference_log.handover import Caller, InferenceLog
+from gateway.protocol import grpc_wire
 from gateway.protocol.oip_outputs import answer_tensors
 from gateway.protocol.oip_plan import ResponseForm
 
@@ -36,11 +38,28 @@ def caller_of(fields: Iterable[tuple[bytes, bytes]]) -> Caller:
     return Caller(request_id, trace_id)
 
 
-class Unresolved:
-    """Notes requests that were refused before a model version was found for them."""
+class Unreadable(InvalidRequest):
+    """400 / INTERNAL: a message whose bytes cannot be what gRPC says they are."""
 
-    def __init__(self, log: InferenceLog) -> None:
+    grpc_code = grpc_wire.INTERNAL
+
+
+_BY_CODE: Final[dict[int, type[GatewayError]]] = {
+    kind.grpc_code: kind for kind in (InvalidRequest, DeadlineExceeded, TooLarge, Unsupported, Overloaded, Unreadable)
+}
+
+
+def refusal(code: int, text: str) -> GatewayError:
+    """The error that a call was refused with before its message was read, by the status that its client got."""
+    return _BY_CODE.get(code, GatewayError)(text)
+
+
+class Unresolved:
+    """Notes requests that were refused before a model version was found for them. Raises nothing."""
+
+    def __init__(self, log: InferenceLog, catalog: Catalog) -> None:
         self._note = log.unresolved
+        self._catalog = catalog
 
     def refused(
         self,
@@ -54,19 +73,24 @@ class Unresolved:
     ) -> None:
         """`asked`: model and version as the client wrote them, as far as they could be read. `received`: monotonic
         seconds; 0.0: its message was not even waited for."""
+        if not self._wanted(*asked):
+            return
         now = time.monotonic()
-        self._note.refused(
-            error,
-            None,
-            request_id,
-            received or now,
-            now - received if received else 0.0,
-            protocol,
-            endpoint,
-            error.grpc_code if protocol == "grpc" else None,
-            caller,
-            asked,
-        )
+        code = error.grpc_code if protocol == "grpc" else None
+        total_s = now - received if received else 0.0
+        try:
+            self._note.refused(
+                error, None, request_id, received or now, total_s, protocol, endpoint, code, caller, asked
+            )
+        except Exception:  # whatever it is, the caller gets the refusal
+            self._note.failed()
+
+    def _wanted(self, model: str, version: str) -> bool:
+        """Whether the owner of what the client asked for wants its requests logged; of what is not there, always."""
+        try:
+            return self._catalog.find(model, version or None).wanted.logged.enabled
+        except GatewayError:
+            return True
 
 
 def served(spec: ModelSpec, form: ResponseForm, request: InferRequest) -> list[OutputTensor] | None:

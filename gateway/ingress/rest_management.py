@@ -167,15 +167,15 @@ class RestManagement:
         answer(exchange, {"live": self._management.server_live()})
 
     def _server_ready(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
-        ready = self._management.server_ready()
-        answer(exchange, {"ready": ready}, 200 if ready else 503)
+        obstacle = self._management.server_obstacle()
+        answer(exchange, _readiness(obstacle), 503 if obstacle else 200)
 
     def _list_models(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         answer(exchange, {"models": self._management.models()})
 
     def _model_ready(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
-        ready = self._management.model_ready(route.model, route.version)
-        answer(exchange, {"name": route.model, "ready": ready}, 200 if ready else 503)
+        obstacle = self._management.model_obstacle(route.model, route.version)
+        answer(exchange, {"name": route.model, **_readiness(obstacle)}, 503 if obstacle else 200)
 
     def _model_metadata(self, route: Route, head: Head, body: bytes, exchange: Exchange) -> None:
         answer(exchange, self._management.model_metadata(route.model, route.version))
@@ -304,6 +304,11 @@ def answer(exchange: Exchange, document: object = None, status: int = 200) -> No
     """`document` as JSON; None: no body."""
     body = b"" if document is None else orjson.dumps(document)
     exchange.send(response_head(status, JSON, len(body), request_id_header(), exchange.keep_alive) + body)
+
+
+def _readiness(obstacle: str) -> dict[str, Any]:
+    """`obstacle`: why something is not ready; empty: it is."""
+    return {"ready": False, "reason": obstacle} if obstacle else {"ready": True}
 
 
 def _object(body: bytes, *, empty: bool = False, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class RowHistogram:
 class ProtocolStatistics:
     """One model version as seen through one protocol ("http", "grpc")."""
 
-    __slots__ = ("_phases", "codes", "durations")
+    __slots__ = ("_parked", "_phases", "codes", "durations")
 
     def __init__(self, phases: tuple[Histogram, Histogram]) -> None:
         self.codes: dict[int, int] = {}
@@ -138,21 +138,21 @@ class ProtocolStatistics:
         self.durations = Histogram(DURATION_BOUNDS_S)
         """Seconds from arrival to the answer being handed to the transport; answered requests only."""
         self._phases = phases
+        self._parked = (self.durations.pending, phases[0].pending, phases[1].pending)
 
     def answered(self, total_s: float, queue_s: float, execute_s: float, code: int = 200) -> None:
         """One request was answered from a batch: the only call the request path makes per request."""
         codes = self.codes
         codes[code] = codes.get(code, 0) + 1
-        queue, overhead = self._phases
-        durations = self.durations.pending
-        durations.append(total_s)
-        queue.pending.append(queue_s)
+        totals, waits, rests = self._parked
+        totals.append(total_s)
+        waits.append(queue_s)
         rest = total_s - queue_s - execute_s
-        overhead.pending.append(rest if rest > 0.0 else 0.0)  # noqa: FURB136 - max() costs a call per request
+        rests.append(rest if rest > 0.0 else 0.0)  # noqa: FURB136 - max() costs a call per request
         # The shared phases hold no more than one such list for each protocol.
-        if len(durations) >= FOLD_AT:
-            queue.fold()
-            overhead.fold()
+        if len(totals) >= FOLD_AT:
+            for phase in self._phases:
+                phase.fold()
             self.durations.fold()
 
     def count(self, code: int, n: int = 1) -> None:

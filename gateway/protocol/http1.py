@@ -49,6 +49,9 @@ _SKIP: Final = 4
 """Dropping the body of a refused request."""
 _CLOSED: Final = 5
 
+_BLANK: Final = b"\r\n\r\n"
+"""What a head ends with, and none begins with."""
+
 _MAX_LEADING_BLANK_LINES: Final = 4
 _SMALL_PIECE_BYTES: Final = 4096
 
@@ -70,13 +73,15 @@ class Continue:
 
 
 class Reject:
-    """A request that is refused. `close`: where the next request begins is unknown or too far away."""
+    """A request that is refused. `close`: where the next request begins is unknown or too far away. `head`: what is
+    known of its head; None: not even where it was going."""
 
-    __slots__ = ("close", "error")
+    __slots__ = ("close", "error", "head")
 
-    def __init__(self, error: GatewayError, close: bool) -> None:
+    def __init__(self, error: GatewayError, close: bool, head: Head | None = None) -> None:
         self.error = error
         self.close = close
+        self.head = head
 
 
 Event = Request | Continue | Reject
@@ -100,6 +105,7 @@ class Receiver:
 
     __slots__ = (
         "_blank_lines",
+        "_block",
         "_body_bytes",
         "_buffer",
         "_chunks",
@@ -135,6 +141,8 @@ class Receiver:
         self._scanned = 0
         """How far `_buffer` was searched for the end of its head."""
         self._blank_lines = 0
+        self._block = _BLANK
+        """The head of the latest request that came whole: mostly the next one's too, and found faster."""
         self._head: Head | None = None
         self._pieces: list[bytes | bytearray] = []
         self._left = 0
@@ -180,13 +188,16 @@ class Receiver:
         """The head, if `data` is one whole request with a remembered head and nothing was held before it: its body
         is the last `length` bytes, and it counts as handed over. None: nothing was taken, `receive` must see it."""
         if self._state == _IDLE:
-            end = data.find(b"\r\n\r\n") + 4
-            head = self._remembered.get(data[:end])
-            if head is not None and len(data) - end == head.length:
+            block = self._block
+            if not data.startswith(block):
+                block = data[: data.find(_BLANK) + 4]
+            head = self._remembered.get(block)
+            if head is not None and len(data) - len(block) == head.length:
                 held = self._held
                 used = held.used_bytes + head.length
                 if head.keep_alive and used <= held.limit_bytes:
                     held.used_bytes = used
+                    self._block = head.block
                     return head
         return None
 
@@ -207,7 +218,7 @@ class Receiver:
             try:
                 step = self._step(source, at, now, events)
             except GatewayError as error:
-                self._reject(error, events)
+                self._reject(error, events, self._head or self._heads.located(source, at))
                 break
             room -= sum(type(event) is not Continue for event in events[before:])
             if step < 0:
@@ -215,7 +226,7 @@ class Receiver:
             at = step
         self._keep(source, at, now)
         if self._held.used_bytes > self._held.limit_bytes and self._state in {_BODY, _CHUNKS}:
-            self._reject(_too_much_held(), events)
+            self._reject(_too_much_held(), events, self._head)
             self._keep(b"", 0, now)
         return events
 
@@ -302,7 +313,7 @@ class Receiver:
         known = not head.chunked and not head.expect_continue and head.keep_alive
         if known and head.length <= self._limits.max_skipped_body_bytes:
             self._state = _SKIP
-            events.append(Reject(error, close=False))
+            events.append(Reject(error, close=False, head=head))
         else:
             raise error
 
@@ -339,9 +350,9 @@ class Receiver:
         self._state = _IDLE if head.keep_alive else _CLOSED
         events.append(Request(head, body))
 
-    def _reject(self, error: GatewayError, events: list[Event]) -> None:
+    def _reject(self, error: GatewayError, events: list[Event], head: Head | None) -> None:
         self._state = _CLOSED
-        events.append(Reject(error, close=True))
+        events.append(Reject(error, close=True, head=head))
 
     # -- accounts --------------------------------------------------------------------------------------------
 
@@ -394,6 +405,11 @@ class Receiver:
             self._since = now
             self._window_bytes = self._body_bytes
         return None
+
+    @property
+    def begun(self) -> Head | None:
+        """What is known of the head of the request that is arriving."""
+        return self._head or self._heads.located(self._buffer, 0)
 
     def excuse(self, now: float) -> None:
         """Start the present timer anew: it was we who did not read."""

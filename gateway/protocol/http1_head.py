@@ -49,6 +49,7 @@ class Head:
     """One accepted request head. Shared by all requests with the same bytes: never changed once made."""
 
     __slots__ = (
+        "block",
         "chunked",
         "client_request_id",
         "content_encoding",
@@ -92,6 +93,8 @@ class Head:
         """Raw value of `X-Request-Timeout-Ms`."""
         self.client_request_id: bytes | None = None
         """`X-Request-Id`, if it is 1 to 128 characters of `A-Z a-z 0-9 . _ -`; safe to echo and to log."""
+        self.block = b""
+        """All its bytes."""
         self.route: Any = None
         """Whatever the application resolved the head to."""
 
@@ -122,6 +125,24 @@ class Heads:
             if len(self.remembered) >= MAX_REMEMBERED_BLOCKS:
                 del self.remembered[next(iter(self.remembered))]
             self.remembered[block] = head
+        return head
+
+    def located(self, data: bytes | bytearray, start: int) -> Head | None:
+        """Where a request was going that is refused before its head was accepted, for those who keep account of it:
+        method, path and whole fields from `start` on, resolved, and nothing else. None: there is no request line."""
+        block, whole, _ = bytes(data[start : start + self.limits.max_head_bytes]).partition(b"\r\n\r\n")
+        lines = block.split(b"\r\n")
+        if not whole:
+            del lines[-1]  # not all of it is there
+        found = _REQUEST_LINE.fullmatch(lines[0]) if lines else None
+        absolute = _ABSOLUTE.match(found[2]) if found is not None else None
+        if found is None or not (found[2].startswith(b"/") or absolute):
+            return None
+        head = Head(found[1], found[2])
+        head.path = (absolute[2] or b"/") if absolute is not None else found[2].partition(b"?")[0]
+        pairs = [line.partition(b":") for line in lines[1 : self.limits.max_fields]]
+        head.headers = tuple((name.lower(), value.strip(b" \t")) for name, colon, value in pairs if colon)
+        head.route = self._resolve(head)
         return head
 
     def forget(self) -> None:
@@ -198,6 +219,7 @@ def parse_head(block: bytes, limits: HttpLimits) -> Head:
         raise HeadersTooLarge(f"a header field exceeds {limits.max_field_bytes} bytes; send shorter headers")
     fields = _split_fields(lines[1:])
     head = Head(request_line[1], request_line[2])
+    head.block = block
     head.headers = tuple(fields)
     head.http10 = request_line[4] == b"0"
     head.uncommon = head.uncommon or head.http10

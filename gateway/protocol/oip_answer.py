@@ -52,18 +52,29 @@ class AnswerEncoder:
                 cannot be made.
         """
         form: ResponseForm = request.form
-        opening = (
-            self._opening if request.request_id is None else self._opening_with_id % orjson.dumps(request.request_id)
-        )
         if form.all_json:
-            body = opening + encoded.json_outputs(form.outputs, request.row, request.rows)
+            body = self.encode_json(request, encoded)
             return [body], len(body), None
+        opening = self._opening_of(request)
         if form.plain:
             return self._encode_binary(opening, encoded, request.row, request.rows, form)
         # Nobody else gets these tensors, so they are as a batch of their own.
         tensors = answer_tensors(self.spec, form, request.batch, request.row, request.rows)
         own = BatchEncoder(self.spec, dict(zip(form.outputs, tensors, strict=True)), request.rows)
         return self._encode_binary(opening, own, 0, request.rows, form)
+
+    def encode_json(self, request: InferRequest, encoded: BatchEncoder) -> bytes:
+        """As `encode`, for a request whose form is `all_json`: the body in one piece."""
+        wanted, row = request.form.outputs, request.row
+        bodies = encoded.single_rows.get(wanted) if request.rows == 1 else None
+        outputs = bodies[row] if bodies is not None else encoded.json_outputs(wanted, row, request.rows)
+        return (self._opening if request.request_id is None else self._opening_of(request)) + outputs
+
+    def _opening_of(self, request: InferRequest) -> bytes:
+        """What a body begins with, up to its outputs."""
+        if request.request_id is None:
+            return self._opening
+        return self._opening_with_id % orjson.dumps(request.request_id)
 
     def _encode_binary(
         self, opening: bytes, encoded: BatchEncoder, row: int, rows: int, form: ResponseForm
@@ -99,7 +110,7 @@ class BatchEncoder:
     by.
     """
 
-    __slots__ = ("_count", "_frames", "_heads", "_offsets", "_outputs", "_rows", "_single_rows", "_spec")
+    __slots__ = ("_count", "_frames", "_heads", "_offsets", "_outputs", "_rows", "_spec", "single_rows")
 
     def __init__(self, spec: ModelSpec, outputs: Mapping[int, OutputTensor], rows: int) -> None:
         """`outputs` by index into the model's outputs, each of `rows` rows where the model batches."""
@@ -107,7 +118,8 @@ class BatchEncoder:
         self._outputs = outputs
         self._count = rows
         self._rows: dict[int, list[bytes | None]] = {}
-        self._single_rows: dict[tuple[int, ...], list[bytes] | None] = {}
+        self.single_rows: dict[tuple[int, ...], list[bytes] | None] = {}
+        """What `json_outputs` says of each single row, by outputs, once it was asked for; None: see there."""
         self._heads: dict[tuple[int, int, bool], bytes] = {}
         self._frames: dict[tuple[tuple[int, ...], tuple[bool, ...], int], bytes | None] = {}
         self._offsets: dict[int, list[int]] = {}
@@ -115,7 +127,7 @@ class BatchEncoder:
     def json_outputs(self, outputs: tuple[int, ...], row: int, rows: int) -> bytes:
         """All outputs and the closing brackets."""
         if rows == 1:
-            bodies = self._single_rows.get(outputs) or self._single_row_bodies(outputs)
+            bodies = self.single_rows.get(outputs) or self._single_row_bodies(outputs)
             if bodies is not None:
                 return bodies[row]
         return b",".join([self.json_output(index, row, rows) for index in outputs]) + b"]}"
@@ -132,7 +144,7 @@ class BatchEncoder:
             else:
                 frame = b",".join([head.replace(b"%", b"%%") + b"%b]}" for head in heads]) + b"]}"
                 bodies = [frame % row for row in zip(*texts, strict=True)]
-        self._single_rows[outputs] = bodies
+        self.single_rows[outputs] = bodies
         return bodies
 
     def _texts(self, index: int) -> list[bytes | None]:

@@ -1,7 +1,8 @@
 """OIP inference request, JSON with or without binary tensors → `InferRequest`.
 
 Four roads lead to the same checks; a body takes the cheapest that can read it:
-  1. typed (msgspec): small bodies of plain requests; names, shapes and elements are type-checked in C;
+  1. typed (msgspec): small bodies of plain requests; names, shapes and elements are type-checked in C. Where all but
+     the elements is, byte for byte, what it was in an earlier one, only the elements are read;
   2. general (orjson → dict): anything else that is small, and the JSON part before binary tensors, whose
      outcome is remembered by its bytes;
   3. large (simdjson): arrays go from text to numbers in C without becoming Python objects;
@@ -43,9 +44,14 @@ SLOW_BYTES: Final = 1_048_576
 """Largest JSON body for the roads that make Python objects of everything: about a tenth of a second for a mebibyte, in
 which nobody else is served. Above it the sign of a literal -0 is lost."""
 REMEMBERED_FORMS: Final = 512
+REMEMBERED_FRAMES: Final = 4
+"""What clients put around the elements of their only input. Each is compared with every body until one fits."""
+LEARN_EVERY: Final = 16
+"""One of so many bodies in a frame that is not remembered replaces the oldest one, so that many kinds cost little."""
 _UNRANGED: Final = frozenset({"float", "bool"})
 """Kinds of which every element of the right Python type is in range."""
 _MINUS_ZERO: Final = re.compile(rb"-0[\s,\]}]")
+_UP_TO_DATA: Final = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*\Z')
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _NO_BLOBS: Final = memoryview(b"")
 _MAX_BESIDE_DATA: Final = 4096
@@ -69,6 +75,31 @@ class _SingleForm:
         self.nbytes = request.nbytes
         self.key = request.key
         self.form = form
+
+
+class _BodyFrame:
+    """What stood around the elements in a body of one input that was accepted: the same around other elements is the
+    same request with other data. Read from left to right, a body that begins with `opening` is at the value of `data`
+    there; if a list of elements is all that comes before `closing`, nothing else can differ."""
+
+    __slots__ = ("closing", "form", "opening", "start", "stop")
+
+    def __init__(self, opening: bytes, closing: bytes, form: _SingleForm) -> None:
+        self.opening = opening
+        self.closing = closing
+        self.form = form
+        self.start = len(opening)
+        self.stop = -len(closing)
+
+    @classmethod
+    def around(cls, body: bytes, form: _SingleForm) -> _BodyFrame | None:
+        """Of an accepted body with one input and no `id`; None: where its elements are cannot be told from afar."""
+        at = body.rfind(b"[")
+        opening, closing = body[:at], body[body.find(b"]", at) + 1 :]
+        # Quotes within strings are escaped, and a longer key that ends like this would not have been accepted.
+        if not _UP_TO_DATA.search(opening):
+            return None
+        return cls(opening, closing, form)
 
 
 class _BinaryForm:
@@ -135,6 +166,10 @@ class RequestDecoder:
         self._typed = _typed_decoder(spec)
         self._binary: dict[bytes, _BinaryForm] = {}
         self._single: dict[tuple[str | int, ...], _SingleForm] = {}
+        self._elements: Any = _elements_decoder(spec) if self._typed is not None else None
+        self._frames: list[_BodyFrame] = []
+        self._unframed = 0
+        """Bodies that might have been remembered, and stood in none of these."""
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
         """`header_length`: length in bytes of the JSON part where binary tensors follow it, else None.
@@ -144,6 +179,12 @@ class RequestDecoder:
             Unsupported: it asks for something this gateway does not offer.
         """
         try:
+            if header_length is None and len(body) < LARGE_BYTES:
+                for frame in self._frames:
+                    if body.startswith(frame.opening) and body.endswith(frame.closing):
+                        request = self._decode_framed(body[frame.start : frame.stop], frame.form)
+                        if request is not None:
+                            return request
             if header_length is not None and (header_length != len(body) or not body):
                 return self._decode_binary(body, header_length)
             if self._typed is not None and len(body) < LARGE_BYTES:
@@ -155,6 +196,17 @@ class RequestDecoder:
             raise Malformed("request body is nested too deeply") from error
 
     # -- road 1 ------------------------------------------------------------------------------------------------
+
+    def _decode_framed(self, text: bytes, form: _SingleForm) -> InferRequest | None:
+        """`text`: what stands where the elements are due. None: another road must read the body."""
+        try:
+            data = self._elements.decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        if len(data) != form.elements or not (all(data) or b"-0" not in text or not _MINUS_ZERO.search(text)):
+            return None
+        tensor = InputTensor(form.datatype, form.shape, data, None)
+        return InferRequest((tensor,), form.rows, form.nbytes, form.key, form.form.needed, None, form.form)
 
     def _decode_typed(self, body: bytes) -> InferRequest | None:
         """None: this body needs a more general road."""
@@ -174,11 +226,21 @@ class RequestDecoder:
         if only is not None:
             known = self._single.get((only.name, only.datatype, *only.shape))
             if known is not None and len(only.data) == known.elements:
+                if keys == 1:
+                    self._learn(body, known)
                 tensor = InputTensor(known.datatype, known.shape, only.data, None)
                 return InferRequest(
                     (tensor,), known.rows, known.nbytes, known.key, known.form.needed, frame.id or None, known.form
                 )
         return self._request_typed(inputs, frame.id or None)
+
+    def _learn(self, body: bytes, form: _SingleForm) -> None:
+        """Remember what stands around the elements of an accepted body without `id`, now and then."""
+        self._unframed += 1
+        if self._unframed % LEARN_EVERY == 1:
+            frame = _BodyFrame.around(body, form)
+            if frame is not None:
+                self._frames = [*self._frames[1 - REMEMBERED_FRAMES :], frame]
 
     def _request_typed(self, inputs: list[Any], request_id: str | None) -> InferRequest:
         form = self._all_json
@@ -326,6 +388,11 @@ def _typed_decoder(spec: ModelSpec) -> Any:
         forbid_unknown_fields=True,
     )
     return msgspec.json.Decoder(request)
+
+
+def _elements_decoder(spec: ModelSpec) -> Any:
+    """A msgspec decoder for the elements of one input of a model that has a typed decoder."""
+    return msgspec.json.Decoder(list[_ELEMENT[spec.inputs[0].datatype.kind]])  # type: ignore[misc]
 
 
 def _json_tensor(planned: InputPlan, item: FrameInput, literals: Literals | None) -> InputTensor:

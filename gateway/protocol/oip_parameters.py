@@ -5,9 +5,9 @@ None for a value that is there but empty, and whatever else JSON holds (refused 
 
 Rules (wire notes §1.8, §1.9, §1.11):
 - own names have fixed types; numbers among them are not negative; a wrong one is refused by name;
-- a caller's own parameters are strings, integers, booleans or doubles; they are taken, ignored and never echoed, or
-  go to the backend as they are where the model is a remote server's (`forwarded`): few and short ones, and requests
-  share a batch only with those that say the same;
+- a caller's own parameters are strings, integers, booleans or doubles; they are taken, logged where they are few and
+  short, and never echoed, or go to the backend as they are where the model is a remote server's (`forwarded`): few and
+  short ones only, and requests share a batch only with those that say the same;
 - names that start with `triton_` are reserved and refused;
 - an input or output lies in shared memory where `shared_memory_region` says so; then `shared_memory_byte_size` must be
   there too, `shared_memory_offset` may be, and nothing may say another form of the same tensor.
@@ -32,7 +32,7 @@ MAX_SEQUENCE_ID_BYTES: Final = 128
 MAX_CLASSES: Final = 2**31 - 1
 MAX_FORWARDED: Final = 64
 MAX_FORWARDED_BYTES: Final = 8192
-"""Of the names and texts of one request's own parameters together, where they are forwarded."""
+"""Of the names and texts of one request's own parameters together, where they are forwarded or logged."""
 _CUSTOM: Final = frozenset({str, int, bool, float})
 _NOTHING_RESERVED: Final[frozenset[str]] = frozenset()
 _STEPS: Final = "steps of sequences"
@@ -57,6 +57,8 @@ class RequestOptions:
     """REST: all outputs in binary form, where none is listed."""
     own: Mapping[str, object] = field(default_factory=lambda: NO_PARAMETERS)
     """What goes to the backend as the caller wrote it."""
+    unused: Mapping[str, object] = field(default_factory=lambda: NO_PARAMETERS)
+    """What nobody reads, as far as it is few and short: it is told to the inference log."""
     apart: bool = False
     """Whether the request is a step of a sequence that the backend keeps: it waits apart from those that may share a
     batch, and runs alone."""
@@ -67,6 +69,7 @@ class RequestOptions:
         request.priority = self.priority
         request.sequence = self.sequence
         request.parameters = self.own
+        request.unused = self.unused
         if self.apart:
             request.key = (request.key, _STEPS)
         elif self.own:
@@ -124,7 +127,9 @@ def request_options(
     if not parameters:
         return NO_OPTIONS
     _check_custom(parameters, "request", _OF_REQUEST, allowed_reserved)
-    own = _forwarded(parameters, allowed_reserved) if forwarded else NO_PARAMETERS
+    own = _own(parameters, allowed_reserved)
+    if forwarded:
+        _check_forwarded(own)
     if not own and _OF_REQUEST.isdisjoint(parameters):
         return NO_OPTIONS
     sequence = _sequence(parameters)
@@ -133,19 +138,32 @@ def request_options(
         _count(parameters, "priority", "request", MAX_UINT64),
         sequence,
         _flag(parameters, "binary_data_output", "request"),
-        own,
+        own if forwarded else NO_PARAMETERS,
+        NO_PARAMETERS if forwarded else _told(own),
         forwarded and sequence is not None,
     )
 
 
-def _forwarded(parameters: Mapping[str, object], allowed_reserved: frozenset[str]) -> Mapping[str, object]:
+def _own(parameters: Mapping[str, object], allowed_reserved: frozenset[str]) -> Mapping[str, object]:
     own = {
         name: value for name, value in parameters.items() if name not in _OF_REQUEST and name not in allowed_reserved
     }
-    if not own:
-        return NO_PARAMETERS
+    return own or NO_PARAMETERS
+
+
+def _is_much(own: Mapping[str, object]) -> bool:
     texts = [*own, *[value for value in own.values() if isinstance(value, str)]]
-    if len(own) > MAX_FORWARDED or sum(len(text.encode("utf-8", "replace")) for text in texts) > MAX_FORWARDED_BYTES:
+    return len(own) > MAX_FORWARDED or sum(len(text.encode("utf-8", "replace")) for text in texts) > MAX_FORWARDED_BYTES
+
+
+def _told(own: Mapping[str, object]) -> Mapping[str, object]:
+    if _is_much(own) or any(isinstance(value, int) and not MIN_INT64 <= value <= MAX_INT64 for value in own.values()):
+        return NO_PARAMETERS
+    return own
+
+
+def _check_forwarded(own: Mapping[str, object]) -> None:
+    if _is_much(own):
         raise InvalidRequest(
             f"request: at most {MAX_FORWARDED} parameters, of {MAX_FORWARDED_BYTES} bytes together, can be forwarded "
             "to the model's server"
@@ -153,7 +171,6 @@ def _forwarded(parameters: Mapping[str, object], allowed_reserved: frozenset[str
     for name, value in own.items():
         if isinstance(value, int) and not MIN_INT64 <= value <= MAX_INT64:
             raise InvalidRequest(f"request: parameter '{shown(name)}' must fit in 64 bits")
-    return own
 
 
 def input_options(parameters: Mapping[str, object], where: str) -> int | None:

@@ -149,7 +149,8 @@ class Cache:
         except (ConfigError, OSError) as error:
             actual, why = "", str(error)
         if actual != digest:
-            self.discard(digest, why)
+            if path.is_dir():  # else another process let go of it meanwhile, whole
+                self.discard(digest, why)
             return None
         origins = self.origins(digest)
         return Cached(digest, path, artifact.files, origins[0].fetched_at if origins else "", hit=True)
@@ -335,10 +336,12 @@ def _held(path: Path) -> Iterator[None]:
     while True:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            found = None
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                    yield
-                    return
+                found = path.stat().st_ino
+            if found == os.fstat(lock.fileno()).st_ino:
+                yield
+                return
 
 
 def _compare(resolved: Resolved, files: Collection[ArtifactFile]) -> None:

@@ -50,6 +50,11 @@ def hint(names: Iterable[str]) -> str:
     return ""
 
 
+def advice(name: str) -> str:
+    """What to do about this one file, which is no ONNX model; empty if nothing is known of its kind."""
+    return _HINTS.get(PurePosixPath(name).suffix.lower(), "").format(name=shown(name))
+
+
 def shown(name: str) -> str:
     """A foreign name, fit for a line of text: printable, and at most 100 characters."""
     text = "".join(character if character.isprintable() else "?" for character in name)

@@ -76,6 +76,10 @@ class HuggingFaceResolver:
     def __repr__(self) -> str:
         return f"<HuggingFaceResolver {self._settings.url}>"
 
+    def registry_of(self, reference: str) -> str:
+        """See `Resolver`."""
+        return self._settings.url
+
     def resolve(self, reference: str) -> Resolved:
         """See `Resolver`."""
         located = locate_hub(reference)

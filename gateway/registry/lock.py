@@ -32,6 +32,7 @@ from typing import Final
 from gateway.errors import ConfigError, Fault
 
 MAX_BYTES: Final = 4 * 1024 * 1024
+RESTORE: Final = "restore it, or remove it and run gateway lock"
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,18}")
 _HEADER: Final = """\
@@ -129,21 +130,23 @@ class LockFile:
             document = tomllib.loads(data.decode())
         except (ValueError, RecursionError) as error:
             said = " ".join(str(error).split())[:200]
-            raise self._refused(f"is not TOML: {said}; restore it, or remove it and run gateway lock") from None
+            raise self._refused(f"is not TOML: {said}; {RESTORE}") from None
         listed = document.pop("model", [])
         if document or not isinstance(listed, list):
-            raise self._refused("holds something else than [[model]] entries; restore it, or run gateway lock anew")
+            raise self._refused(f"holds something else than [[model]] entries; {RESTORE}")
         for item in listed:
             yield self._entry(item)
 
     def _entry(self, item: object) -> Locked:
         names = [known.name for known in fields(Locked)]
         if not isinstance(item, dict) or set(item) != set(names):
-            raise self._refused(f"has an entry that does not have exactly the keys {', '.join(names)}")
+            raise self._refused(f"has an entry that does not have exactly the keys {', '.join(names)}; {RESTORE}")
         if not all(isinstance(value, str) and (value or key == "registry") for key, value in item.items()):
-            raise self._refused("has an entry with a value that is no text, or empty")
+            raise self._refused(f"has an entry with a value that is no text, or empty; {RESTORE}")
         if not _DIGEST.fullmatch(item["digest"]) or not _VERSION.fullmatch(item["version"]):
-            raise self._refused(f"has an entry for {item['reference'][:200]} whose digest or version is not one")
+            raise self._refused(
+                f"has an entry for {item['reference'][:200]} whose digest or version is not one; {RESTORE}"
+            )
         return Locked(**item)
 
     def _refused(self, message: str) -> ConfigError:

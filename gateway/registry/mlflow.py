@@ -74,6 +74,10 @@ class MlflowResolver:
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
+    def registry_of(self, reference: str) -> str:
+        """See `Resolver`."""
+        return shown(self._settings.url)
+
     def resolve(self, reference: str) -> Resolved:
         """See `Resolver`."""
         located = locate_mlflow(reference)

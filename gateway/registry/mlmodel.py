@@ -24,6 +24,7 @@ from gateway.errors import SourceError
 MLMODEL: Final = "MLmodel"
 MAX_BYTES: Final = 1024 * 1024
 MAX_TENSORS: Final = 10_000
+MAX_DIM: Final = 2**63 - 1
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _DATATYPES: Final = {
@@ -128,14 +129,20 @@ def _side(text: object) -> tuple[Stated, ...] | None:
 
 
 def _stated(item: dict[str, Any]) -> Stated:
-    name = item.get("name")
-    name = name if isinstance(name, str) and name else None
+    name = _text(item.get("name"))
     spec = item.get("tensor-spec")
     if isinstance(spec, dict):
         shape = spec.get("shape")
-        usable = isinstance(shape, list) and all(type(dim) is int for dim in shape)
+        usable = isinstance(shape, list) and all(type(dim) is int and -1 <= dim <= MAX_DIM for dim in shape)
         return Stated(name, _datatype(spec.get("dtype")), tuple(shape) if usable and shape is not None else None)
     return Stated(name, _datatype(item.get("type")), None, column=True)
+
+
+def _text(value: object) -> str | None:
+    """None where nothing is said, or half of a surrogate pair, which no text can be written with later."""
+    if not isinstance(value, str) or not value or any("\ud800" <= character <= "\udfff" for character in value):
+        return None
+    return value
 
 
 def _datatype(text: object) -> str | None:

@@ -7,8 +7,9 @@ Rules:
   versions, else by ETag and size. Then exactly that is fetched, or nothing: what changed meanwhile is refused.
 - A URI names versions, so it means the same for ever, where the bucket keeps them and they fit into it; where it does
   not, the immutable id says that only ETags and sizes are pinned, and a later fetch of it compares them again.
-- S3 states no digest of whole objects that every store has; what an uploader states as metadata `sha256` is checked,
-  everything else is found out by the digest in lock and cache.
+- S3 states no digest of whole objects that every store has, and what some keep (x-amz-checksum-sha256) obstore does not
+  hand on; what an uploader states as metadata `sha256` is checked, everything else is found out by the digest in lock
+  and cache.
 - Listings, bytes and time are bounded; a listing is given up as soon as there are too many objects.
 """
 
@@ -88,6 +89,10 @@ class ObjectResolver:
 
     def __repr__(self) -> str:
         return f"<ObjectResolver {self._where}>"
+
+    def registry_of(self, reference: str) -> str:
+        """See `Resolver`."""
+        return self._where
 
     def resolve(self, reference: str) -> Resolved:
         """See `Resolver`."""

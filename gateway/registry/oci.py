@@ -99,6 +99,10 @@ class OciResolver:
     def __repr__(self) -> str:
         return f"<OciResolver {', '.join(self._settings.hosts)}>"
 
+    def registry_of(self, reference: str) -> str:
+        """See `Resolver`."""
+        return self._session(locate_oci(reference), self._bounds.resolve_s).origin
+
     def resolve(self, reference: str) -> Resolved:
         """See `Resolver`."""
         located = locate_oci(reference)
@@ -291,7 +295,11 @@ class _Session:
         realm = urlsplit(fields.get("realm", ""))
         if not challenge.lower().startswith("bearer") or realm.scheme not in ("http", "https"):
             raise SourceUnavailable(f"{self.origin} wants credentials of a kind that is not known here", soon=False)
-        if realm.netloc != (self._host.auth_host or self._located.host) or not self.origin.startswith(realm.scheme):
+        if realm.scheme == "http" and self.origin.startswith("https:"):
+            raise SourceError(
+                f"{self.origin} has its tokens given out over plain http, where the password could be read; refused"
+            )
+        if realm.netloc != (self._host.auth_host or self._located.host):
             raise SourceError(
                 f"{self.origin} has its tokens given out by {shown(realm.netloc)}; name it as auth_host to allow that"
             )

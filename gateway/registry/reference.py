@@ -167,7 +167,7 @@ def not_allowed(scheme: Scheme | None) -> str:
     if scheme is None:
         return "is no registry reference; write for example models:/digits@champion"
     section = SECTIONS[scheme]
-    hint = " or set MLFLOW_TRACKING_URI" if scheme == "models" else ""
+    hint = " or set MLFLOW_TRACKING_URI to an http:// or https:// address" if scheme == "models" else ""
     return f"the configuration does not say where to find it; add registries.{section}{hint}"
 
 

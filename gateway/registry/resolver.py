@@ -108,6 +108,10 @@ class Resolver(Protocol):
     def scheme(self) -> str:
         """Of the references it takes: `models`, `s3`, `oci`, `hf`."""
 
+    def registry_of(self, reference: str) -> str:
+        """Who would be asked, as `Resolved.registry` has it; nobody is. Equal references of two registries are two
+        models."""
+
     def resolve(self, reference: str) -> Resolved:
         """What the reference means now."""
 

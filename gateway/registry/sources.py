@@ -7,6 +7,9 @@ What decides which files may serve, in this order: the digest that the configura
 models.lock says of the reference; the digest that models.lock has for the same immutable id, whoever named it: a
 registry whose files changed under a name that should not change is refused, with both digests in the text.
 
+Files that may not serve are fetched once: what is immutable would be the same again. It is fetched anew when something
+else is demanded of it (the pin, the lock), when the reference means something else, or after `forget_refused`.
+
 Rules: only schemes and hosts that the configuration names are ever asked; everything else is refused before anything is
 opened. A registry that is down harms nobody who serves: at a start, what the lock or else the cache remembers of the
 reference serves (`settle`), and whoever asked is told. All methods block and may be called from any thread.
@@ -39,6 +42,7 @@ log = logging.getLogger("gateway.registry")
 ATTEMPTS: Final = 3
 WAIT_S: Final = 0.5
 MAX_WAIT_S: Final = 5.0
+MAX_REFUSED: Final = 64
 Outcome = Literal["ok", "refused", "unavailable"]
 T = TypeVar("T")
 
@@ -98,6 +102,8 @@ class Registries:
         self._last_success: dict[str, float] = dict.fromkeys(resolvers, 0.0)
         self._unanswered: dict[str, str] = {}
         self._lock_unwritable = False
+        self._refused: dict[tuple[str, str], str] = {}
+        """Digests of files that were fetched and may not serve, by registry and immutable id."""
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
@@ -163,6 +169,10 @@ class Registries:
             remembered = self.recall(reference)
             if remembered is None:
                 raise
+            theirs, ours = remembered.resolved.registry, self._resolver(reference).registry_of(reference)
+            if theirs != ours:  # the same name means another model there
+                text = f"{error}; what served as {reference} last came from {theirs or 'elsewhere'}, not from {ours}"
+                raise SourceUnavailable(text, soon=error.soon) from None
             text = f"its registry cannot be asked, so it serves {remembered.resolved.uri} as it did last: {error}"
             return Settled(remembered.resolved, text, remembered.digest)
 
@@ -193,16 +203,23 @@ class Registries:
         """
         resolver = self._resolver(resolved.reference)
         expected = self._expected(resolved, pin, lock_holds=lock_holds)
+        version = (resolved.registry, resolved.immutable_id)
 
         def check(digest: str) -> None:
             for wanted, who, advice in expected:
                 if digest != wanted:
+                    self._remember_refused(version, digest)
                     raise SourceError(
                         f"the files of {resolved.uri} have digest {digest}, but {who} {wanted}; they are not served. "
                         f"{advice}"
                     )
 
         def fetch(directory: Path) -> None:
+            with self._guard:
+                refused = self._refused.get(version)
+            if refused is not None:
+                check(refused)  # what is immutable would be the same once more
+
             def once() -> None:
                 _emptied(directory)
                 resolver.fetch(resolved, directory, told)
@@ -213,6 +230,18 @@ class Registries:
         wanted = of_this_version[0][0] if of_this_version else None
         return self.cache.obtain(resolved, wanted, fetch, check)
 
+    def _remember_refused(self, version: tuple[str, str], digest: str) -> None:
+        with self._guard:
+            self._refused.pop(version, None)
+            self._refused[version] = digest
+            if len(self._refused) > MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
+
+    def forget_refused(self) -> None:
+        """Fetch what was refused once more when it is asked for: somebody may have mended it in its place."""
+        with self._guard:
+            self._refused.clear()
+
     def _expected(self, resolved: Resolved, pin: str | None, *, lock_holds: bool) -> list[tuple[str, str, str]]:
         """Digests that the files must have, who says so, and what to do if they have another."""
         expected = []
@@ -220,7 +249,12 @@ class Registries:
             expected.append((pin, "the configuration pins", "Change the pin if that is meant"))
         for entry in self.lock.read().values() if lock_holds else ():
             same_id = (entry.registry, entry.immutable_id) == (resolved.registry, resolved.immutable_id)
-            if same_id or (self.locked and entry.reference == resolved.reference):
+            if self.locked and entry.reference == resolved.reference and not same_id:
+                raise SourceError(
+                    f"{self.lock.path.name} says {entry.uri} of {entry.reference}, not {resolved.uri}, and only what "
+                    "it names is served (registries.locked)"
+                )
+            if same_id:
                 who = f"{self.lock.path.name} says of {entry.immutable_id}"
                 expected.append((entry.digest, who, "Somebody changed what should not change; gateway lock accepts it"))
         return expected

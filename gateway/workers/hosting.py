@@ -151,6 +151,8 @@ class LoadedModel(Generic[R]):
         self.reason = ""
         """Why it has failed; empty while it has not."""
         self.closed = False
+        self.unwanted = False
+        """Whether whoever wanted it loaded has given up meanwhile."""
         self.warm_up: list[list[BatchInput]] = []
         self._release = release
 

@@ -171,10 +171,6 @@ class Keeper:
     def _spawn(self) -> Channel:
         self.generation += 1
         channel = Channel.start(self._overseer.sweep, self.name, self.generation)
-        if self.niceness:
-            with contextlib.suppress(OSError):  # it died at once; whoever waits for it hears of that
-                # Before it has threads of its own, which inherit this.
-                os.setpriority(os.PRIO_PROCESS, channel.pid, self.niceness)
         channel.on_lost = self._lost
         self._channels.add(channel)
         self._emit("worker_started", channel)
@@ -191,6 +187,13 @@ class Keeper:
         except TimeoutError:
             channel.kill(f"did not start within {HELLO_TIMEOUT_S:g} s", [])
             raise WorkerLost(f"worker {self.name} {channel.cause}") from None
+        if self.niceness:  # not earlier: on a busy machine it would not come this far in time
+            self._give_way(channel.pid)
+
+    def _give_way(self, pid: int) -> None:
+        with contextlib.suppress(OSError):  # it died; whoever waits for it hears of that
+            for thread in Path(f"/proc/{pid}/task").iterdir():  # those to come, onnxruntime's, inherit it
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), self.niceness)
 
     async def _bring_up(self, channel: Channel) -> None:
         for instance in list(self.instances):

@@ -87,6 +87,8 @@ class WorkerPool(Generic[R]):
         self._blame: Blame[Model] = Blame()
         self._retries: dict[Model, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unfinished: set[asyncio.Task[None]] = set()
+        """Loads and unloads under way."""
         self._homes: dict[Instance, Keeper] = {}
         self._moves: dict[Instance, asyncio.Task[None]] = {}
         """Instances on their way to another worker, until they are freed on the former one."""
@@ -122,6 +124,7 @@ class WorkerPool(Generic[R]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*[keeper.stop(timeout_s) for keeper in self._keepers])
+        await asyncio.gather(*self._unfinished, return_exceptions=True)
         self._keepers.clear()
         self._moves.clear()
         for model in self._models:
@@ -153,10 +156,25 @@ class WorkerPool(Generic[R]):
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _uncancelled(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work on workers that goes on to its end, which comes at the latest with theirs."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._unfinished.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it was told
+
     # --- Loading --------------------------------------------------------------------------------------------------
 
     async def load(self, artifact: Artifact, options: LoadOptions) -> LoadedModel[R]:
         """Load every instance of a model. The artifact's bytes are copied and need not be kept.
+
+        A worker that loads cannot be stopped without harm to others: who is cancelled does not wait for it, but what is
+        under way is finished, and then freed.
 
         Raises:
             ModelError: onnxruntime refuses the model, or it kills its worker.
@@ -174,13 +192,29 @@ class WorkerPool(Generic[R]):
         self._models.append(model)
         if model.dedicated:
             self._blame.isolated(model)
+        adding = self._uncancelled(self._add_instances(model))
         try:
-            for _ in range(options.instances):
+            await asyncio.wait({adding})
+            adding.result()
+        except asyncio.CancelledError:
+            model.unwanted = True
+            self._uncancelled(self._take_back(model, adding))
+            raise
+        finally:
+            del adding  # else its error and this frame keep each other, and the model's bytes
+        return model
+
+    async def _add_instances(self, model: LoadedModel[R]) -> None:
+        try:
+            while len(model.instances) < model.options.instances and not model.unwanted:
                 await self._add_instance(model)
         except BaseException:
             await self.unload(model)
             raise
-        return model
+
+    async def _take_back(self, model: LoadedModel[R], adding: asyncio.Task[None]) -> None:
+        await asyncio.wait({adding})
+        await self.unload(model)
 
     async def _add_instance(self, model: LoadedModel[R]) -> None:
         why = ""
@@ -230,10 +264,14 @@ class WorkerPool(Generic[R]):
         return min(up, key=load)
 
     async def unload(self, model: LoadedModel[Any]) -> None:
-        """Wait for the model's batches in flight, then free it everywhere. Harmless when repeated."""
+        """Wait for the model's batches in flight, then free it everywhere. Harmless when repeated, and done to its end
+        also if nobody waits for that any more."""
         if model.closed:
             return
         model.closed = True
+        await asyncio.shield(self._uncancelled(self._free(model)))
+
+    async def _free(self, model: LoadedModel[Any]) -> None:
         self._blame.forget(model)
         retry = self._retries.pop(model, None)
         if retry is not None:

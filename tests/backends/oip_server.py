@@ -104,12 +104,13 @@ class Server:
         self.metadata: dict[str, Any] = dict(METADATA)
         self.config: dict[str, Any] = {"max_batch_size": 8, "input": [], "dynamic_batching": {}}
         self.extensions = ["binary_tensor_data", "model_configuration", "model_repository"]
+        self.index: list[dict[str, str]] = [{"name": "double", "version": "1", "state": "READY"}, {"name": "cold"}]
         self.name = "scripted"
         self.ready = True
         self.missing = False
         """Whether it does not have the model any more."""
         self.connections = 0
-        self.port = 0
+        self.host, self.port = "127.0.0.1", 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -118,7 +119,7 @@ class Server:
         return [request for request in self.requests if request.path.endswith(("/infer", "/ModelInfer"))]
 
     async def start(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port or self.port, ssl=tls)
+        self._server = await asyncio.start_server(self._accept, self.host, port or self.port, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -189,7 +190,7 @@ class HttpServer(Server):
         if path == "/v2":
             return Reply(http_json({"name": self.name, "version": "1", "extensions": self.extensions}))
         if path == "/v2/repository/index":
-            return Reply(http_json([{"name": "double", "version": "1", "state": "READY"}, {"name": "cold"}]))
+            return Reply(http_json(self.index))
         if self.missing or "/models/double" not in path:
             return Reply(http_json({"error": "Request for unknown model"}, 400))
         if path.endswith("/ready"):

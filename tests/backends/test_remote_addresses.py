@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from gateway.backends.remote import Endpoint, RemoteError
-from gateway.backends.remote_addresses import Addresses, backend_name, literal_address, resolve
+from gateway.backends.remote_addresses import Addresses, accepts, backend_name, literal_address, resolve
 from tests.backends.remote_rig import until
 
 ENDPOINT = Endpoint("http", "models.example", 8000)
@@ -118,16 +118,94 @@ async def test_an_address_is_itself() -> None:
     await addresses.close()
 
 
-async def test_names_are_resolved_to_one_kind_of_address(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_names_are_resolved_to_addresses_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     v4 = [(socket.AF_INET, 1, 6, "", (address, 80)) for address in ("10.0.0.2", "10.0.0.1", "10.0.0.2")]
     v6 = [(socket.AF_INET6, 1, 6, "", ("fe80::1", 80, 0, 0))]
-    for found, wanted in ((v6 + v4, ("10.0.0.1", "10.0.0.2")), (v6, ("fe80::1",))):
+    for found, wanted in ((v6 + v4, ("10.0.0.1", "10.0.0.2", "fe80::1")), (v6, ("fe80::1",))):
 
         async def answer(*_: object, found: object = found, **__: object) -> object:
             return found
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", answer, raising=False)
         assert await resolve("models.example", 80) == wanted
+
+
+class Machines:
+    """Where connections are taken; `tried` counts."""
+
+    def __init__(self, *listening: str) -> None:
+        self.listening = set(listening)
+        self.tried: list[str] = []
+
+    async def accepts(self, address: str, port: int, timeout_s: float) -> bool:
+        assert (port, timeout_s) == (8000, ENDPOINT.connect_timeout_s)
+        self.tried.append(address)
+        return address in self.listening
+
+    def addresses(self, names: Names, every_s: float = 1e6) -> Addresses:
+        return Addresses(
+            ENDPOINT, lambda *change: names.changes.append(change), names.lookup, random.Random(1), every_s, 0.005,
+            self.accepts,
+        )  # fmt: skip
+
+
+BOTH = ("10.0.0.1", "10.0.0.2", "fe80::1", "fe80::2")
+FOUR, SIX = BOTH[:2], BOTH[2:]
+
+
+@pytest.mark.parametrize(
+    ("listening", "wanted"), [((), FOUR), (BOTH, FOUR), (("10.0.0.2",), FOUR), (("fe80::2",), SIX)]
+)
+async def test_of_two_kinds_of_addresses_that_is_used_which_takes_connections(listening: Set, wanted: Set) -> None:
+    addresses = Machines(*listening).addresses(Names(BOTH))
+    assert await addresses.start(5) == wanted
+    await addresses.close()
+
+
+async def test_the_kind_changes_when_a_connection_failed_and_only_the_other_takes_any() -> None:
+    names, machines = Names(BOTH), Machines()
+    addresses = machines.addresses(names)
+    assert await addresses.start(5) == FOUR
+
+    async def look() -> None:
+        looks = names.looks
+        addresses.hint()
+        await until(lambda: names.looks > looks, "looked")
+
+    await asyncio.sleep(0)
+    machines.listening = {"fe80::1"}
+    await look()
+    await until(lambda: addresses.known == SIX, "the other kind")
+    assert names.changes == [(SIX, FOUR)], "at once: they were tried in vain"
+    machines.listening = set(BOTH)
+    await look()
+    assert addresses.known == SIX, "who works is not left"
+    machines.listening = set()
+    await look()
+    assert addresses.known == SIX, "and neither is who is as bad as the other"
+    await addresses.close()
+
+
+async def test_nobody_is_connected_to_while_there_is_nothing_to_choose_or_to_doubt() -> None:
+    names, machines = Names(FOUR), Machines()
+    addresses = machines.addresses(names, every_s=0.01)
+    await addresses.start(5)
+    await names.look_twice()
+    names.answer = BOTH
+    await names.look_twice()
+    assert not machines.tried
+    assert addresses.known == FOUR
+    await addresses.close()
+
+
+async def test_whether_a_connection_is_taken_is_found_out_by_connecting() -> None:
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert await accepts("127.0.0.1", port, 5)
+    server.close()
+    await server.wait_closed()
+    assert not await accepts("127.0.0.1", port, 5)
+    assert not await accepts("127.0.0.1", port, 0.0)
 
 
 def test_names_of_backends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
@@ -40,7 +41,7 @@ class QueueMachine(RuleBasedStateMachine):
         request = waiting_request(key, rows, self.now + patience)
         self.queue.push(request)
         # The room may hold dead entries, but never many more than living ones.
-        assert len(self.queue._deadlines) <= 2 * self.queue.unsettled + SLACK + 1
+        assert max(len(self.queue._in_turn), len(self.queue._early)) <= 2 * self.queue.unsettled + SLACK + 1
         self.lines.setdefault(key, []).append(request)
         self.timed.append(request)
         return request
@@ -109,16 +110,17 @@ TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def test_ghosts_neither_grow_the_heap_nor_the_line() -> None:
+@pytest.mark.parametrize("deadline", [1.0, 3.0])
+def test_ghosts_grow_neither_the_deadlines_nor_the_line(deadline: float) -> None:
     queue = BatchQueue()
-    head = waiting_request(deadline=1.0)
+    head = waiting_request(deadline=deadline)
     queue.push(head)
     longest = 0
     for _ in range(10_000):
         request = waiting_request(deadline=2.0)
         queue.push(request)
         queue.settled(request)
-        longest = max(longest, len(queue._deadlines), len(queue.groups["a"].requests))
+        longest = max(longest, len(queue._in_turn), len(queue._early), len(queue.groups["a"].requests))
     assert longest <= 2 * 2 + SLACK + 1
     assert queue.take(queue.groups["a"], 8) == [head]
 

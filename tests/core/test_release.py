@@ -103,6 +103,14 @@ def test_what_was_refused_is_not_tried_again_until_the_source_moves_or_somebody_
     assert isinstance(means(track, "4"), Prepare)
 
 
+def test_what_was_refused_is_tried_again_once_it_is_forgiven() -> None:
+    track = serving()
+    means(track, "4")
+    track.refused("its golden inputs are answered otherwise", "poll", 3.0)
+    track.forgive()
+    assert isinstance(means(track, "4"), Prepare)
+
+
 def test_what_could_not_be_tried_is_tried_again() -> None:
     track = serving()
     means(track, "4")
@@ -122,6 +130,25 @@ def test_a_rollback_is_not_undone_by_the_source_that_stays_where_it_was() -> Non
     assert isinstance(decision, Stay)
     assert decision.why == "withheld"
     assert isinstance(means(track, "5"), Prepare)
+
+
+def test_a_rollback_goes_back_one_release_and_not_to_the_oldest() -> None:
+    track = serving(keep=2)
+    swapped(track, "4")
+    swapped(track, "5")
+    back = track.back()
+    assert back is not None
+    assert back.release.version == "4"
+
+
+def test_a_swap_that_the_source_asked_for_withholds_nothing() -> None:
+    track = serving()
+    track.meant = "id-3"
+    release = tried(track, "4")
+    track.meant = "id-3"  # it was moved back while version 4 was on trial
+    track.swapped(release, "poll", 4.0)
+    assert track.withheld == ""
+    assert isinstance(means(track, "3"), Restore)
 
 
 def test_after_a_rollback_a_source_that_moved_away_and_back_is_followed() -> None:
@@ -149,6 +176,31 @@ def test_going_back_to_what_the_source_means_withholds_nothing() -> None:
         track.swapped(track.back().release, "operator", 5.0, "rolled_back")  # type: ignore[union-attr]
     assert (track.live.version, track.withheld) == ("4", "")  # type: ignore[union-attr]
     assert isinstance(means(track, "3"), Restore)
+
+
+def test_what_was_on_its_way_when_somebody_went_back_does_not_come_by_itself() -> None:
+    track = serving()
+    swapped(track, "4")
+    tried(track, "5")
+    track.abandoned("given up", "operator", 5.0)
+    back = track.back()
+    assert back is not None
+    track.swapped(back.release, "operator", 5.0, "rolled_back")
+    decision = means(track, "5")
+    assert isinstance(decision, Stay)
+    assert decision.why == "withheld"
+    assert isinstance(means(track, "6"), Prepare)
+
+
+def test_what_was_promoted_is_not_kept_twice() -> None:
+    track = serving(keep=2)
+    swapped(track, "4")
+    again = Release("id-3", "3", "", 5.0)
+    for event in (ReleaseEvent.VERIFIED, ReleaseEvent.LOADED, ReleaseEvent.CHECKED):
+        again.go(event, 5.0)
+    (dropped,) = track.swapped(again, "operator", 5.0, "promoted")
+    assert dropped.identity == "id-3"
+    assert [one.version for one in track.previous] == ["4"]
 
 
 def test_a_source_that_means_the_kept_release_again_gets_it_without_a_load() -> None:
@@ -255,7 +307,16 @@ class Life(RuleBasedStateMachine):
         assert before is not None
         assert back is not None
         self.track.swapped(back.release, "operator", self.tick(), "rolled_back")
-        self.withheld = before.identity if before.identity == self.track.meant else ""
+        self.withheld = self.track.meant if back.release.identity != self.track.meant else ""
+
+    @precondition(lambda self: self.track.live is not None and self.track.trial is None)
+    @rule(identity=st.sampled_from("abcd"))
+    def promoted(self, identity: str) -> None:
+        release = Release(identity, "1", "", self.tick())
+        for event in (ReleaseEvent.VERIFIED, ReleaseEvent.LOADED, ReleaseEvent.CHECKED):
+            release.go(event, self.now)
+        self.track.swapped(release, "operator", self.tick(), "promoted")
+        self.withheld = self.track.meant if identity != self.track.meant else ""
 
     @precondition(lambda self: self.track.previous)
     @rule()

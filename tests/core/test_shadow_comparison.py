@@ -69,6 +69,21 @@ def test_texts_are_equal_or_they_are_not() -> None:
     assert (seen.rows, seen.equal_rows, seen.max_absolute, seen.buckets) == (3, 2, None, ())
 
 
+def test_one_output_that_differs_is_enough_whatever_the_others_say() -> None:
+    comparison = ShadowComparison(Tolerance(0.0, 0.1))
+    far, near = floats([1.0, 2.0], name="far"), floats([1.0, 2.0], name="near")
+    pair = ([far, near], [floats([1.0, 9.0], name="far"), floats([1.0, 2.05], name="near")])
+    other = ([near, far], [floats([1.0, 2.05], name="near"), floats([1.0, 9.0], name="far")])
+    assert comparison.compare([pair]) == [False]
+    assert comparison.compare([other]) == [False]
+    assert comparison.statistics().differed == 2
+
+
+def test_fewer_texts_than_the_shape_says_are_not_equal() -> None:
+    short = OutputTensor("text", DATATYPE["BYTES"], (2,), pack_bytes([b"a"]))
+    assert ShadowComparison(Tolerance()).compare([([texts(b"a", b"b")], [short])]) == [False]
+
+
 def test_another_shape_or_datatype_differs_and_breaks_nothing() -> None:
     comparison = ShadowComparison(Tolerance())
     lot = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -55,6 +56,14 @@ def test_what_sticks_does_so_whatever_is_drawn(percent: float, sent: list[tuple[
         assert met.pop()[1] is Why.STICKY
     else:
         assert {why for _, why in met} == {Why.SHARE}
+
+
+@given(values)
+def test_a_value_goes_to_the_canary_from_the_share_on_that_lies_above_its_point(value: str) -> None:
+    at = point(b"digits", value.encode())
+    for share, wanted in ((0.0, False), (at, False), (math.nextafter(at, 1.0), True), (1.0, True)):
+        met = to_canary(SplitRule(share, sticky=b"x-user", key=b"digits"), [(b"x-user", value.encode())], never)
+        assert met == (wanted, Why.STICKY)
 
 
 @given(st.floats(0, 100), st.floats(0, 100), values)

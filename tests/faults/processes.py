@@ -7,7 +7,6 @@ carries the rig's mark in its environment; so do its own children. `left_behind`
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,12 +17,8 @@ from typing import Final
 
 MARK: Final = "OIP_FAULT_RIG"
 TOKEN: Final = f"{os.getpid()}-{time.monotonic_ns()}"
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL")
+"""Of util-linux; becomes the command. Not by preexec_fn: that forks, and gRPC's handlers of a fork can crash."""
 
 
 class Child:
@@ -38,13 +33,12 @@ class Child:
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as stream:
             return subprocess.Popen(
-                self.command,
+                [*_DIE_WITH_PARENT, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
                 env=self._env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - the rig starts processes from its only thread
             )
 
     @property

@@ -164,6 +164,32 @@ def test_a_column_that_contradicts_itself_is_refused(bad: Column) -> None:
         arrow_tables.requests_table([(0, changed(requests([1, 2]), inputs=[bad]))], "e")
 
 
+def test_a_number_that_no_column_takes_is_refused() -> None:
+    vast = Column("x", "UINT8", None, [(0, 2**63)], b"", None, "keep", None)
+    many = changed(requests([1]), rows=[row(b"a" * 36)._replace(rows=2**63)])
+    for bad in (changed(requests([1]), inputs=[vast]), many):
+        with pytest.raises(ValueError, match="too large"):
+            arrow_tables.requests_table([(0, bad)], "e")
+
+
+def test_what_is_said_of_one_row_stands_with_that_row() -> None:
+    frame = requests([1, 2, 3])
+    detail = Detail(error="no", reason="overloaded", backend="b-2", asked_version="9", parameters="{}", cause="c")
+    rows = [frame.rows[0], frame.rows[1]._replace(batch=NO_BATCH, status=503, detail=detail), frame.rows[2]]
+    found = arrow_tables.requests_table([(0, changed(frame, rows=rows))], "epoch")
+    for name, value in (("error", "no"), ("reason", "overloaded"), ("parameters", "{}"), ("cause", "c")):
+        assert found[name].to_pylist() == [None, value, None]
+    assert found["backend"].to_pylist() == ["onnx-1", "b-2", "onnx-1"]
+    assert found["batch_id"].to_pylist() == ["a1f3-000042", None, "a1f3-000042"]
+    assert found["version"].to_pylist() == ["3"] * 3
+
+
+def test_more_than_one_array_can_hold_is_refused_and_not_wrapped() -> None:
+    assert arrow_tables._offsets([2**30, 2**30 - 1]).tolist() == [0, 2**30, 2**31 - 1]
+    with pytest.raises(ValueError, match="more than 2 GiB"):
+        arrow_tables._offsets([2**30, 2**30])
+
+
 def test_a_batch_that_is_not_there_is_refused() -> None:
     for rows in ([row(b"a" * 36, batch=1)], [row(b"a" * 36, detail=Detail(executions=((3, 0),)))]):
         with pytest.raises(ValueError, match="batch that its frame does not have"):

@@ -131,6 +131,15 @@ def test_labels_and_overrides_join_their_rows_and_the_last_word_counts(tmp_path:
     assert {where for where, line in found.items() if line["human_override"] is not None} == {(third, 1)}
 
 
+def test_of_labels_said_at_one_time_the_last_in_the_log_counts(tmp_path: Path) -> None:
+    log = new_log(tmp_path / "log")
+    made = two_rows(range(1))
+    (one,) = ids(made)
+    write(log, [made, *(said(one, f"key-{n}", 5, label=n) for n in range(500))])
+    export_log(Store(log), "jsonl", tmp_path / "out", ALL, Roles())
+    assert [line["target"] for line in table(tmp_path / "out", "jsonl")] == [499, 499]
+
+
 @pytest.mark.parametrize(
     ("labels", "kept"),
     [([1, 2], [1, 2]), ([1, 2.5], [1.0, 2.5]), (["a", 2], ["a", "2"]), ([True, False], ["true", "false"])],
@@ -164,6 +173,8 @@ def test_what_has_no_line_is_counted(tmp_path: Path) -> None:
         "they were shadows, which answer nobody": 5,
         "their tensors were not kept (sampling)": 4,
     }
+    assert [(file.requests, file.rows) for file in result.files] == [(3, 6)]
+    assert {line["request_id"] for line in table(tmp_path / "out")} == set(ids(made))
     assert any("17 lost rows" in note for note in result.notes)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["left_out"] == result.skipped
 

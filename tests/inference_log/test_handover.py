@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from gateway.core.batch import Execution, FinishedBatch
 from gateway.core.log_policy import LogPolicy, Payload
 from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import InferRequest, InputTensor, OutputTensor, SequenceStep
-from gateway.core.tensor import DATATYPES, Datatype, element_count, pack_bytes
+from gateway.core.tensor import DATATYPE, DATATYPES, Datatype, element_count, pack_bytes
 from gateway.errors import InvalidRequest, LogUnavailable, NotFound, Overloaded
 from gateway.inference_log.handover import FRAME_BYTES, MAX_TEXT, Caller, InferenceLog, Wall
 from gateway.inference_log.outlet import Outlet
@@ -202,6 +203,13 @@ def test_one_frame_a_turn_with_each_batch_once() -> None:
     assert not bench.turn.due
 
 
+def test_rows_without_payload_name_their_own_batch() -> None:
+    bench = Bench(SPEC, LogPolicy(sampling=0.0))
+    for number in range(50):  # nothing but the log keeps these: they would take each other's address
+        bench.answer(one(batch_of(1, batch_id=f"b{number}")))
+    assert [row.batch.batch_id for row in bench.rows if row.batch] == [f"b{number}" for number in range(50)]
+
+
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 2], [1], [2, 1], [0, 1, 2]])
 def test_answers_in_any_order_and_callers_that_left_shift_nothing(order: list[int]) -> None:
     bench = Bench(SPEC)
@@ -211,12 +219,82 @@ def test_answers_in_any_order_and_callers_that_left_shift_nothing(order: list[in
     assert [np.frombuffer(row.outputs["out0"].data, "<i8")[0] for row in bench.rows] == order
 
 
+def numbered(batch_id: str, first: int, rows: int) -> FinishedBatch:
+    """A batch of two outputs: element n of the first is `first + n`, of the second the same below zero."""
+    made = {}
+    for index, sign in ((0, 1), (1, -1)):
+        data = (sign * np.arange(first, first + rows, dtype="<i8")).tobytes()
+        made[index] = OutputTensor(f"out{index}", DATATYPES[8], (rows, 1), data)
+    return FinishedBatch(batch_id, rows, made, "onnx-1", 1, 2.0, 3.0, "full", (1, 2, 3))
+
+
+def numbers_in(row: Logged) -> dict[str, list[int]]:
+    return {name: np.frombuffer(tensor.data, "<i8").tolist() for name, tensor in row.outputs.items()}
+
+
+TWO_OUTPUTS = spec_of([DATATYPES[8]], [DATATYPES[8], DATATYPES[8]])
+
+
+@pytest.mark.parametrize("refused_before", [False, True])
+def test_a_place_in_one_batch_is_not_continued_in_another(refused_before: bool) -> None:
+    bench = Bench(TWO_OUTPUTS)
+    if refused_before:
+        bench.refuse(InvalidRequest("no"))
+    for batch, place in ((numbered("a", 10, 2), 0), (numbered("b", 20, 2), 1)):
+        bench.answer(one(batch, place))
+    assert [numbers_in(row) for row in bench.rows[-2:]] == [{"out0": [10]}, {"out0": [21]}]
+
+
+@pytest.mark.parametrize("refused_before", [False, True])
+def test_batch_mates_that_wanted_other_outputs_have_those_they_wanted(refused_before: bool) -> None:
+    bench = Bench(TWO_OUTPUTS)
+    batch = numbered("a", 10, 2)
+    wants = [one(batch, 0), one(batch, 1)]
+    wants[0].outputs, wants[1].outputs = (0,), (1,)
+    if refused_before:
+        bench.refuse(InvalidRequest("no"))
+    for request in wants:
+        bench.answer(request)
+    assert [numbers_in(row) for row in bench.rows[-2:]] == [{"out0": [10]}, {"out1": [-11]}]
+
+
+def test_a_single_row_that_was_served_something_else_than_its_outputs_has_that() -> None:
+    bench = Bench(SPEC)
+    classes = OutputTensor("out0", DATATYPE["BYTES"], (1, 1), pack_bytes([b"0.5:7"]))
+    bench.answer(one(batch_of(2), 1), served=[classes])
+    (row,) = bench.rows
+    assert row.outputs == {"out0": Tensor("BYTES", (1, 1), pack_bytes([b"0.5:7"]))}
+
+
+def test_a_row_that_was_not_drawn_takes_nobody_else_s_payload() -> None:
+    bench = Bench(TWO_OUTPUTS, LogPolicy(sampling=0.5))
+    drawn = iter([0.0, 0.9, 0.49])
+    bench.log.draw = lambda: next(drawn)
+    batch = numbered("a", 10, 2)
+    for request in (one(batch, 0), one(numbered("b", 20, 1)), one(batch, 1)):
+        bench.answer(request)
+    assert [numbers_in(row) for row in bench.rows] == [{"out0": [10]}, {}, {"out0": [11]}]
+
+
+def test_a_row_that_could_not_be_noted_counts_as_lost() -> None:
+    bench = Bench(SPEC)
+    bench.version.failed()
+    assert bench.log.outlet.statistics().lost_rows == 1
+    bench.log.outlet.finish()
+    (gap,) = bench.frames.taken
+    assert (gap.stream, gap.model, gap.version) == ("gap", "m", "3")  # type: ignore[union-attr]
+    assert json.loads(gap.details)["rows"] == 1  # type: ignore[union-attr]
+
+
 def test_an_answer_of_several_executions_names_them_all() -> None:
     bench = Bench(SPEC)
     parts = [(Execution("cache", 1, "c", 1), 0), (Execution("onnx-2", 2, "d", 9), 5)]
-    bench.answer(one(batch_of(1, parts=parts)))
+    whole = one(batch_of(1, parts=parts, attempt=2))
+    whole.attempt = 0  # its parts were tried
+    bench.answer(whole)
     bench.answer(one(batch_of(1, parts=parts[:1], remote=True)))
     several, single = bench.rows
+    assert several.row.attempt == 2
     assert [(b.backend, b.batch_id, b.attempt, b.size, row) for b, row in several.executions] == [
         ("cache", "c", 1, 1, 0),
         ("onnx-2", "d", 2, 9, 5),
@@ -260,6 +338,15 @@ def test_parameters_are_kept() -> None:
         }  # fmt: skip
 
 
+def test_parameters_that_json_has_no_number_for_are_texts() -> None:
+    bench = Bench(SPEC)
+    request = one(batch_of(1))
+    request.unused = {"a": math.inf, "b": math.nan, "c": 1.5}
+    bench.answer(request)
+    (row,) = bench.rows
+    assert json.loads(row.detail.parameters or "") == {"a": "inf", "b": "nan", "c": 1.5}
+
+
 def test_sampling_says_with_what_probability() -> None:
     bench = Bench(SPEC, LogPolicy(sampling=0.25))
     batch = batch_of(2000)
@@ -291,6 +378,24 @@ def test_large_tensors_make_several_frames_and_no_row_is_in_two() -> None:
     assert [row.inputs["in0"].data[0] for row in rows] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_request_too_large_for_the_room_takes_no_neighbour_along(answered: bool) -> None:
+    bench = Bench(SPEC)
+    bench.frames.room = FRAME_BYTES
+    bench.answer(one(batch_of(1)))
+    large = one(batch_of(1))
+    data = bytes(2 * FRAME_BYTES)
+    large.inputs = (InputTensor(DATATYPES[8], (1, len(data) // 8), None, data),)
+    large.nbytes = len(data)
+    if answered:
+        bench.answer(large)
+    else:
+        bench.refuse(Overloaded("full"), large)
+    bench.answer(one(batch_of(1)))
+    assert len(bench.rows) == 2
+    assert bench.log.statistics().outlet.lost_rows == 1
+
+
 def test_tensors_that_cannot_be_read_cost_their_own_row_only(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(SPEC)
     batch = batch_of(3)
@@ -316,6 +421,34 @@ def test_a_frame_that_cannot_be_made_costs_nobody_else_a_row(caplog: pytest.LogC
     assert "could not be noted" in caplog.text
     bench.refuse(InvalidRequest("the next turn"))
     assert [row.detail.error for row in bench.rows] == ["plain", "the next turn"]
+
+
+def test_what_cannot_be_noted_harms_neither_its_caller_nor_the_next_row(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(SPEC)
+    batch = batch_of(4)
+    odd, also_odd, copy = one(batch, 0), one(batch, 1), one(batch, 2)
+    odd.request_id = also_odd.request_id = copy.request_id = 7  # type: ignore[assignment]  # whatever the fault may be
+    with pytest.raises(TypeError):
+        bench.answer(odd, served=[OutputTensor("out0", DATATYPES[8], (1, 1), bytes(8))])
+    bench.refuse(Overloaded("full"), also_odd)
+    bench.version.shadowed(copy, b"copy", 4.0, None)
+    bench.answer(one(batch, 3))
+    (row,) = bench.rows
+    assert np.frombuffer(row.inputs["in0"].data, "<i8")[0] == np.frombuffer(row.outputs["out0"].data, "<i8")[0] == 3
+    assert bench.log.statistics().outlet.lost_rows == 2
+    assert "could not be noted" in caplog.text
+
+
+def test_each_row_has_the_name_under_which_it_was_answered() -> None:
+    bench = Bench(SPEC)
+    canary, champion = bench.version.named("canary"), bench.version.named("champion")
+    batch = batch_of(4)
+    for place, log in enumerate((canary, champion, canary, bench.version)):
+        log.answered(one(batch, place), bench.next_id(), 0.5, "http", "infer", None, CALLER)
+    assert sorted((row.row.batch_row, row.variant) for row in bench.rows) == [
+        (0, "canary"), (1, "champion"), (2, "canary"), (3, ""),
+    ]  # fmt: skip
+    assert canary.named("champion") is champion
 
 
 def test_what_is_refused_for_want_of_room_is_no_row() -> None:

@@ -66,6 +66,49 @@ def test_with_room_everything_is_taken_at_once() -> None:
     assert not bench.later.due
 
 
+def test_refusing_does_not_end_while_rows_of_what_was_executed_wait() -> None:
+    bench = Bench(room=300, reserve=0)
+    bench.put("block")
+    bench.put("block")
+    assert bench.outlet.blocked
+    bench.writer.synced()
+    assert bench.outlet.blocked, "there is room again, and the row that waits has not got any yet"
+    bench.pass_time(0.05)
+    assert bench.written() == [0, 1]
+    bench.writer.synced()
+    assert not bench.outlet.blocked
+
+
+def test_what_was_executed_has_a_reserve() -> None:
+    bench = Bench(room=300, reserve=1000)
+    bench.put("block")
+    bench.put("block")
+    bench.put("drop")
+    assert bench.written() == [0, 1]
+    assert bench.outlet.statistics().waiting_rows == 0
+    assert bench.outlet.statistics().lost_rows == 1
+
+
+def test_entries_of_the_lifecycle_do_not_overtake_one_another() -> None:
+    bench = Bench(room=300, reserve=0)
+    for number, text in enumerate(("x" * 400, "", "")):
+        assert bench.outlet.event("lifecycle", str(number), "m", "1", {"text": text})
+    assert bench.writer.events == []
+    bench.writer.room = 10_000
+    bench.pass_time()
+    assert [event.kind for event in bench.writer.events] == ["0", "1", "2"]
+
+
+def test_entries_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "MAX_WAITING_EVENTS", 2)
+    bench = Bench(room=10, reserve=0)
+    taken = [bench.outlet.event("lifecycle", str(number), "m", "1", {}) for number in range(4)]
+    assert taken == [True, True, False, False]
+    bench.writer.room = 10_000
+    bench.pass_time()
+    assert [(gap["rows"], gap["reason"]) for gap in bench.gaps()] == [(2, "lifecycle_full")]
+
+
 def test_what_is_dropped_is_counted_and_recorded_with_its_span() -> None:
     bench = Bench(room=600)
     bench.put("drop", 2)
@@ -175,6 +218,18 @@ def test_lifecycle_waits_for_room_and_feedback_is_refused() -> None:
     assert kinds[0] == ("lifecycle", "swapped")
     (gap,) = bench.gaps()
     assert (gap["rows"], gap["reason"]) == (1, "feedback_full")
+
+
+@pytest.mark.parametrize("details", [{"source": "half a pair: \ud800"}, {"source": {1, 2}}])
+def test_an_entry_that_cannot_be_written_fails_nobody_and_is_a_gap(
+    details: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    assert not bench.outlet.event("lifecycle", "serving", "m", "1", details)
+    bench.pass_time()
+    (gap,) = bench.gaps()
+    assert (gap["reason"], gap["rows"], bench.outlet.statistics().lost_rows) == ("faulty", 1, 1)
+    assert "could not be noted" in caplog.text
 
 
 def test_at_the_end_what_was_not_taken_is_counted() -> None:

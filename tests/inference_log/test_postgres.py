@@ -132,6 +132,40 @@ def test_what_arrives_twice_is_there_once(directory: Path, dsn: str, server: Pos
     assert server.rows(dsn, "SELECT epoch::text, position FROM gateway_shipped") == [(epoch, 5)]
 
 
+def test_the_cursor_is_never_ahead_of_the_rows(directory: Path, dsn: str, server: PostgresServer) -> None:
+    assert ship(directory, dsn) == []  # makes the tables
+    write(directory, (encoded([0, 1, 2]), 3), event("gap", "dropped", {"rows": 3}))
+    for table in ("gateway_requests", "gateway_events"):
+        server.execute(
+            dsn,
+            "CREATE OR REPLACE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'no space' USING ERRCODE = '53100'; END $$; "
+            f"CREATE TRIGGER full_disk BEFORE INSERT ON {table} EXECUTE FUNCTION full_disk()",
+        )
+        with pytest.raises(Unavailable, match="disk is full"):
+            ship(directory, dsn)
+        assert server.rows(dsn, "SELECT position FROM gateway_shipped") == []
+        assert server.rows(dsn, "SELECT position FROM gateway_requests") == []
+        server.execute(dsn, f"DROP TRIGGER full_disk ON {table}")
+    assert ship(directory, dsn) == [Shipment(4, 0, 0)]
+
+
+def test_the_cursor_does_not_go_back(directory: Path, dsn: str, server: PostgresServer) -> None:
+    write(directory, (encoded([0]), 1), (encoded([1]), 1), (encoded([2]), 1))
+    assert ship(directory, dsn, rows=1) == [Shipment(1, 0, 0)] * 3
+
+    async def again() -> Shipment:
+        sink = Postgres(PostgresSettings(lambda: dsn))
+        try:
+            await sink.open()
+            return await sink.ship(next(Feed(directory, rows=1).pieces({})))
+        finally:
+            await sink.close()
+
+    assert asyncio.run(again()) == Shipment(0, 1, 0)
+    assert server.rows(dsn, "SELECT position FROM gateway_shipped") == [(3,)]
+
+
 def test_events_and_feedback_and_what_is_joined_from_them(directory: Path, dsn: str, server: PostgresServer) -> None:
     one = requests([1, 2])
     ids = [found.request_id.decode() for found in one.rows]
@@ -217,10 +251,11 @@ def test_a_row_that_the_tables_refuse_is_noted_and_the_others_go_on(
 ) -> None:
     ship(directory, dsn)  # the tables
     server.execute(dsn, "ALTER TABLE gateway_requests ADD CHECK (position % 7 <> 3)")
-    write(directory, (encoded(range(20)), 20))
+    epoch = write(directory, (encoded(range(20)), 20))
     (done,) = ship(directory, dsn)
     assert done == Shipment(17, 0, 3)
     refused = server.rows(dsn, "SELECT stream, position, why FROM gateway_refused ORDER BY position")
+    assert server.rows(dsn, "SELECT DISTINCT epoch::text FROM gateway_refused") == [(epoch,)]
     assert [found[:2] for found in refused] == [("requests", 3), ("requests", 10), ("requests", 17)]
     assert "check constraint" in refused[0][2]
     assert server.rows(dsn, "SELECT position FROM gateway_shipped") == [(20,)]
@@ -282,6 +317,7 @@ def test_another_schema_is_made_and_used(directory: Path, dsn: str, server: Post
     [
         ((PASSWORD, "wr0ng-secret"), "password authentication failed"),
         (("/test_", "/nothing_"), "does not exist.*create the database"),
+        (("/test_", f"/is_{PASSWORD}_"), r"\*\*\*.*does not exist"),
         (("127.0.0.1:", "127.0.0.1:1"), "cannot be used"),
         (("127.0.0.1:", "127.0.0.9:"), "cannot be reached"),
         (("?", "?"), None),

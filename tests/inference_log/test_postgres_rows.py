@@ -96,6 +96,19 @@ def test_records_have_the_columns_that_are_copied() -> None:
     assert len(four[0]) == len(postgres_schema.FOUR.names)
 
 
+def test_the_showcases_rows_have_their_own_tensors_and_metadata() -> None:
+    epoch = new_epoch()
+    rows = RequestRows(arrow_tables.to_tables([(7, requests([1, 2, 3]))], epoch)["requests"], UUID(epoch))
+    names = postgres_schema.FOUR.names
+    found = [dict(zip(names, record, strict=True)) for record in rows.four(names, {})]
+    assert [orjson.loads(one["inputs"])[0]["data"] for one in found] == [[1.0], [2.0], [3.0]]
+    assert [orjson.loads(one["outputs"])[0]["data"] for one in found] == [[1.0], [4.0], [9.0]]
+    assert [orjson.loads(one["raw_request"])["id"] for one in found] == [one["id"] for one in found]
+    assert len({one["id"] for one in found}) == 3
+    assert [orjson.loads(one["metadata"])["position"] for one in found] == [7, 8, 9]
+    assert [orjson.loads(one["metadata"])["batch"]["row"] for one in found] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("policy", ["drop", "hash", "truncate"])
 def test_what_was_not_kept_whole_has_no_values_in_the_showcases_tables(policy: Any) -> None:
     inputs = [Column("x", "FP64", None, [(1,)], b"12345678", None, policy, [800])]

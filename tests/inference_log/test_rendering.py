@@ -109,6 +109,13 @@ def test_values_out_of_queries() -> None:
     }
 
 
+def test_what_a_query_made_of_a_tensor_is_no_tensor() -> None:
+    for changed in ({"data": "0a"}, {"data": None}, {"shape": 3}, {"datatype": None}, {"policy": 1}, {"bytes": "x"}):
+        value = tensor("INT8", [1], b"\x01") | changed
+        assert rendering.jsonable(value) == {**value, "data": changed.get("data", "AQ==")} | changed
+    assert rendering.jsonable(tensor("INT8", [1], b"") | {"data": None, "policy": "drop", "bytes": 1})["note"]
+
+
 def test_a_document_has_every_column_of_the_log() -> None:
     """A new column that nobody shows would be a column nobody finds."""
     row: dict[str, Any] = dict.fromkeys(arrow_tables.REQUESTS.names)

@@ -155,6 +155,17 @@ def test_a_hold_is_not_replaced_or_released_by_mistake(layout: Layout) -> None:
     assert retention.holds(layout).held == (HOLD,)
 
 
+@pytest.mark.parametrize("name", ["../sealer", "../sealed/x", "a/b", ".hidden", ""])
+def test_a_hold_s_name_is_no_path(layout: Layout, name: str) -> None:
+    segments.prepare(layout.directory)
+    victim = layout.holds / f"{name}.json"
+    victim.parent.mkdir(exist_ok=True)
+    victim.write_bytes(b"{}")
+    with pytest.raises(ConfigError, match="there is no hold named"):
+        retention.release_hold(layout, name)
+    assert victim.read_bytes() == b"{}"
+
+
 def test_what_a_sink_has_not_shipped_stays(layout: Layout) -> None:
     epoch = stored(layout, {200: "digits", 201: "digits", 202: "salary"})
     assert applied(layout, RetentionPolicy(), {"postgres": {}}) == 0
@@ -185,3 +196,16 @@ def test_a_full_disk_is_an_alarm_and_deletes_nothing(layout: Layout) -> None:
     assert sealer.statistics().over_limit
     assert sealer.statistics().disk_bytes > 10
     assert left(layout) == [1, 100]
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [("yesterday", ""), ("2026-02-30", ""), ("20260101", ""), ("2026-09-02", "2026-09-01")]
+)
+def test_a_hold_whose_dates_make_no_sense_keeps_everything(layout: Layout, first: str, last: str) -> None:
+    stored(layout, {400: "digits"})
+    segments.make_directory(layout.holds)
+    fields = {"name": "odd", "reason": "r", "by": "b", "at": "2026-09-01T00:00:00Z", "models": ["other"]}
+    segments.write_json(layout.holds / "odd.json", fields | {"first": first, "last": last})
+    assert retention.holds(layout).unreadable == ("odd.json",)
+    assert applied(layout, RetentionPolicy(200)) == 0
+    assert left(layout) == [400]

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.inference_log import sealer_settings, segments
+from gateway.inference_log import sealer_settings, sealing, segments
 from gateway.inference_log.retention import RetentionPolicy
 from gateway.inference_log.sealer import Sealer, SealerBusy, seal_by_hand
 from gateway.inference_log.sealer_settings import SealerSettings
-from gateway.inference_log.segments import Layout, SealerState
+from gateway.inference_log.segments import Commit, Layout, SealerState, Segment
 from gateway.inference_log.writer import LogWriter, WriterSettings
 from tests.inference_log.log_rows import NOON, encoded, new_epoch, numbers_in_parquet, numbers_in_wal
 from tests.inference_log.test_writer import killed_writers
@@ -82,6 +83,48 @@ def test_what_was_spilt_is_sealed_into_the_logs_own_directory(layout: Layout, tm
     assert len(layout.commits()) == 2
 
 
+def test_a_sealed_segment_whose_file_stayed_is_not_sealed_again(layout: Layout) -> None:
+    """Its sealer was killed behind the commit record, and its rows may have been merged since."""
+    one = written(layout.directory, range(5))
+    one.close()
+    segment = Segment(one.epoch, 0)
+    data = segments.read_file(layout.segment(segment))
+    seal_by_hand(SealerSettings(layout.directory))
+    (file,) = layout.parquet("requests")
+    file.rename(file.with_name("merged-elsewhere.parquet"))
+    segments.make_directory(layout.epoch(one.epoch))
+    layout.segment(segment).write_bytes(data)
+    before = layout.commits()
+    state = seal_by_hand(SealerSettings(layout.directory))
+    assert (state.sealed_segments, state.sealed_rows, state.failing) == (0, 0, None)
+    assert layout.commits() == before
+    assert numbers_in_parquet(layout.directory) == list(range(5))
+    assert layout.epochs() == []
+
+
+def test_what_somebody_else_put_beside_a_segment_stays(layout: Layout) -> None:
+    one = written(layout.directory, range(5))
+    one.close()
+    note = layout.epoch(one.epoch) / "note.txt"
+    note.write_bytes(b"mine")
+    state = seal_by_hand(SealerSettings(layout.directory))
+    assert (state.sealed_rows, state.failing) == (5, None)
+    assert note.read_bytes() == b"mine"
+    assert (note.parent / "lock").exists()
+
+
+def test_what_a_sink_has_not_shipped_is_not_deleted(layout: Layout) -> None:
+    written(layout.directory, range(5)).close()
+    later = NOON * 10**6 + 400 * 86_400 * 10**6
+    for sinks, left in ((("postgres",), list(range(5))), ((), [])):
+        sealer = Sealer(SealerSettings(layout.directory, sinks=sinks), lambda: later)
+        sealer.open()
+        sealer.seal()
+        sealer.keep()
+        sealer.close()
+        assert numbers_in_parquet(layout.directory) == left
+
+
 def test_only_one_seals(layout: Layout) -> None:
     first = Sealer(SealerSettings(layout.directory), now_us)
     first.open()
@@ -106,6 +149,22 @@ def test_one_segment_that_fails_does_not_hold_up_the_others(layout: Layout) -> N
     assert seal_by_hand(SealerSettings(layout.directory)).failing is None
     assert sorted(numbers_in_parquet(layout.directory)) == list(range(5))
     assert layout.epochs() == []
+
+
+def test_a_fault_of_ours_does_not_hold_up_the_others_either(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = written(layout.directory, range(3)), written(layout.directory, range(3, 5))
+    first.close()
+    second.close()
+    whole = sealing.seal
+
+    def seal(wals: Layout, segment: Segment, *rest: Any) -> Commit | None:
+        if segment.epoch == first.epoch:
+            raise KeyError("nobody thought of this")
+        return whole(wals, segment, *rest)
+
+    monkeypatch.setattr(sealing, "seal", seal)
+    assert "nobody thought" in (seal_by_hand(SealerSettings(layout.directory)).failing or "")
+    assert numbers_in_parquet(layout.directory) == [3, 4]
 
 
 def test_an_epoch_without_a_lock_file_is_recovered_too(layout: Layout) -> None:

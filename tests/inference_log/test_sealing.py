@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,29 @@ def test_a_segment_becomes_files_and_a_commit_record(layout: Layout) -> None:
     assert sorted(numbers_in_parquet(layout.directory)) == [1, 2, 3, 4, 5]
     positions = [n for path in layout.parquet("requests") for n in pq.read_table(path)["position"].to_pylist()]
     assert sorted(positions) == [50, 51, 52, 54, 55]
+
+
+def test_each_step_is_on_the_disk_before_the_next(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = filled(layout)
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append("date" if path.name.startswith("date=") else path.name)
+
+    def step(name: str) -> None:
+        seen[name] = list(synced)
+        synced.clear()
+
+    seen: dict[str, list[str]] = {}
+    monkeypatch.setattr(os, "fsync", noted)
+    sealing.seal(layout, one, NOW_US, step)
+    assert f".{one.name}.parquet.tmp" in seen["written"]
+    assert "date" in seen["shown"]
+    assert seen["committed"] == [f".{one.name}.json.tmp", "sealed"]
+    assert seen["removed"] == [one.epoch]
 
 
 def test_plain_duckdb_and_arrow_datasets_read_the_directory(layout: Layout) -> None:

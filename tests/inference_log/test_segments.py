@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.errors import ConfigError
 from gateway.inference_log import segments
@@ -46,6 +48,55 @@ def test_a_segment_is_read_from_one_place_only(layout: Layout) -> None:
     snapshot = layout.snapshot()
     assert snapshot.wal == (unsealed,)
     assert layout.parquet("requests", snapshot) == [files[both], files[sealed]]
+
+
+@pytest.mark.parametrize(
+    "model", ["..", ".", "...", "../../etc", "/etc", "a/b", "a\\b", "%2e%2e", "", "\n", "é", "a=b", "~"]
+)
+def test_a_model_s_name_never_leaves_its_partition(layout: Layout, model: str) -> None:
+    check_partition(layout, model)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_no_name_leaves_its_partition(model: str) -> None:
+    check_partition(Layout(Path("/log")), model)
+
+
+def check_partition(layout: Layout, model: str) -> None:
+    name = segments.partition_name(model)
+    assert "/" not in name
+    assert name.strip(".")
+    assert name.isprintable()
+    assert segments.model_of(name) == (model or segments.UNRESOLVED)
+    path = layout.partition("requests", "2026-01-01", model)
+    home = layout.directory / "requests"
+    assert os.path.normpath(path) == str(path)
+    assert path.parent.parent == home
+    assert (path.parent.name, path.name) == (f"model={name}", "date=2026-01-01")
+
+
+def test_everything_is_private_even_under_a_umask_that_takes_our_own_rights(layout: Layout) -> None:
+    earlier = layout.directory / "earlier"
+    earlier.write_bytes(b"long content of before")
+    earlier.chmod(0o644)
+    before = os.umask(0o777)
+    try:
+        segments.make_directory(layout.directory / "a" / "b")
+        for name in ("new", "earlier"):
+            with segments.open_new(layout.directory / name) as stream:
+                stream.write(b"x")
+    finally:
+        os.umask(before)
+    modes = [(layout.directory / name).stat().st_mode & 0o777 for name in ("a", "a/b", "new", "earlier")]
+    assert modes == [0o700, 0o700, 0o600, 0o600]
+    assert earlier.read_bytes() == b"x"
+
+
+def test_a_lock_is_not_taken_through_a_link(layout: Layout, tmp_path: Path) -> None:
+    (layout.directory / "sealer.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        segments.take_lock(layout.directory / "sealer.lock")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_merge_counts_from_the_moment_its_file_has_its_name(layout: Layout) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.inference_log import frame, merging, segments, wal
+from gateway.inference_log import frame, merging, segments, sink_feed, wal
 from gateway.inference_log.frame import Column, Event, Requests
 from gateway.inference_log.sealing import seal
 from gateway.inference_log.segments import Layout, Segment
@@ -117,6 +117,24 @@ def test_sealing_at_any_moment_neither_loses_nor_repeats(directory: Path) -> Non
     assert feed.backlog(shipped).rows == 0
 
 
+def test_behind_a_segment_that_is_sealed_meanwhile_the_epoch_waits(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch, layout = new_epoch(), Layout(directory)
+    for number in range(2):
+        write(directory, epoch, number, number * 2, [[number * 2], [number * 2 + 1]])
+
+    def sealed_first(path: Path, start: int = 0) -> bytes:
+        monkeypatch.undo()
+        seal(layout, Segment(epoch, 0), NOW_US)
+        return segments.read_file(path, start)
+
+    monkeypatch.setattr(sink_feed, "read_file", sealed_first)
+    feed, shipped = Feed(directory), dict[str, int]()
+    assert (ship(feed, shipped), shipped) == ([], {}), "the first segment's rows have not been seen yet"
+    assert (ship(feed, shipped), shipped) == ([0, 1, 2, 3], {epoch: 4})
+
+
 def test_what_could_not_be_shipped_comes_again(directory: Path) -> None:
     epoch = new_epoch()
     write(directory, epoch, 0, 0, [[0, 1], [2, 3], [4, 5]])
@@ -153,6 +171,18 @@ def test_rows_of_merged_files_and_folded_records_are_found(directory: Path) -> N
     for feed in (Feed(directory, rows=3), stale):
         assert ship(feed, {epoch: 3}) == list(range(3, 12))
         assert feed.unreadable_rows == 0
+
+
+def test_of_a_merged_file_each_epoch_gets_its_own_rows(directory: Path) -> None:
+    layout, epochs = Layout(directory), [new_epoch(NOON), new_epoch(NOON + 5)]
+    for first, epoch in zip((10, 20), epochs, strict=True):
+        for number in range(2):
+            write(directory, epoch, number, number, [[first + number]])
+            seal(layout, Segment(epoch, number), NOW_US)
+    assert merging.merge_all(layout, [layout], NOW_US + DAY_S * 10**6, {}) == 3
+    assert ship(Feed(directory), {}) == [10, 11, 20, 21]
+    assert ship(Feed(directory), {epochs[0]: 2}) == [20, 21]
+    assert ship(Feed(directory), {epochs[0]: 1, epochs[1]: 1}) == [11, 21]
 
 
 def test_rows_that_retention_took_are_counted(directory: Path) -> None:

@@ -111,6 +111,13 @@ async def test_failures_are_waited_out_and_nothing_is_shipped_twice(
     ], "it is told once, not at every try"
 
 
+async def test_rows_that_are_nowhere_are_counted_and_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    epoch = write(directory, 10, number=1)
+    state = await ship(directory, Memory())
+    assert (state.shipped_rows, state.missing_rows, state.epochs) == (10, 10, {epoch: 20})
+    assert "10 rows of the log are nowhere to be read" in caplog.text
+
+
 async def test_while_it_fails_it_says_so_and_how_much_waits(directory: Path) -> None:
     epoch = write(directory, 10)
     target = Memory()

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from gateway.errors import ConfigError
 from gateway.inference_log import frame, merging, sealing, segments, store
 from gateway.inference_log.frame import Detail, Event, Requests
-from gateway.inference_log.segments import Layout, Snapshot
+from gateway.inference_log.segments import Layout, Segment, Snapshot
 from gateway.inference_log.store import Store
 from tests.inference_log.log_on_disk import event, ids, new_log, seal, write
 from tests.inference_log.log_rows import DAY_S, NOON, requests, row
@@ -47,6 +47,31 @@ def test_rows_of_wal_and_parquet_are_one_table(tmp_path: Path) -> None:
         ("salary", 4, "2026-09-21"),
     ]
     assert [one["kind"] for one in rows(found, "select kind from lifecycle")] == ["loaded"]
+
+
+@pytest.mark.parametrize("killed_at", ["shown", "committed"])
+def test_what_is_spilt_is_read_once_wherever_its_sealer_was_killed(tmp_path: Path, killed_at: str) -> None:
+    class Killed(BaseException):
+        """The sealer's end."""
+
+    def step(name: str) -> None:
+        if name == killed_at:
+            raise Killed
+
+    main, spill = new_log(tmp_path / "main"), tmp_path / "spill"
+    made = requests(range(3))
+    epoch = write(spill, [made])
+    with pytest.raises(Killed):
+        sealing.seal(Layout(main, spill), Segment(epoch, 0), NOON * 10**6, step)
+    assert len(Layout(main).parquet("requests")) == 1
+    assert Layout(spill).segments(epoch) == [Segment(epoch, 0)]
+    found = Store(main, spill)
+    assert sorted(ids_in(found)) == sorted(ids(made))
+    assert [one["request_id"] for one in found.find(ids(made)[1])] == [ids(made)[1]]
+    if killed_at == "committed":  # its rows may be merged with others' before anybody removes the WAL file
+        (file,) = Layout(main).parquet("requests")
+        file.rename(file.with_name("merged-with-others.parquet"))
+        assert sorted(ids_in(Store(main, spill))) == sorted(ids(made))
 
 
 def test_what_is_spilt_is_read_too_and_once(tmp_path: Path) -> None:

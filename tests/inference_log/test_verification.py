@@ -13,11 +13,11 @@ import pytest
 from gateway.inference_log import merging, retention, segments, wal
 from gateway.inference_log.sealer import seal_by_hand
 from gateway.inference_log.sealer_settings import SealerSettings
-from gateway.inference_log.segments import Layout
+from gateway.inference_log.segments import Layout, Segment
 from gateway.inference_log.store import Store
 from gateway.inference_log.verification import Verdict, verify
 from tests.inference_log.log_on_disk import event, seal, write
-from tests.inference_log.log_rows import requests
+from tests.inference_log.log_rows import encoded, new_epoch, requests, segment_bytes
 
 
 def verdict(log: Path) -> Verdict:
@@ -143,6 +143,16 @@ def test_a_missing_segment_is_a_fault(tmp_path: Path) -> None:
     moved |= {"next_position": commit.next_position + 5}
     segments.write_json(layout.commit(first), segments.Commit(**moved))
     assert any("5 positions are missing" in fault for fault in verdict(tmp_path).faults)
+
+
+def test_segments_whose_positions_overlap_are_a_fault(tmp_path: Path) -> None:
+    layout, epoch = segments.prepare(tmp_path), new_epoch()
+    segments.make_directory(layout.epoch(epoch))
+    for number, first in enumerate((0, 3)):
+        data = segment_bytes(epoch, number, first, [(encoded(range(5)), 5)], end=True)
+        layout.segment(Segment(epoch, number)).write_bytes(data)
+    name = Segment(epoch, 1).name
+    assert f"{name}: its positions begin at 3, within those of the segment before (5)" in verdict(tmp_path).faults
 
 
 def test_what_retention_deleted_is_no_fault(tmp_path: Path) -> None:

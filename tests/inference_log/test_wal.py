@@ -119,6 +119,31 @@ def test_records_of_another_segment_are_not_taken() -> None:
     assert wal.read(whole(), new_epoch(), 7).records == ()
 
 
+def test_a_damaged_end_closes_nothing() -> None:
+    for place in range(wal.RECORD_BYTES):
+        data = bytearray(whole())
+        data[place - wal.RECORD_BYTES] ^= 4
+        assert not wal.is_end(bytes(data[-wal.RECORD_BYTES :]), EPOCH, 7)
+        assert not wal.read(bytes(data), EPOCH, 7).closed
+
+
+def test_nothing_is_read_behind_the_end() -> None:
+    mark = wal.marker(EPOCH, 7)
+    behind = wal.record_header(mark, START + 70, 1, b"late") + b"late"
+    reading = wal.read(whole() + behind, EPOCH, 7)
+    assert told(reading) == expected()
+    assert [(damage.start, damage.rows, damage.torn) for damage in reading.damages] == [(len(whole()), 0, True)]
+
+
+@pytest.mark.parametrize(("rows", "payload"), [(0, b"rows of none"), (3, b"")])
+def test_a_record_that_contradicts_itself_is_neither_rows_nor_an_end(rows: int, payload: bytes) -> None:
+    data = whole(end=False) + wal.record_header(wal.marker(EPOCH, 7), START + 70, rows, payload) + payload
+    reading = wal.read(data, EPOCH, 7)
+    assert told(reading) == expected()
+    assert not reading.closed
+    assert reading.next_position == START + 70
+
+
 def test_a_hole_in_the_positions_is_a_loss_even_where_no_byte_is_damaged() -> None:
     data = bytearray(whole())
     del data[ends()[0] : ends()[1]]

@@ -235,6 +235,72 @@ def test_whatever_call_fails_and_however_often_nothing_is_lost_or_doubled(
     assert all(not reading.damages for reading in readings(tmp_path, one.epoch))
 
 
+@pytest.mark.parametrize("segment_bytes", [64 << 20, 1500])
+def test_after_a_failed_sync_all_since_the_last_good_one_is_written_again(
+    tmp_path: Path, opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch, segment_bytes: int
+) -> None:
+    """A burst is written, and its sync fails: in small segments while more of the burst waits behind it."""
+    real, calls, synced = os.fdatasync, iter(range(10**9)), {0: 0}
+    entered, gate = threading.Event(), threading.Event()
+
+    def forgets(descriptor: int) -> None:
+        number, found = next(calls), os.fstat(descriptor)
+        if number == 0:
+            entered.set()
+            gate.wait(30)
+        if number in (1, 2):  # what the kernel could not write it forgets
+            os.ftruncate(descriptor, synced.get(found.st_ino, wal.HEADER_BYTES))
+            os.ftruncate(descriptor, found.st_size)
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(writer, "RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(os, "fdatasync", forgets)
+    one = opened(WriterSettings(segment_bytes=segment_bytes, sync_ms=0.0))
+    assert one.offer(encoded([0]), 1)
+    assert entered.wait(30)
+    for number in range(1, 601):
+        assert one.offer(encoded([number]), 1)
+    gate.set()
+    drained(one)
+    one.close()
+    assert numbers_in_wal(tmp_path / "log") == list(range(601))
+    assert one.statistics().synced_rows == one.statistics().written_rows == 601
+    found = readings(tmp_path, one.epoch)
+    assert all(not reading.damages for reading in found)
+    assert [found[0].header.first_position, found[-1].next_position] == [0, 601]  # type: ignore[union-attr]
+
+
+def test_a_closed_segment_is_on_the_disk_with_its_name_and_its_end(
+    tmp_path: Path, opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, int] = {}
+    folders: list[str] = []
+    sync_data, sync = os.fdatasync, os.fsync
+
+    def data(descriptor: int) -> None:
+        sync_data(descriptor)
+        assert one.epoch in folders, "the segment's name is synced before its first record is called synced"
+        sizes[Path(f"/proc/self/fd/{descriptor}").readlink().name] = os.fstat(descriptor).st_size
+
+    def folder(descriptor: int) -> None:
+        sync(descriptor)
+        folders.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    one = opened(WriterSettings(segment_bytes=1500, sync_ms=1.0))
+    monkeypatch.setattr(os, "fdatasync", data)
+    monkeypatch.setattr(os, "fsync", folder)
+    for start in range(0, 100, 10):
+        assert one.offer(encoded(range(start, start + 10)), 10)
+        drained(one)
+    one.close()
+    home = Layout(tmp_path / "log").epoch(one.epoch)
+    there = {path.name: path.stat().st_size for path in home.glob("*.wal")}
+    assert sizes == there
+    assert folders.count(one.epoch) == len(there) > 1
+
+
 def test_what_the_disk_refuses_until_the_end_is_counted(
     tmp_path: Path, opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +316,53 @@ def test_what_the_disk_refuses_until_the_end_is_counted(
     assert one.statistics().lost_rows == 7
     assert "No space left" in (one.statistics().failing or "")
     assert numbers_in_wal(tmp_path / "log") == []
+
+
+def test_what_a_hanging_disk_holds_up_is_counted_wherever_it_waits(
+    opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def hangs(_: int) -> None:
+        entered.set()
+        gate.wait(30)
+
+    monkeypatch.setattr(os, "fdatasync", hangs)
+    one = opened(WriterSettings(sync_ms=0.0))
+    assert one.offer(encoded([0]), 1)
+    assert entered.wait(30)
+    assert one.offer(encoded([1, 2]), 2)
+    one.close(0.0)
+    assert one.statistics().lost_rows == 3
+    gate.set()
+
+
+def test_a_lock_that_was_swept_away_while_it_was_taken_is_taken_again(
+    tmp_path: Path, opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = segments.take_lock
+    swept: list[Path] = []
+
+    def take(path: Path) -> int | None:
+        lock = real(path)
+        if not swept:
+            swept.append(path)
+            path.unlink()
+        return lock
+
+    monkeypatch.setattr(segments, "take_lock", take)
+    one = opened()
+    assert len(swept) == 1
+    assert segments.is_alive(Layout(tmp_path / "log"), one.epoch)
+
+
+def test_a_frame_that_no_reader_could_hold_is_never_taken(
+    opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "MAX_PAYLOAD_BYTES", 100)
+    one = opened()
+    assert not one.offer(b"x" * 101, 1)
+    assert one.offer(b"x" * 100, 1)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

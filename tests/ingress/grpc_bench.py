@@ -18,6 +18,7 @@ from gateway.ingress.grpc_services import GrpcServices
 from gateway.ingress.listener import listen
 from gateway.management_access import Restrictions
 from gateway.protocol import schema
+from gateway.protocol.http2_limits import Http2Limits
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 from tests.ingress.oip_bench import PATIENCE_S, Bench
 from tests.protocol.grpc_samples import infer_request
@@ -79,6 +80,7 @@ async def grpc_bench(
     *,
     reflected: bool = False,
     log: InferenceLog | None = None,
+    limits: Http2Limits | None = None,
 ) -> AsyncIterator[GrpcBench]:
     """With `models`: `numbers` in the versions 1 and 2. When it ends, nothing may be left waiting or held."""
     bench = GrpcBench(restrictions, options, log=log)
@@ -88,7 +90,7 @@ async def grpc_bench(
     bench.services = GrpcServices(
         bench.catalog, bench.pipeline, bench.management, options, reflected=reflected, log=log
     )
-    bench.grpc_server = GrpcServer(bench.services)
+    bench.grpc_server = GrpcServer(bench.services, limits, refused=bench.services.refused)
     bench.listener = await listen("127.0.0.1", 0, bench.server)
     listener = await listen("127.0.0.1", 0, bench.grpc_server)
     bench.grpc_port = listener.port

@@ -29,7 +29,7 @@ from gateway.errors import GatewayError
 from gateway.inference_log.handover import InferenceLog
 from gateway.ingress.body_coding import BodyCoding
 from gateway.ingress.endpoints import OipApplication
-from gateway.ingress.http_server import HttpServer
+from gateway.ingress.http_server import HttpLimits, HttpServer
 from gateway.ingress.listener import Listener, listen
 from gateway.loading import WantedVersion
 from gateway.management import Management
@@ -176,17 +176,20 @@ class Bench:
         options: ProtocolOptions = DEFAULT_OPTIONS,
         bodies: BodyCoding | None = None,
         log: InferenceLog | None = None,
+        limits: HttpLimits | None = None,
     ) -> None:
         self.ready = True
         self.log = log
         self.log_policy = LOG_POLICY
         self.catalog = Catalog()
         self.pipeline = Pipeline()
-        self.management = Management(self.catalog, self._repository(), lambda: self.ready, restrictions=restrictions)
+        self.management = Management(
+            self.catalog, self._repository(), lambda: "" if self.ready else "it is stopping", restrictions=restrictions
+        )
         self.application = OipApplication(
             self.catalog, self.pipeline, plan.manifest_of, self.management, options, bodies, log
         )
-        self.server = HttpServer(self.application)
+        self.server = HttpServer(self.application, limits, refused=self.application.refused)
         self.listener: Listener
         self.clients: list[Client] = []
 
@@ -244,9 +247,10 @@ async def oip_bench(
     options: ProtocolOptions = DEFAULT_OPTIONS,
     bodies: BodyCoding | None = None,
     log: InferenceLog | None = None,
+    limits: HttpLimits | None = None,
 ) -> AsyncIterator[Bench]:
     """With `models`: `numbers` in the versions 1 and 2. When it ends, nothing may be left waiting or held."""
-    bench = Bench(restrictions, options, bodies, log)
+    bench = Bench(restrictions, options, bodies, log, limits)
     if models:
         await bench.serve(version="1")
         await bench.serve(version="2")

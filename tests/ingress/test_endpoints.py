@@ -183,7 +183,7 @@ async def test_server_readiness_is_what_the_application_says() -> None:
         assert await document(bench, "/v2/health/ready") == {"ready": True}
         bench.ready = False
         answer = await bench.ask(http("GET", "/v2/health/ready"))
-        assert (answer.status, answer.document) == (503, {"ready": False})
+        assert (answer.status, answer.document) == (503, {"ready": False, "reason": "it is stopping"})
         assert await document(bench, "/v2/health/live") == {"live": True}
 
 
@@ -220,7 +220,8 @@ async def test_a_model_that_failed_to_load() -> None:
     async with oip_bench() as bench:
         await bench.serve("broken", refuse=ModelError("the graph is odd"))
         answer = await bench.ask(http("GET", "/v2/models/broken/ready"))
-        assert (answer.status, answer.document) == (503, {"name": "broken", "ready": False})
+        why = "the graph is odd"
+        assert (answer.status, answer.document) == (503, {"name": "broken", "ready": False, "reason": why})
         for method, path in (("GET", "/v2/models/broken"), ("POST", "/v2/models/broken/versions/1/infer")):
             answer = await bench.ask(http(method, path, BODY if method == "POST" else b""))
             assert answer.status == 503
@@ -236,7 +237,8 @@ async def test_model_readiness_follows_its_workers() -> None:
             assert await document(bench, path) == {"name": "numbers", "ready": True}
         bench.catalog.failed("numbers", "2", "crashes")
         answer = await bench.ask(http("GET", "/v2/models/numbers/versions/2/ready"))
-        assert (answer.status, answer.document) == (503, {"name": "numbers", "ready": False})
+        why = {"name": "numbers", "ready": False, "reason": "crashes"}
+        assert (answer.status, answer.document) == (503, why)
         assert await document(bench, "/v2/models/numbers/ready") == {"name": "numbers", "ready": True}
         bench.catalog.recovered("numbers", "2")
         assert await document(bench, "/v2/models/numbers/versions/2/ready") == {"name": "numbers", "ready": True}

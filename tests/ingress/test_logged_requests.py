@@ -20,8 +20,8 @@ import pytest
 
 from gateway.core.log_policy import LogPolicy
 from gateway.core.tensor import pack_bytes
-from gateway.errors import NotReady
-from gateway.inference_log.handover import InferenceLog, Wall
+from gateway.errors import LogUnavailable, NotReady
+from gateway.inference_log.handover import InferenceLog, VersionLog, Wall
 from gateway.inference_log.outlet import Outlet
 from gateway.ingress.logged_grpc import LoggedGrpcCodec
 from gateway.ingress.logged_http import LoggedHttpCodec
@@ -127,6 +127,17 @@ async def test_only_the_outputs_that_were_asked_for_are_kept() -> None:
         carries(second, [2], ["triple"])
 
 
+async def test_parameters_that_nobody_reads_are_logged_each_with_its_own_request() -> None:
+    async with logged() as (bench, frames):
+        first: dict[str, object] = {"tenant": "a", "n": 1}
+        said = [first, {"tenant": "b", "yes": True}, {}, first]
+        for parameters in said:
+            answer = await bench.ask(infer([1], parameters=parameters) if parameters else infer([1]))
+            assert answer.status == 200, answer.body
+        found = [None if row.detail is None else row.detail.parameters for row in rows(bench, frames)]
+        assert [json.loads(text or "{}") for text in found] == said
+
+
 async def test_classes_are_logged_as_they_were_served() -> None:
     async with logged() as (bench, frames):
         wanted = [{"name": "triple", "parameters": {"classification": 1}}]
@@ -214,7 +225,6 @@ async def test_management_requests_are_no_rows() -> None:
     async with logged() as (bench, frames):
         for path in ("/v2", "/v2/models/numbers", "/v2/health/ready", "/v2/models/nobody", "/nowhere"):
             await bench.ask(http("GET", path))
-        assert (await bench.ask(http("GET", "/v2/models/numbers/infer"))).status == 405
         assert rows(bench, frames) == []
 
 
@@ -308,6 +318,26 @@ async def test_without_a_log_nothing_of_it_is_on_the_path() -> None:
         assert type(grpc_one.catalog.find("numbers", "2").grpc_codec) is LoggedGrpcCodec
 
 
+async def test_a_version_that_is_promoted_answers_what_it_took_as_a_canary() -> None:
+    async with logged() as (bench, frames):
+        version = bench.catalog.find("numbers", "2")
+        version.variant = "canary"
+        replica = replica_of(version)
+        replica.held = []
+        earlier = asyncio.ensure_future(bench.ask(infer([1])))
+        while not replica.held:
+            await asyncio.sleep(0.001)
+        version.variant, version.http_codec = "champion", None
+        later = asyncio.ensure_future(bench.ask(infer([2])))
+        while version.http_codec is None:
+            await asyncio.sleep(0.001)
+        replica.release()
+        told = [parse((await asked).headers) for asked in (earlier, later)]
+        assert [one.model.variant for one in told if one.model] == ["canary", "champion"]
+        noted = {row.id: row.variant for row in rows(bench, frames)}
+        assert [noted[one.request_id or ""] for one in told] == ["canary", "champion"]
+
+
 async def test_a_full_log_refuses_models_that_block_until_it_has_room() -> None:
     frames = Frames()
     async with oip_bench(log=log_into(frames), models=False) as bench:
@@ -335,6 +365,48 @@ async def test_a_full_log_refuses_models_that_block_until_it_has_room() -> None:
         (gap,) = frames.events
         assert (gap.stream, gap.kind, gap.model) == ("gap", "refused", "numbers")
         assert json.loads(gap.details)["rows"] == 1
+
+
+async def test_a_fault_of_the_log_costs_no_caller_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(VersionLog, "answered", broken)
+    async with logged() as (bench, frames):
+        check(await bench.ask(infer([4, 5])), [4, 5])
+        check(await bench.ask(infer([6], binary=True)), [6])
+        assert rows(bench, frames) == []
+        assert bench.log is not None
+        assert bench.log.outlet.statistics().lost_rows == 2
+    async with logged_grpc() as (grpc_one, frames):
+        check_numbers(await grpc_one.infer(numbers_request([7])), [7])
+        assert rows(grpc_one, frames) == []
+        assert grpc_one.log is not None
+        assert grpc_one.log.outlet.statistics().lost_rows == 1
+
+
+async def test_a_full_log_refuses_grpc_calls_of_models_that_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: VersionLog) -> None:
+        raise LogUnavailable("the inference log has no room")
+
+    async with logged_grpc() as (bench, frames):
+        with monkeypatch.context() as patched:
+            patched.setattr(VersionLog, "check", full)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bench.infer(numbers_request([1]))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        check_numbers(await bench.infer(numbers_request([2])), [2])
+        assert [struct.unpack("<q", row.inputs["number"].data) for row in rows(bench, frames)] == [(2,)]
+        assert bench.log is not None
+        assert bench.log.outlet.statistics().refused_requests == 1
+
+
+@pytest.mark.parametrize("variant", ["champion", "canary"])
+async def test_a_row_says_which_variant_answered(variant: str) -> None:
+    async with logged() as (bench, frames):
+        bench.catalog.find("numbers", "2").variant = variant
+        check(await bench.ask(infer([1])), [1])
+        assert [row.variant for row in rows(bench, frames)] == [variant]
 
 
 @pytest.mark.parametrize("typed", [False, True])

@@ -326,7 +326,7 @@ async def test_an_answer_that_cannot_be_encoded_is_a_500_at_once(
         client = await bench.client()
         for owner in (AnswerEncoder, BatchEncoder):
             with monkeypatch.context() as patch:
-                patch.setattr(owner, "encode" if owner is AnswerEncoder else "__init__", lambda *_: 1 / 0)
+                patch.setattr(owner, "encode_json" if owner is AnswerEncoder else "__init__", lambda *_: 1 / 0)
                 refused(await client.ask(infer([1])), 500, "the gateway failed on this request")
         assert "ZeroDivisionError" in caplog.text
         check(await client.ask(infer([2])), [2])

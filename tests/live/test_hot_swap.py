@@ -250,3 +250,23 @@ def test_a_directory_is_followed_and_a_candidate_that_does_not_fit_is_refused(tm
         assert history[-1] == "swapped"
         assert process.stop() == 0
     assert [kind for kind in lifecycle(tmp_path / "log") if kind in OUTCOMES] == history
+
+
+@pytest.mark.slow
+def test_a_hand_over_says_which_rollback_its_successor_does_not_repeat(tmp_path: Path) -> None:
+    source = Repository(tmp_path / "models")
+    with gateway("serve", "-c", str(configured(tmp_path, source, interval_s=0.1))) as process:
+        source.move()
+        _wait(lambda: answered(process)[0] == FACTORS[1])
+        cli(process, "rollback", "m")
+        assert answered(process)[0] == FACTORS[0]
+        process.process.send_signal(signal.SIGUSR2)
+        _wait(lambda: "the successor serves (pid " in process.output())
+        successor = int(process.output().rpartition("the successor serves (pid ")[2].partition(")")[0])
+        try:
+            assert "SIGUSR2: model m: version 1 serves by an operator's choice" in process.output()
+            assert process.process.wait(PATIENCE_S) == 0
+            assert answered(process)[0] == FACTORS[1]
+        finally:
+            os.kill(successor, signal.SIGTERM)
+            _wait(lambda: not Path(f"/proc/{successor}").exists())

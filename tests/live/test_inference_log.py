@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +76,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, 
         post("unknown", "/v2/models/nobody/infer", document(X))
         post("late", INFER, document(X), **{"X-Request-Timeout-Ms": "x"})
         post("coded", INFER, b"{}", **{"Content-Encoding": "br"})
+        post("large", INFER, bytes(100_001))
+        post("mistaken", INFER, document(X), **{"Content-Length": "1x"})
         _binary(process, seen)
         _over_grpc(process, seen)
         assert process.metric("gateway_inference_log_dropped_total") == 0
@@ -106,11 +110,13 @@ def _over_grpc(process: GatewayProcess, seen: dict[str, Any]) -> None:
 
 def test_every_request_is_one_row(told: tuple[dict[str, dict[str, Any]], dict[str, Any]]) -> None:
     rows, seen = told
-    assert seen["rows"] == len(rows) == 9
-    for name in ("json", "generate", "broken", "unknown", "late", "coded"):
+    assert seen["rows"] == len(rows) == 11
+    for name in ("json", "generate", "broken", "unknown", "late", "coded", "large", "mistaken"):
         request_id, status, _ = seen[name]
         assert rows[request_id]["status"] == status, name
-    assert sorted(row["status"] for row in rows.values()) == [200, 200, 200, 200, 400, 400, 404, 404, 501]
+    assert sorted(row["status"] for row in rows.values()) == [
+        *[200] * 4, *[400] * 3, *[404] * 2, 413, 501
+    ]  # fmt: skip
 
 
 def test_an_answer_is_logged_as_it_was_given(told: tuple[dict[str, dict[str, Any]], dict[str, Any]]) -> None:
@@ -142,10 +148,11 @@ def test_binary_and_grpc_are_logged_as_they_were_given(
 
 def test_a_refusal_says_what_the_client_was_told(told: tuple[dict[str, dict[str, Any]], dict[str, Any]]) -> None:
     rows, seen = told
-    for name in ("broken", "unknown", "late", "coded"):
+    for name in ("broken", "unknown", "late", "coded", "large", "mistaken"):
         request_id, _, answer = seen[name]
         assert rows[request_id]["error"] == json.loads(answer)["error"]
     assert rows[seen["unknown"][0]]["asked_model"] == "nobody"
+    assert rows[seen["large"][0]]["asked_model"] == rows[seen["mistaken"][0]]["asked_model"] == "whole"
     (refused,) = [row for row in rows.values() if row["protocol"] == "grpc" and row["status"] == 404]
     assert (refused["grpc_code"], refused["asked_model"]) == (grpc.StatusCode.NOT_FOUND.value[0], "nobody")
 
@@ -288,26 +295,41 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         os.system(f"umount -l {directory}")
 
 
+LARGE = {"inputs": [{"name": "x", "shape": [500, 6], "datatype": "FP32", "data": X * 500}]}
+
+
+def on_full_disk(full_disk: Path, elsewhere: Path, overflow: str, **log: Any) -> Path:
+    """A configuration whose log lies on the small disk; everything else does not."""
+    root = models.repository(elsewhere / "models", {"whole": models.whole_linear()})
+    section = json.dumps({"directory": str(full_disk / "log"), "queue_mb": 1, **log})
+    file = elsewhere / "gateway.yaml"
+    file.write_text(
+        f"server: {{drain_delay_s: 0, workers: 1}}\ninference_log: {section}\n"
+        f"defaults: {{inference_log: {{overflow: {overflow}}}}}\nmodels: [{{source: {root}}}]\n"
+    )
+    return file
+
+
+def fill(filler: Path) -> None:
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["drop", "block"])
 def test_a_full_disk(full_disk: Path, tmp_path: Path, overflow: str) -> None:
     """`drop` goes on serving and counts; `block` refuses, says why, and comes back by itself when there is room."""
-    root = models.repository(tmp_path / "models", {"whole": models.whole_linear()})
-    file = tmp_path / "gateway.yaml"
-    file.write_text(
-        f"server: {{drain_delay_s: 0, workers: 1}}\ninference_log: {{directory: {full_disk / 'log'}, queue_mb: 1}}\n"
-        f"defaults: {{inference_log: {{overflow: {overflow}}}}}\nmodels: [{{source: {root}}}]\n"
-    )
+    file = on_full_disk(full_disk, tmp_path, overflow)
     filler = full_disk / "filler"
     with gateway("serve", "-c", str(file)) as process:
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-            while True:
-                stream.write(bytes(4096))
+        fill(filler)
         statuses = []
 
         def full() -> bool:
-            tensor = {"name": "x", "shape": [50, 6], "datatype": "FP32", "data": X * 50}
-            statuses.append(process.infer("whole", {"inputs": [tensor]})[0])
+            status, headers, _ = process.infer("whole", LARGE)
+            statuses.append(status)
+            assert ("retry-after" in headers) == (status == 503)
             lost = process.metric("gateway_inference_log_dropped_total") > 0
             return lost if overflow == "drop" else statuses[-1] == 503
 
@@ -334,3 +356,53 @@ def test_a_full_disk(full_disk: Path, tmp_path: Path, overflow: str) -> None:
     assert rows + lost == answered
     assert told.get("dropped", 0) == lost
     assert told.get("refused", 0) == refused
+
+
+def command(*arguments: str) -> str:
+    """Output of a `gateway log` command that must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "log", *arguments], check=False, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_what_a_full_disk_refuses_lies_in_the_second_place_until_it_is_sealed(full_disk: Path, tmp_path: Path) -> None:
+    """`spill` loses nothing; readers know both places, and sealing brings all rows together."""
+    spill = tmp_path / "spill"
+    file = on_full_disk(full_disk, tmp_path, "spill", spill_directory=str(spill))
+    filler = full_disk / "filler"
+    answered: list[str] = []
+    with gateway("serve", "-c", str(file)) as process:
+        fill(filler)
+
+        def spilt() -> bool:
+            status, headers, _ = process.infer("whole", LARGE)
+            assert status == 200
+            answered.append(headers["x-request-id"])
+            return process.metric("gateway_inference_log_synced_records_total", sink="spill") > 5
+
+        until(spilt, 90, "nothing was spilt")
+        state = json.loads(process.operations("/healthz"))["inference_log"]
+        assert (state["state"], list(state["failing"])) == ("failing", ["wal"])
+        assert list(spill.glob("wal/*/*.wal"))
+        filler.unlink()
+        until(
+            lambda: "wal" not in json.loads(process.operations("/healthz"))["inference_log"]["failing"], 60, "no room"
+        )
+        answered.append(process.infer("whole", LARGE)[1]["x-request-id"])
+        assert process.metric("gateway_inference_log_dropped_total") == 0
+        assert process.stop() == 0
+
+    def read() -> list[str]:
+        text = command("query", "select request_id from requests order by 1", "--format", "json", "-c", str(file))
+        return [row["request_id"] for row in json.loads(text)]
+
+    assert read() == sorted(answered)
+    command("seal", "-c", str(file))
+    assert not list(spill.glob("wal/*/*.wal"))
+    assert read() == sorted(answered)
+    command("verify", "-c", str(file))
+    shown = json.loads(command("show", answered[-2], "--json", "-c", str(file)))
+    assert shown["model"]["model"] == "whole"

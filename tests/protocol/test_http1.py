@@ -54,6 +54,32 @@ def infer(body: bytes, *fields: bytes) -> bytes:
 CHUNKED = post(b"Transfer-Encoding: chunked") + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: u\r\n\r\n"
 TARGET = b"/v2/models/m/infer"
 
+
+def test_the_latest_head_is_taken_for_no_other() -> None:
+    """Each read is one whole request; the head of the one before it is compared first."""
+    subject = receiver()
+    one, other, longer = infer(b"ab"), infer(b"abc"), infer(b"ab", b"X: y")
+    for data in [one, one, other, one, longer, longer + b"GET", b" / HTTP/1.1\r\nHost: x\r\n\r\n", one]:
+        fresh = receiver()
+        if data.startswith(b" /"):
+            fresh.receive(b"GET")
+        assert seen(subject.receive(data, 0.0, MANY)) == seen(fresh.receive(data, 0.0, MANY))
+
+
+def test_a_head_that_was_forgotten_is_read_anew_also_where_it_was_the_latest() -> None:
+    resolved: list[Head] = []
+    heads = Heads(LIMITS, resolved.append)
+    subject = Receiver(heads, Held(LIMITS.max_held_bytes), 0.0)
+    for expected in (1, 1):
+        subject.receive(infer(b"ab"))
+        assert len(resolved) == expected
+    heads.forget()
+    assert subject.take_whole(infer(b"ab")) is None
+    subject.receive(infer(b"ab"))
+    subject.receive(infer(b"ab"))
+    assert len(resolved) == 2
+
+
 # -- framing -------------------------------------------------------------------------------------------------
 
 

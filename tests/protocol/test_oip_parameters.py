@@ -44,7 +44,8 @@ def refused(parameters: dict[str, Any], *words: str, kind: type[InvalidRequest] 
 
 def test_nothing_said_is_one_shared_value() -> None:
     assert request_options({}) is NO_OPTIONS
-    assert request_options({"note": "x", "n": 3, "yes": True, "share": 1.5, "minus": -1}) is NO_OPTIONS
+    own = {"note": "x", "n": 3, "yes": True, "share": 1.5, "minus": -1}
+    assert request_options(own) == RequestOptions(unused=own)
     assert RequestOptions() == NO_OPTIONS
 
 
@@ -208,6 +209,7 @@ def test_own_parameters_are_forwarded_only_where_asked_for_and_those_of_the_prot
     assert dict(request_with(said).parameters) == OWN
     local = request_with(said, forwarded=False)
     assert (dict(local.parameters), local.key) == ({}, "key")
+    assert (dict(local.unused), dict(request_with(said).unused)) == (OWN, {})
     assert request_options({}, forwarded=True) is NO_OPTIONS
     assert request_with({"timeout": 5}).key == "key"
 
@@ -244,4 +246,4 @@ def test_the_key_without_the_parameters_is_found_again(said: dict[str, Any]) -> 
 def test_what_is_forwarded_is_bounded(said: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=r"can be forwarded|must fit in 64 bits"):
         request_options(said, forwarded=True)
-    assert request_options(said) is NO_OPTIONS
+    assert request_options(said).unused == {}, "nor logged"

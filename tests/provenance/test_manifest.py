@@ -71,6 +71,16 @@ def test_sidecars_that_are_refused(tmp_path: Path, sidecar: bytes, expected: str
         manifest(artifact_with(tmp_path, sidecar), RUNTIME, sidecar)
 
 
+def test_what_the_registry_says_stands_before_the_sidecar_and_what_nobody_says_is_unknown(tmp_path: Path) -> None:
+    artifact = artifact_with(tmp_path, b'{"run_id": "mine", "git_commit": "0a1b", "immutable_id": "m-1"}')
+    registered = {"immutable_id": "m-1", "run_id": "theirs", "git_commit": None, "experiment": None, "datasets": None}
+    found = manifest(artifact, RUNTIME, (tmp_path / "provenance.json").read_bytes(), registered)
+    assert (found["immutable_id"], found["run_id"], found["git_commit"]) == ("m-1", "theirs", "0a1b")
+    assert found["unknown"] == ["datasets", "experiment"]
+    assert found["given"] == {"run_id": "mine"}, "what the sidecar says otherwise is not lost"
+    assert (found["experiment"], found["digest"]) == (None, artifact.digest)
+
+
 def test_a_sidecar_that_is_not_the_hashed_one_is_refused(tmp_path: Path) -> None:
     artifact = artifact_with(tmp_path, b'{"run_id": "a"}')
     with pytest.raises(ConfigError, match="changed while the model was read"):

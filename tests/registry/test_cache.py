@@ -147,6 +147,39 @@ def test_what_must_not_be_served_is_not_taken_in(tmp_path: Path) -> None:
     assert left_overs(cache) == []
 
 
+def test_what_must_not_be_served_is_not_given_out_of_the_cache_either(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    digest = put(cache).digest
+
+    def refuse(found: str) -> None:
+        assert found == digest
+        raise SourceError("it is pinned to another digest")
+
+    for known in (None, digest):
+        with pytest.raises(SourceError, match="pinned to another"):
+            cache.obtain(R1, known, never, refuse)
+    assert cache.statistics().hits == 0
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync, move = os.fsync, module._move
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def moved(directory: Path, target: Path) -> None:
+        assert {"model", "data", "sub", directory.name} <= set(synced)
+        synced.clear()
+        move(directory, target)
+        assert synced == ["sha256"], "the name itself is on the disk too"
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(module, "_move", moved)
+    put(Cache(tmp_path), model=b"one", sub__data=b"two")
+
+
 @pytest.mark.parametrize("name", ["model", "other"])
 def test_files_are_what_their_registry_states(tmp_path: Path, name: str) -> None:
     right = replace(R1, expected_sha256={"model": hashlib.sha256(b"one").hexdigest()})
@@ -318,6 +351,33 @@ def test_the_newest_of_each_reference_stay_and_what_is_asked_for(
     assert sorted(gone) == sorted([digests[1], digests[2]])
     assert set(cache.digests()) == {digests[0], digests[3], digests[4], other}
     assert not cache.path(digests[1]).with_suffix(".json").exists()
+    assert left_overs(cache) == []
+
+
+def test_what_another_process_collects_while_it_is_read_was_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path)
+    digest = put(cache).digest
+
+    def collected_meanwhile(path: Path, *arguments: object, **more: object) -> object:
+        assert Cache(tmp_path).collect((), 0) == [digest]
+        return read_artifact(path, "", "", model_file="")
+
+    monkeypatch.setattr(module, "read_artifact", collected_meanwhile)
+    assert cache.open(digest) is None
+    assert cache.statistics().damaged == 0
+
+
+def test_two_that_collect_at_the_same_time_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path)
+    digest = put(cache).digest
+    seen = cache.digests()
+    monkeypatch.setattr(cache, "digests", lambda: seen)  # both have looked before either removes
+    assert Cache(tmp_path).collect((), 0) == [digest]
+    cache.collect((), 0)
     assert left_overs(cache) == []
 
 

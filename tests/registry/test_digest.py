@@ -171,3 +171,20 @@ def test_the_listing_is_sorted_whatever_the_order_given(tmp_path: Path) -> None:
         "b",
         "model.onnx",
     ]
+
+
+def test_what_is_put_there_after_the_look_around_is_not_opened(tmp_path: Path) -> None:
+    """Between the listing of a directory and the opening of its files somebody may exchange them."""
+    folder = version(tmp_path / "1", {"sub/data": b"data"})
+    (tmp_path / "secret").write_bytes(b"secret")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "inside").symlink_to("sub")
+    os.mkfifo(folder / "pipe")
+    for name, why in (("link", "it is a link"), ("inside/data", "cannot be read"), ("pipe", "is not a regular file")):
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        with pytest.raises(ConfigError, match=why):
+            digest._open(folder, name)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before, "nothing stays open"
+    descriptor = digest._open(folder, "sub/data")
+    assert os.read(descriptor, 10) == b"data"
+    os.close(descriptor)

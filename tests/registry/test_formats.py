@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gateway.registry.directory import scan
-from gateway.registry.formats import hint
+from gateway.registry.formats import advice, hint
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_a_version_directory_with_a_pickle_is_refused_and_the_pickle_is_not_open
     (folder / "model.pkl").chmod(0)
     (fault,) = scan(tmp_path / "m").faults
     assert "gateway convert model.pkl" in str(fault)
+
+
+def test_a_single_file_that_is_no_onnx_model() -> None:
+    assert "gateway convert x.PKL" in advice("x.PKL")
+    assert advice("x.txt") == ""

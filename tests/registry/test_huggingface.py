@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import SourceError, SourceUnavailable
-from gateway.registry.huggingface import HuggingFaceResolver, HuggingFaceSettings
+from gateway.registry.huggingface import HUB, HuggingFaceResolver, HuggingFaceSettings
 from gateway.registry.resolver import Bounds, Resolved
+from gateway.registry.web import Answer, Web
 from tests.registry.hub_server import Hub, HubServer
 
 FILES = {
@@ -104,6 +105,37 @@ def test_bytes_that_are_not_the_commits_are_refused(hub: Hub, tmp_path: Path, pa
     mine = resolver(hub)
     with pytest.raises(SourceError, match="other bytes"):
         fetched(mine, mine.resolve("hf://acme/digits"), tmp_path / "1")
+
+
+def test_another_commit_than_was_asked_for_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.commit(FILES)
+    mine = resolver(hub)
+    asked = "0" * 40
+    said = Answer(200, {}, b'{"sha": "%s"}' % (b"1" * 40), hub.url)
+    monkeypatch.setattr(Web, "ask", lambda *_, **__: said)
+    with pytest.raises(SourceError, match=f"answered the commit {'1' * 40} when asked for {asked}"):
+        mine.resolve(f"hf://acme/digits@{asked}")
+
+
+@pytest.mark.parametrize(
+    ("server", "target", "allowed"),
+    [
+        (HUB, "https://cdn-lfs.huggingface.co/x", True),
+        (HUB, "https://cas-bridge.xethub.hf.co/x", True),
+        (HUB, "http://cdn-lfs.huggingface.co/x", False),
+        (HUB, "https://nothuggingface.co/x", False),
+        (HUB, "https://huggingface.co.evil.net/x", False),
+        (HUB, "https://evil.net/.hf.co", False),
+        (HUB, "https://cdn.hf.co@evil.net/x", False),
+        ("http://mirror:8080", "https://cdn-lfs.huggingface.co/x", False),
+        ("http://mirror:8080", "http://mirror:8080/x", True),
+        ("http://mirror:8080", "http://mirror/x", False),
+        ("http://mirror:8080", "http://store:9000/x", True),
+    ],
+)
+def test_where_files_may_come_from(server: str, target: str, allowed: bool) -> None:
+    mine = HuggingFaceResolver(HuggingFaceSettings(server, redirects=("store:9000",)), Bounds())
+    assert mine._allowed(target) is allowed
 
 
 def test_a_repository_without_onnx_is_refused_with_a_hint(hub: Hub, tmp_path: Path) -> None:

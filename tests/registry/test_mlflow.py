@@ -75,6 +75,12 @@ def test_what_is_said_of_a_version(mlflow: Mlflow) -> None:
     assert set(mlflow.server.heads("authorization")) == {"Bearer hidden"}
 
 
+def test_latest_is_the_highest_number_wherever_it_is_listed(mlflow: Mlflow) -> None:
+    listed = [{**VERSION, "version": number} for number in ("9", "10", "2")]
+    mlflow.says["registered-models/get"] = {"registered_model": {"latest_versions": listed}}
+    assert mlflow.resolver().resolve("models:/digits/latest").version == "10"
+
+
 def test_a_deleted_run_is_unknown_and_not_guessed(mlflow: Mlflow) -> None:
     del mlflow.says["runs/get"]
     lineage = mlflow.resolver().resolve("models:/digits@champion").lineage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,12 @@ def described(inputs: object = None, outputs: object = None) -> Mlmodel:
 def tensor(dtype: str, *shape: int, name: str | None = None) -> dict[str, object]:
     spec: dict[str, object] = {"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": list(shape)}}
     return spec if name is None else {**spec, "name": name}
+
+
+def test_what_no_document_can_hold_counts_as_not_stated() -> None:
+    found = described([tensor("float32", -1, 10**30, name="half a pair: \ud800")]).signature()
+    assert found == {"inputs": [{"name": None, "datatype": "FP32", "shape": None}], "outputs": None}
+    assert orjson.loads(orjson.dumps(found)) == found
 
 
 def test_what_mlflow_writes_is_read() -> None:

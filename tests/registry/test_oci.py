@@ -11,12 +11,15 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
 from gateway.errors import SourceError, SourceUnavailable
-from gateway.registry.oci import OciHost, OciResolver, OciSettings
+from gateway.registry.locator import locate_oci
+from gateway.registry.oci import OciHost, OciResolver, OciSettings, _Session
 from gateway.registry.resolver import Bounds, Resolved
+from gateway.registry.web import Answer
 from tests.live.docker_registry import PASSWORD, USER, DockerRegistry, docker_registry
 
 FILES = {"model.onnx": b"an ONNX model" * 1000, "data/weights.bin": bytes(range(256)) * 100}
@@ -257,6 +260,14 @@ def test_a_password_goes_to_no_other_host(liar: Callable[..., str]) -> None:
     with pytest.raises(SourceError, match="auth_host"):
         resolver(host, credentials).resolve(f"oci://{host}/m:v1")
     assert asked == []
+
+
+def test_a_password_never_leaves_tls() -> None:
+    located = locate_oci("oci://registry.invalid/m/digits:v1")
+    session = _Session(located, OciHost(lambda: "me", lambda: "secret"), monotonic() + 5.0)
+    challenge = {"www-authenticate": 'Bearer realm="http://registry.invalid/token",service="s"'}
+    with pytest.raises(SourceError, match="plain http"):
+        session._authorized(Answer(401, challenge, b"", "https://registry.invalid"))
 
 
 def test_blobs_may_lie_elsewhere_only_where_that_is_allowed(liar: Callable[..., str], tmp_path: Path) -> None:

@@ -97,6 +97,33 @@ def test_an_endless_name_is_refused(tmp_path: Path) -> None:
         unpacked(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024), tmp_path)
 
 
+def test_no_more_is_read_for_a_name_than_a_name_can_need(tmp_path: Path) -> None:
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            assert 0 <= size <= 2 * 1024 * 1024
+            return super().read(size) or bytes(size)
+
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, 2**30
+        with pytest.raises(SourceError, match="damaged"):
+            Placing(tmp_path, Bounds(), "it").unpack(Endless(info.tobuf(tarfile.GNU_FORMAT)))
+
+
+def test_an_archive_of_nothing_but_headers_ends_at_the_bound(tmp_path: Path) -> None:
+    content = archive(*(special(tarfile.DIRTYPE, f"d{n}") for n in range(20)))
+    with pytest.raises(SourceError, match="larger than 3000 bytes"):
+        unpacked(content, tmp_path, Bounds(max_bytes=3000))
+
+
+def test_a_header_that_is_not_what_its_checksum_says_is_refused(tmp_path: Path) -> None:
+    content = archive(plain("model.onnx"), form=tarfile.USTAR_FORMAT)
+    with pytest.raises(SourceError, match="damaged"):
+        unpacked(b"n" + content[1:], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cut_archive_is_refused(tmp_path: Path) -> None:
     content = archive(plain("model.onnx", bytes(2000)))
     for end in range(0, 2000, 97):

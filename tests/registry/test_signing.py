@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,6 +225,52 @@ def test_a_changed_bundle_is_refused(signed: tuple[Path, Path], change: Callable
     (directory / "model.sig").write_text(json.dumps(content))
     with pytest.raises(SourceError, match=why):
         judged(directory, public, "enforce")
+
+
+def restated(directory: Path, private: Path, change: Callable[[Any], object]) -> None:
+    """The signed statement changed, and signed again with the right key."""
+    found = bundle(directory)
+    envelope = found["dsseEnvelope"]
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    change(statement)
+    payload, kind = json.dumps(statement).encode(), envelope["payloadType"].encode()
+    key = serialization.load_pem_private_key(private.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    text = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+    envelope["payload"] = base64.b64encode(payload).decode()
+    envelope["signatures"][0]["sig"] = base64.b64encode(key.sign(text, ec.ECDSA(hashes.SHA256()))).decode()
+    (directory / "model.sig").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda s: None, ""),
+        (lambda s: s["subject"][0]["digest"].update(sha256="0" * 64), "contradicts itself"),
+        (lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"), "not a statement of OpenSSF"),
+        (lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), "not a statement of OpenSSF"),
+        (lambda s: s["predicate"]["resources"].pop(), "contradicts itself"),
+        (lambda s: s["predicate"]["resources"].append(s["predicate"]["resources"][0]), "twice"),
+    ],
+)
+def test_a_statement_of_another_kind_is_refused_even_with_the_right_signature(
+    tmp_path: Path, change: Callable[[Any], object], why: str
+) -> None:
+    private, public = keys(tmp_path, "ours")
+    directory = version(tmp_path / "1")
+    sign(directory, private)
+    restated(directory, private, change)
+    verification = judged(directory, public)
+    assert (verification.status == "failed") == bool(why)
+    assert why in verification.reason
+
+
+def test_a_signature_file_that_changes_while_the_model_is_read_is_refused(signed: tuple[Path, Path]) -> None:
+    directory, public = signed
+    files = read_artifact(directory, "m", "1").files
+    (directory / "model.sig").write_bytes((directory / "model.sig").read_bytes() + b" ")
+    verification = verify(directory, files, Signing("warn", public), "model m version 1")
+    assert (verification.status, "changed while the model was read" in verification.reason) == ("failed", True)
 
 
 def test_an_unusable_key_is_named(signed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gateway.errors import ConfigError, SourceError, SourceUnavailable
 from gateway.registry.cache import Cache
 from gateway.registry.lock import LockFile
 from gateway.registry.resolver import Lineage, Resolved, Told, untold
-from gateway.registry.sources import ATTEMPTS, Registries
+from gateway.registry.sources import ATTEMPTS, MAX_REFUSED, Registries
 
 CHAMPION = "models:/digits@champion"
 OTHER = "sha256:" + "0" * 64
@@ -29,6 +29,10 @@ class Registry:
         self.trouble: SourceError | None = None
         self.failures = 0
         self.asked = self.fetched = 0
+        self.url = "http://h"
+
+    def registry_of(self, reference: str) -> str:
+        return self.url
 
     def resolve(self, reference: str) -> Resolved:
         self.asked += 1
@@ -38,7 +42,7 @@ class Registry:
             raise SourceError(f"there is no version {version}")
         lineage = Lineage(run_id=f"run-{version}")
         return Resolved(
-            reference, f"models:/digits/{version}", f"m-{version}", version, "@" in reference, "http://h", lineage
+            reference, f"models:/digits/{version}", f"m-{version}", version, "@" in reference, self.url, lineage
         )
 
     def fetch(self, resolved: Resolved, into: Path, told: Told = untold) -> None:
@@ -115,6 +119,65 @@ def test_a_pin_is_not_met_by_the_files_of_another_version(registry: Registry, re
     assert serve(registries, "models:/digits/1", digest) == digest
 
 
+def test_what_a_pin_refused_is_not_fetched_again_until_something_changes(
+    registry: Registry, registries: Registries
+) -> None:
+    said = set()
+    for _ in range(3):
+        with pytest.raises(SourceError, match="but the configuration pins") as caught:
+            serve(registries, pin=OTHER)
+        said.add(str(caught.value))
+    assert (registry.fetched, len(said)) == (1, 1)
+    registry.champion = "2"
+    with pytest.raises(SourceError, match="models:/digits/2"):
+        serve(registries, pin=OTHER)
+    assert registry.fetched == 2
+    registry.champion = "1"
+    digest = said.pop().partition("have digest ")[2].partition(",")[0]
+    assert serve(registries, pin=digest) == digest
+    assert registry.fetched == 3
+
+
+def test_files_that_were_mended_in_their_place_serve_when_somebody_says_so(
+    registry: Registry, registries: Registries
+) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "a test wants it fetched")
+    registry.versions["1"] = b"overwritten"
+    for _ in range(2):
+        with pytest.raises(SourceError, match="Somebody changed what should not change"):
+            serve(registries)
+    assert registry.fetched == 2
+    registry.versions["1"] = b"one"
+    registries.forget_refused()
+    assert serve(registries) == digest
+
+
+def test_right_files_that_come_into_the_cache_serve_whatever_was_refused(
+    registry: Registry, registries: Registries, tmp_path: Path
+) -> None:
+    digest = serve(registries)
+    registries.cache.discard(digest, "a test wants it fetched")
+    registry.versions["1"] = b"overwritten"
+    with pytest.raises(SourceError, match="Somebody changed"):
+        serve(registries)
+    registry.versions["1"] = b"one"
+    assert serve(made(registry, tmp_path)) == digest
+    assert serve(registries) == digest
+
+
+def test_what_is_remembered_of_refusals_is_bounded(registry: Registry, registries: Registries) -> None:
+    for number in range(MAX_REFUSED + 5):
+        registry.versions[str(number)] = b"files"
+        with pytest.raises(SourceError):
+            serve(registries, f"models:/digits/{number}", pin=OTHER)
+    assert len(registries._refused) == MAX_REFUSED
+    before = registry.fetched
+    with pytest.raises(SourceError):
+        serve(registries, "models:/digits/0", pin=OTHER)
+    assert registry.fetched == before + 1
+
+
 def test_a_pin_does_not_overrule_the_lock(registries: Registries) -> None:
     digest = serve(registries)
     resolved = registries.resolve(CHAMPION)
@@ -183,6 +246,21 @@ def test_without_a_lock_the_cache_remembers(registry: Registry, registries: Regi
     assert (settled.digest, settled.resolved.uri) == (digest, "models:/digits/1")
 
 
+@pytest.mark.parametrize("forgotten", ["nothing", "the lock"])
+def test_what_another_registry_meant_by_the_name_does_not_serve(
+    registry: Registry, registries: Registries, forgotten: str
+) -> None:
+    digest = serve(registries)
+    if forgotten == "the lock":
+        registries.lock.path.unlink()
+    registry.down()
+    registry.url = "http://other"
+    with pytest.raises(SourceUnavailable, match=r"came from http://h, not from http://other"):
+        registries.settle(CHAMPION)
+    registry.url = "http://h"
+    assert registries.settle(CHAMPION).digest == digest
+
+
 def test_the_lock_is_known_although_the_cache_is_empty(registry: Registry, registries: Registries) -> None:
     digest = serve(registries)
     registries.cache.discard(digest, "cleaned")
@@ -249,6 +327,47 @@ def test_locked_asks_nobody_and_serves_what_the_lock_names(
     assert locked.resolve(CHAMPION).uri == "models:/digits/1"
     with pytest.raises(SourceError, match=r"does not name models:/other@x, and only what it names is served"):
         locked.settle("models:/other@x")
+
+
+def test_locked_does_not_serve_what_only_the_cache_remembers(registry: Registry, tmp_path: Path) -> None:
+    unlocked = made(registry, tmp_path)
+    serve(unlocked)
+    unlocked.lock.update({}, gone=[CHAMPION])
+    locked = made(registry, tmp_path, locked=True)
+    for ask in (locked.settle, locked.resolve):
+        with pytest.raises(SourceError, match=f"does not name {CHAMPION}"):
+            ask(CHAMPION)
+
+
+def test_locked_says_at_once_what_the_files_must_be(registry: Registry, tmp_path: Path) -> None:
+    digest = serve(made(registry, tmp_path))
+    assert made(registry, tmp_path, locked=True).settle(CHAMPION).digest == digest
+
+
+def test_locked_refuses_another_version_of_a_reference_whoever_resolved_it(registry: Registry, tmp_path: Path) -> None:
+    unlocked = made(registry, tmp_path)
+    serve(unlocked)
+    registry.champion = "2"
+    moved = unlocked.resolve(CHAMPION)
+    with pytest.raises(SourceError, match=r"models\.lock says models:/digits/1 of .*, not models:/digits/2"):
+        made(registry, tmp_path, locked=True).obtain(moved)
+    assert registry.fetched == 1
+
+
+def test_locked_does_not_write_the_lock(registry: Registry, tmp_path: Path) -> None:
+    serve(made(registry, tmp_path))
+    locked = made(registry, tmp_path, locked=True)
+    before = locked.lock.path.read_bytes()
+    locked.confirm(replace(locked.resolve(CHAMPION), reference="models:/other@x", immutable_id="m-9"), OTHER)
+    assert locked.lock.path.read_bytes() == before
+
+
+def test_locked_does_not_open_a_registry_that_is_not_configured_any_more(registry: Registry, tmp_path: Path) -> None:
+    serve(made(registry, tmp_path))
+    cache, lock = Cache(tmp_path / "cache"), LockFile(tmp_path / "models.lock")
+    for ask in (Registries({}, cache, lock, locked=True).settle, Registries({}, cache, lock, locked=True).resolve):
+        with pytest.raises(SourceError, match=r"does not say where to find it"):
+            ask(CHAMPION)
 
 
 def test_locked_fetches_what_is_not_cached_and_checks_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -10,11 +11,13 @@ import ssl
 import subprocess
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from gateway.errors import SourceError, SourceUnavailable
+from gateway.registry import web as module
 from gateway.registry.web import MAX_REDIRECTS, STALL_S, Answer, Web, basic, refusal, shown
 from tests.registry.scripted_http import Scripted, answer, scripted
 
@@ -136,6 +139,54 @@ def test_credentials_stay_with_the_host_they_are_for() -> None:
         assert server.heads("authorization") == ["Bearer t"]
     assert other.heads("authorization") == [""]
     assert other.requests[0].startswith(b"GET /elsewhere?signed=1 ")
+
+
+class Hop:
+    """An answer without a socket: on to `target`, or the end of the way."""
+
+    length = 0
+
+    def __init__(self, target: str | None) -> None:
+        self.status = 200 if target is None else 302
+        self.headers = {} if target is None else {"Location": target}
+
+    def read1(self, _: int) -> bytes:
+        return b""
+
+
+def led(monkeypatch: pytest.MonkeyPatch, *targets: str) -> list[tuple[str, Mapping[str, str]]]:
+    """Whoever is asked leads on to the next target; what was asked, and with which headers, is noted."""
+    asked: list[tuple[str, Mapping[str, str]]] = []
+
+    @contextlib.contextmanager
+    def once(_: str, url: str, body: bytes | None, headers: Mapping[str, str], *more: object) -> Iterator[Hop]:
+        asked.append((url, dict(headers)))
+        yield Hop(targets[len(asked) - 1] if len(asked) <= len(targets) else None)
+
+    monkeypatch.setattr(module, "_once", once)
+    return asked
+
+
+@pytest.mark.parametrize("target", ["http://h/y", "HTTP://h/y", "ftp://h/y"])
+def test_nobody_is_led_out_of_tls(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    asked = led(monkeypatch, target)
+    with pytest.raises(SourceError, match="does not allow"):
+        Web("https://h", allowed=lambda url: True).ask("x")
+    assert [url for url, _ in asked] == ["https://h/x"]
+
+
+@pytest.mark.parametrize("target", ["https://h/y", "http://h:8080/y", "http://other/y", "http://h@other/y"])
+def test_no_credential_follows_to_another_origin(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    asked = led(monkeypatch, target, "http://h/back")
+    mine = Web("http://h", lambda: {"Authorization": "Bearer mine"}, allowed=lambda url: True)
+    if target.startswith("https:"):
+        asked = led(monkeypatch, target)
+    mine.ask("x", headers={"authorization": "Bearer given", "X-Y": "z"})
+    home, away, *back = [{name.lower(): value for name, value in headers.items()} for _, headers in asked]
+    assert "authorization" in home
+    assert "authorization" not in away
+    assert away["x-y"] == "z"
+    assert all("authorization" in headers for headers in back)
 
 
 def test_a_redirect_in_a_circle_ends() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ from gateway.core.tensor import DATATYPE
 from gateway.errors import ModelError, NotReady
 from gateway.workers import supervision
 from gateway.workers.attempt import WarmUp
+from tests.cut_off import CutOff
 from tests.workers.rig import (
     ROW,
     TestBatch,
@@ -73,6 +75,43 @@ async def test_more_instances_than_workers_share_one() -> None:
         assert all([await serves(replica) for replica in model.replicas])
 
 
+@pytest.mark.parametrize("dedicated", [False, pytest.param(True, marks=pytest.mark.slow)])
+async def test_a_load_that_is_given_up_at_any_await_leaves_nothing_behind(dedicated: bool) -> None:
+    """A worker keeps the threads of sessions that ended for those to come, so as many as before are enough."""
+    options = LoadOptions(1 if dedicated else 2, dedicated)
+    async with pool_of(1) as (pool, _):
+        await pool.unload(await pool.load(artifact(matmul()), options))
+        (shared,) = worker_pids(pool)
+        threads = threads_of(shared)
+        for at in itertools.count(1):
+            loading = load_cut_off(pool, options, at)
+            await asyncio.wait({loading})
+            if not loading.cancelled():
+                await pool.unload(loading.result())
+                break
+            await until(lambda: not pool._unfinished, "the end of what was begun")
+        assert at > 1
+        assert repr(pool) == "<WorkerPool workers=1 models=0>"
+        assert worker_pids(pool) == [shared]
+        assert pool.statistics().workers[0].models == ()
+        assert threads_of(shared) == threads
+
+
+def threads_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def load_cut_off(pool: OnnxPool, options: LoadOptions, at: int) -> asyncio.Task[LoadedModel[OnnxReplica]]:
+    """A load that is cancelled when its work waits for the `at`-th time."""
+
+    async def cut_off(model: LoadedModel[OnnxReplica]) -> None:
+        await CutOff(OnnxPool._add_instances(pool, model), at, loading.cancel)
+
+    pool._add_instances = cut_off  # type: ignore[method-assign]
+    loading = asyncio.ensure_future(pool.load(artifact(matmul()), options))
+    return loading
+
+
 async def test_dedicated_instances_have_processes_of_their_own() -> None:
     async with pool_of(1) as (pool, _):
         model = await pool.load(artifact(matmul(), "digits"), LoadOptions(instances=2, dedicated=True))
@@ -83,6 +122,26 @@ async def test_dedicated_instances_have_processes_of_their_own() -> None:
         await model.unload()
         assert [worker.name for worker in pool.statistics().workers] == ["onnx-1"]
         assert sum(alive(pid) for pid in pids) == 1
+
+
+async def test_a_worker_that_gives_way_to_others_does_so_once_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bool] = []
+    setpriority = os.setpriority
+
+    def watched(which: int, who: int, priority: int) -> None:
+        started.append("onnxruntime" in Path(f"/proc/{who}/maps").read_text())
+        setpriority(which, who, priority)
+
+    monkeypatch.setattr(os, "setpriority", watched)
+    async with pool_of(1) as (pool, _):
+        options = LoadOptions(instances=1, dedicated=True, intra_op_threads=2, niceness=19)
+        model = await pool.load(artifact(matmul(), "digits"), options)
+        assert await serves(model.replicas[0])
+        assert started, "it was never told to give way"
+        assert all(started), "a busy machine would never let it start"
+        threads = [int(task.name) for task in Path(f"/proc/{pid_of(pool, 'onnx-digits-1')}/task").iterdir()]
+        assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {19}
+        assert os.getpriority(os.PRIO_PROCESS, pid_of(pool, "onnx-1")) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 async def test_what_the_workers_run_is_known() -> None:

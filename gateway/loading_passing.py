@@ -1,0 +1,24 @@
+"""What went wrong while a version was loaded: its own fault, or one of its surroundings that may be over soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gateway.errors import ConfigError, SourceUnavailable
+
+
+class Passing:
+    """Remembers whether what went wrong may be over soon: a registry that is down, a disk that is full."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def watch(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (SourceUnavailable, OSError) as error:
+            self.seen = True
+            if isinstance(error, OSError):
+                raise ConfigError(f"the model's files cannot be read: {error.strerror or error}") from None
+            raise
