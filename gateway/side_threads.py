@@ -43,12 +43,15 @@ class SideThreads(ThreadPoolExecutor):
 
         def job() -> None:
             if not future.set_running_or_notify_cancel():
+                self._is_idle()
                 return
             try:
                 result = fn(*args, **kwargs)
             except BaseException as error:
+                self._is_idle()
                 future.set_exception(error)
             else:
+                self._is_idle()  # before anyone knows of the result: whoever comes with it finds this thread
                 future.set_result(result)
 
         with self._lock:
@@ -75,11 +78,13 @@ class SideThreads(ThreadPoolExecutor):
         for thread in alive:
             thread.join(max(deadline - time.monotonic(), 0.0))
 
+    def _is_idle(self) -> None:
+        with self._lock:
+            self._idle += 1
+
     def _work(self) -> None:
         while (job := self._waiting.get()) is not None:
             job()
             del job  # not kept alive while the next is waited for
-            with self._lock:
-                self._idle += 1
         with self._lock:
             self._alive.discard(threading.current_thread())
