@@ -134,12 +134,9 @@ class Gateway:
         self.releases = Releases(self.catalog, self._following)
         self.registered = RegisteredModels(config, self._load)
         self.repository = Repository(config, self.catalog, self._load, self.remotes, self.releases, self.registered)
-        self.variants = Variants(
-            self.catalog,
-            VariantLoader(self._load_apart, self._registered).find,
-            partial(self.pipeline.infer, past_cache=True),
-            self.releases.turn,
-        )
+        loader = VariantLoader(self._load_apart, self._registered)
+        infer = partial(self.pipeline.infer, past_cache=True)
+        self.variants = Variants(self.catalog, loader.find, infer, self.releases.turn, looks=loader.looks)
         self._stopping = asyncio.Event()
         self._delayed = False
         """Whether whoever asked us to stop wants the port open for a while (SIGTERM)."""
@@ -534,7 +531,10 @@ class Gateway:
                 log.error("SIGHUP: nothing was changed: %s", error)
                 return
             await self.releases.refresh_all("SIGHUP")
-            await self.variants.configure(config)
+            try:
+                await self.variants.configure(config)
+            except ConfigError as error:  # the files were others a moment ago
+                log.error("SIGHUP: canaries and shadows stay as they were: %s", error)
             await self.variants.settle()
         if changed := _changed(self.config.server, config.server):
             log.warning("SIGHUP: changed too, but takes a restart: %s", ", ".join(changed))

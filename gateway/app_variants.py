@@ -37,6 +37,10 @@ class VariantLoader:
         load = partial(self._load, SHADOW_NICENESS if role == "shadow" else 0)
         return await asyncio.to_thread(variants_sources.find, config, name, entry, keys, load, self._registered)
 
+    async def looks(self, config: Config, entry: ModelEntry, keys: Canary | Shadow) -> object:
+        """See `variants_sources.looks`."""
+        return await asyncio.to_thread(variants_sources.looks, config, entry, keys)
+
     async def _load(self, niceness: int, artifact: Artifact, settings: ModelSettings) -> LoadedModel:
         """Without the servers that may stand beside the model: they are the champion's."""
         options = LoadOptions(settings.instances, True, settings.intra_op_threads, niceness)

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from gateway.catalog_load import in_order, load_version
-from gateway.catalog_version import GONE, Role, ServedVersion
+from gateway.catalog_version import GONE, Role, ServedVersion, confirm
 from gateway.core.model import TRANSITIONS, ModelEvent, ModelState, next_state
 from gateway.core.request import InferRequest
-from gateway.errors import LoadFailed, NotFound, NotReady
+from gateway.errors import LoadFailed, NotFound, NotReady, PassingTrouble
 from gateway.loading import WantedVersion
 
-__all__ = ["GONE", "Catalog", "ServedVersion"]
+__all__ = ["GONE", "Catalog", "ServedVersion", "confirm"]
 
 log = logging.getLogger("gateway.catalog")
 
@@ -203,6 +203,7 @@ class Catalog:
 
         Raises:
             LoadFailed: one cannot be loaded; then none is.
+            PassingTrouble: later it may.
         """
         name = wanted[0].name
         await self._retired(name)
@@ -218,7 +219,9 @@ class Catalog:
         if failed is not None:
             reason = failed.reason.removeprefix(f"model '{name}' version {failed.version}: ")
             await self._discard(versions)
-            raise LoadFailed(f"version {failed.version} cannot be loaded: {reason}")
+            raise (PassingTrouble if failed.passing else LoadFailed)(
+                f"version {failed.version} cannot be loaded: {reason}"
+            )
         return versions
 
     def flip(self, name: str, versions: Sequence[ServedVersion], *, keep: bool) -> list[ServedVersion]:

@@ -21,6 +21,7 @@ from gateway.core.request import InferRequest
 from gateway.ensemble import Ensemble, check_cacheable, ensemble_spec
 from gateway.errors import ConfigError, GatewayError, ModelError
 from gateway.loading import LoadedModel, Settled, WantedVersion, check_answers, document, settle_spec
+from gateway.loading_passing import passes
 from gateway.loading_trial import ServerLost
 
 log = logging.getLogger("gateway.catalog")
@@ -41,7 +42,7 @@ async def load_version(version: ServedVersion, resolve: Resolve, infer: Infer) -
     try:
         await _load(version, resolve, infer)
     except GatewayError as error:
-        return _failed(version, str(error))
+        return _failed(version, str(error), passing=passes(error))
     except Exception as error:
         log.exception("loading a model failed in a way nobody foresaw")
         return _failed(version, f"the gateway failed on it: {type(error).__name__}: {error}")
@@ -104,9 +105,9 @@ async def _loaded(wanted: WantedVersion, artifact: Artifact) -> tuple[Settled, L
             return settled, loaded
 
 
-def _failed(version: ServedVersion, reason: str) -> bool:
+def _failed(version: ServedVersion, reason: str, *, passing: bool = False) -> bool:
     version.state = next_state(version.state, ModelEvent.LOAD_FAILED)
-    version.reason = reason
+    version.reason, version.passing = reason, passing
     return False
 
 

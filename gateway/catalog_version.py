@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
@@ -18,12 +19,14 @@ from gateway.core.fleet import Fleet
 from gateway.core.model import Artifact, ModelSpec, ModelState
 from gateway.core.request import InputTensor
 from gateway.ensemble import Ensemble
-from gateway.errors import NotReady
+from gateway.errors import GatewayError, NotReady
 from gateway.intake import Intake
 from gateway.loading import LoadedModel, Settled, WantedVersion, bound
 from gateway.observe.record import ModelStatistics
 from gateway.scheduler import Scheduler
 from gateway.sequence_scheduler import SequenceScheduler
+
+log = logging.getLogger("gateway.catalog")
 
 _LOADS: Final = itertools.count(1)
 """One number for each load of this process."""
@@ -44,6 +47,9 @@ class ServedVersion:
     _fingerprint = b""
     on_joined: Callable[[ServedVersion], None] = staticmethod(lambda version: None)
     """Called when a replica has joined, before any batch can go there."""
+
+    passing = False
+    """Whether its load failed for a reason that may be over soon."""
 
     def __init__(self, wanted: WantedVersion) -> None:
         self.name = wanted.name
@@ -228,3 +234,16 @@ class ServedVersion:
 
     def __repr__(self) -> str:
         return f"<ServedVersion {self.name}/{self.version} {self.state.value}>"
+
+
+async def confirm(versions: Sequence[ServedVersion]) -> None:
+    """Have it written down that these serve; a failure is told and changes nothing."""
+    for version in versions:
+        if version.wanted.confirm is None:
+            continue
+        try:
+            await asyncio.to_thread(version.wanted.confirm)
+        except (GatewayError, OSError) as error:
+            log.warning(
+                "model %s version %s serves, but that could not be noted: %s", version.name, version.version, error
+            )

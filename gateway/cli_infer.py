@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.cli_status import one_line, reasons, why
 from gateway.cli_text import count
 from gateway.client import Access, Answer, ClientError, ServerError, fetch
 from gateway.client_tensors import Output, build_request, read_data, read_outputs
@@ -138,7 +139,8 @@ def change_model(out: Console, url: str, action: str, model: str, access: Access
 
 
 def models(out: Console, url: str, access: Access, *, detailed: bool, only: str | None) -> None:
-    """One line a model, from the operations port; `detailed` adds how it is batched and what its backends do.
+    """One line a model, from the operations port; `detailed` adds how it is batched, what its backends do, and, for
+    programs, why it is not as it was meant to be.
 
     Raises:
         ClientError: no server, an unexpected answer, or no model named `only`.
@@ -163,8 +165,12 @@ def models(out: Console, url: str, access: Access, *, detailed: bool, only: str 
         for model in chosen
     ]
     if not out.is_terminal:
+        if detailed:
+            others = reasons(url, [str(model.get("name")) for model in chosen], access)
+            for model, row in zip(chosen, rows, strict=True):
+                row.append(why(model, others[str(model.get("name"))]))
         for row in rows:
-            out.file.write("\t".join(row) + "\n")
+            out.file.write("\t".join(map(one_line, row)) + "\n")
     elif detailed:
         _print_blocks(out, headings, rows)
     else:

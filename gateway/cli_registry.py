@@ -8,7 +8,7 @@ command is for, and it shows each one.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -36,9 +36,9 @@ def lock(out: Console, config: Config) -> None:
     registries = registries_of(replace(config, registries=config.registries.model_copy(update={"locked": False})))
     before = registries.lock.read()
     entries, failed = {}, []
-    for reference, pin in wanted:
+    for reference, pins in wanted:
         try:
-            entries[reference] = _entry(registries, reference, pin)
+            entries[reference] = _entry(registries, reference, pins)
         except ConfigError:
             raise
         except GatewayError as error:
@@ -54,10 +54,14 @@ def lock(out: Console, config: Config) -> None:
     out.print(f"{registries.lock.path}: {len(entries)} locked", markup=False, soft_wrap=True)
 
 
-def _entry(registries: Registries, reference: str, pin: str | None) -> Locked:
+def _entry(registries: Registries, reference: str, pins: Sequence[str]) -> Locked:
+    """`pins`: digests that entries of the configuration demand; its files must have each of them."""
     resolved = registries.resolve(reference)
+    first, *others = pins or (None,)
     with fetching(reference) as told:
-        cached = registries.obtain(resolved, pin, told, lock_holds=False)
+        cached = registries.obtain(resolved, first, told, lock_holds=False)
+    for pin in others:
+        registries.obtain(resolved, pin, lock_holds=False)
     model_file(cached.path)  # whether there is anything to serve in it
     return entry_of(resolved, cached.digest, time.time())
 

@@ -2,7 +2,7 @@
 
 Order: text → YAML nodes → plain values with the place of each (config_tree.py) → values of environment and
 command line laid over them → one section validated at a time, so that a fault in one hides none in another →
-rules between keys (ports, addresses, sources, names).
+rules between keys (ports, addresses, sources, names). What a fault of one value says is worded in config_wording.py.
 Rules: a value's origin (file line, variable or option) stays with it to the last message.
 """
 
@@ -15,11 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from gateway import config_later as later
 from gateway.config_backends import entry_faults
@@ -27,13 +25,14 @@ from gateway.config_following import following_faults
 from gateway.config_log import InferenceLog, log_faults
 from gateway.config_postgres import postgres_faults
 from gateway.config_registry import RegistriesKeys, registry_faults, source_refusal, with_environment
-from gateway.config_schema import BACKEND_NAME, HEADER_NAME, ConfigFile, ModelEntry, ModelKeys, Server, Tls
+from gateway.config_schema import ConfigFile, ModelEntry, ModelKeys, Server, Tls
 from gateway.config_section import Section
 from gateway.config_signing import signature_faults
 from gateway.config_tree import Place, Tree, read_scalar, read_tree
 from gateway.config_variants import variant_faults
+from gateway.config_wording import explain, is_ghost, shown
 from gateway.errors import ConfigError, Fault
-from gateway.protocol.spelling import nearest, unknown_key
+from gateway.protocol.spelling import unknown_key
 from gateway.registry.formats import advice
 from gateway.registry.reference import DirectorySource, ModelFileSource, RegistrySource, Source, name_fault, parse
 
@@ -144,7 +143,7 @@ class Loader:
         if isinstance(value, dict):
             return value
         example = "server: {http_port: 8000}" if not path else f"{path[-1]}: {{key: value}}"
-        self._fault(path, f"expected keys and values, found {_shown(value)}; write for example {example}")
+        self._fault(path, f"expected keys and values, found {shown(value)}; write for example {example}")
         return {}
 
     def _lay_over(self, root: dict[str, Any]) -> int | None:
@@ -201,8 +200,8 @@ class Loader:
             return kind.model_validate(usable)
         except ValidationError as error:
             for details in error.errors(include_url=False, include_context=True):
-                if not _is_ghost(details):
-                    self._fault((*path, *details["loc"]), _explain(kind, details))
+                if not is_ghost(details):
+                    self._fault((*path, *details["loc"]), explain(kind, details))
             return None
 
     def _registries(self, value: object) -> RegistriesKeys | None:
@@ -219,7 +218,7 @@ class Loader:
             return ()
         if not isinstance(value, list):
             example = "models: [{source: ./models}]"
-            self._fault(("models",), f"expected a list of models, found {_shown(value)}; write for example {example}")
+            self._fault(("models",), f"expected a list of models, found {shown(value)}; write for example {example}")
             return ()
         entries = []
         names: dict[str, int] = {}
@@ -380,128 +379,3 @@ def _dotted(path: Iterable[str | int]) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return "keys and values"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, str):
-        return f'the text "{value[:60]}"'
-    return (
-        "nothing" if value is None else ("true" if value is True else "false" if value is False else repr(value)[:60])
-    )
-
-
-_EXPECTED: Final = {
-    "int_type": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "float_type": "expected a number",
-    "float_parsing": "expected a number",
-    "finite_number": "expected a finite number",
-    "string_type": "expected text",
-    "bool_type": "expected true or false",
-    "tuple_type": "expected a list",
-    "dict_type": "expected keys and values",
-    "model_type": "expected keys and values",
-    "model_attributes_type": "expected keys and values",
-}
-
-
-PATTERNS: Final = {
-    BACKEND_NAME: "up to 128 of A-Z a-z 0-9 . _ : -",
-    HEADER_NAME: "up to 64 of A-Z a-z 0-9 -",
-}
-"""What the texts of keys may consist of, in words."""
-
-
-def _explain(kind: type[Section], details: ErrorDetails) -> str:
-    """The fault's text in the file's own terms, with an example of what to write."""
-    error, context, value = details["type"], details.get("ctx", {}), details["input"]
-    holder, key = _locate(kind, details["loc"])
-    example = _example(holder, key)
-    if error in ("extra_forbidden", "missing"):
-        return f"is missing; {example}" if error == "missing" else unknown_key(key, _fields(holder))
-    known = _fields(holder).get(key)
-    if known is not None and known.repr is False:  # what stands there may be the secret itself
-        return f"expected env:VARIABLE or file:PATH, the place where it is; {example}"
-    if error in _EXPECTED:
-        quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
-        hint = f'write {key}: "{value}" (in quotes)' if quoted else example
-        return f"{_EXPECTED[error]}, found {_shown(value)}; {hint}"
-    if error == "literal_error":
-        return _explain_choice(value, str(context["expected"]))
-    if error == "string_pattern_mismatch":
-        return _explain_pattern(value, key, str(context["pattern"]), example)
-    return f"{_explain_bound(details, context)}; {example}"
-
-
-def _explain_pattern(value: object, key: str, pattern: str, example: str) -> str:
-    if key == "digest":
-        return "expected sha256: and 64 hexadecimal digits in lower case, as `gateway models` shows"
-    return f"expected {PATTERNS.get(pattern, f'text that matches {pattern}')}, found {_shown(value)}; {example}"
-
-
-def _explain_bound(details: ErrorDetails, context: dict[str, Any]) -> str:
-    limit = next((name for name in _BOUNDS if name in context), None)
-    if limit is None:
-        return details["msg"][:1].lower() + details["msg"][1:]
-    number, value = context[limit], details["input"]
-    found = f"length {len(value)}" if "length" in limit else _shown(value)
-    return f"must be {_BOUNDS[limit]} {int(number) if number == int(number) else number}, found {found}"
-
-
-def _explain_choice(value: object, expected: str) -> str:
-    meant = nearest(str(value), re.findall(r"'([^']*)'", expected))
-    return f"{_shown(value)} is not possible; " + (f"did you mean '{meant}'?" if meant else f"write {expected}")
-
-
-_BOUNDS: Final = {
-    "ge": "at least",
-    "gt": "more than",
-    "le": "at most",
-    "lt": "less than",
-    "min_length": "of length at least",
-    "max_length": "of length at most",
-}
-
-
-def _is_ghost(details: ErrorDetails) -> bool:
-    """A list is called too short only because its faulty elements, each with a fault of its own, are not counted."""
-    value = details["input"]
-    return (
-        details["type"] == "too_short"
-        and isinstance(value, list | tuple)
-        and len(value) >= details.get("ctx", {})["min_length"]
-    )
-
-
-def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[type[Section], str]:
-    """The section class that holds the key at `location`, and the key."""
-    keys = [part for part in location if isinstance(part, str)]
-    for key in keys[:-1]:
-        known = _fields(kind).get(key)  # None: the key of a mapping, such as a host, which is the user's own
-        kind = (known and _section_in(known.annotation)) or kind
-    return kind, keys[-1] if keys else ""
-
-
-def _fields(kind: type[Section]) -> dict[str, FieldInfo]:
-    """The section's keys as the file writes them."""
-    return {known.alias or name: known for name, known in kind.model_fields.items()}
-
-
-def _section_in(annotation: object) -> type[Section] | None:
-    """The section class of a field: its type, one of its alternatives, or what it is a list of; None: a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
-
-
-def _example(kind: type[Section], key: str) -> str:
-    known = _fields(kind).get(key)
-    if known is None or not known.examples:
-        return "see `gateway schema`"
-    value = known.examples[0]
-    text = str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
-    return f"write for example {key}: {text}"

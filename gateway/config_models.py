@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gateway.config import Config, ModelEntry
+from gateway.config_evidence import evidence_faults
 from gateway.core import ragged
 from gateway.errors import ConfigError, Fault
 from gateway.registry.directory import FoundModel, locate, names, read, read_version, scan
@@ -100,7 +101,8 @@ def model_names(config: Config) -> list[str]:
 
 
 def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
-    """Read every version that would be served, and compare it with the digest its entry pins.
+    """Read every version that would be served, compare it with the digest its entry pins, and look at what it would be
+    judged by (config_evidence.py).
 
     Raises:
         ConfigError: files that cannot be read, and digests that differ.
@@ -123,6 +125,7 @@ def verify(config: Config, found: list[tuple[ModelEntry, FoundModel]]) -> None:
                 )
                 index = next(i for i, known in enumerate(config.models) if known is entry)
                 faults.append(_fault(config, index, ".digest", message))
+    faults += evidence_faults(config, found)
     if faults:
         raise ConfigError(faults)
 

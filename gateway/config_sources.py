@@ -48,15 +48,15 @@ def registry_entries(config: Config) -> list[tuple[str, ModelEntry]]:
     return found
 
 
-def all_references(config: Config) -> list[tuple[str, str | None]]:
-    """Every registry reference of a configuration, those of canaries and shadows included, and the digest it must have
-    if one is pinned; each reference once, in order."""
-    found: dict[str, str | None] = {}
+def all_references(config: Config) -> list[tuple[str, tuple[str, ...]]]:
+    """Every registry reference of a configuration, those of canaries and shadows included, and every digest that is
+    pinned for it; each reference and each of its digests once, in order."""
+    found: dict[str, set[str]] = {}
     for entry in config.models:
         for keys in (entry, entry.canary, entry.shadow):
             if keys is not None and keys.source and isinstance(parse(keys.source, config.base), RegistrySource):
-                found[keys.source] = found.get(keys.source) or keys.digest
-    return sorted(found.items())
+                found.setdefault(keys.source, set()).update([keys.digest] if keys.digest is not None else [])
+    return [(reference, tuple(sorted(pins))) for reference, pins in sorted(found.items())]
 
 
 def check_lock(config: Config) -> None:

@@ -256,6 +256,10 @@ class LoadFailed(ExecutionFailed):
     reason = "load_failed"
 
 
+class PassingTrouble(LoadFailed):
+    """500: a load failed for a reason that may be over soon: no worker came up in time, a disk's error, a timeout."""
+
+
 class SourceError(LoadFailed):
     """500: what a registry offers cannot be served: it is not there, not a model, not what was pinned. Final."""
 

@@ -25,8 +25,8 @@ from gateway.core.request import InputTensor
 from gateway.core.resilience import RESILIENCE, Resilience
 from gateway.core.scheduling import PLAIN, Scheduling
 from gateway.core.sequence_tensors import added_inputs, as_executed, check_sequences, with_added
-from gateway.errors import ConfigError, ModelError
-from gateway.loading_golden import GoldenFile, check_golden
+from gateway.errors import ConfigError
+from gateway.loading_golden import check_golden
 from gateway.loading_ragged import MADE_UP, by_rows, prove
 from gateway.loading_signature import (
     Signature,
@@ -46,9 +46,11 @@ from gateway.loading_trial import (
     run_patiently,
     spent_s,
     try_out,
+    unanswered,
 )
 from gateway.loading_warm_up import WarmUp, read_samples
 from gateway.protocol import config_document
+from gateway.registry.golden_file import GoldenFile
 
 log = logging.getLogger("gateway.catalog")
 
@@ -350,7 +352,7 @@ async def _warm_up(wanted: WantedVersion, loaded: LoadedModel, spec: ModelSpec, 
             for _ in range(run.count):
                 outcome = await run_patiently(replica, run.inputs, outputs)
                 if isinstance(outcome, Failure):
-                    raise ModelError(f"{run.name} failed on {replica.name}: {outcome.in_full}")
+                    raise unanswered(outcome, f"{run.name} failed on {replica.name}")
     # A worker that dies from here on is replaced by one that runs the same again.
     loaded.set_warm_up([run.inputs for run in runs for _ in range(run.count)])
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
-from gateway.errors import ConfigError, SourceUnavailable
+from gateway.errors import ConfigError, GatewayError, NotReady, SourceUnavailable
+from gateway.loading_trial import RunTimedOut, ServerLost
+
+_NOT_THERE: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What is wrong with the files themselves."""
+
+
+def passes(error: GatewayError) -> bool:
+    """Whether a load that ended with this error may succeed later, with the same files."""
+    if isinstance(error, (SourceUnavailable, NotReady, RunTimedOut, ServerLost)):
+        return True
+    below = error.__cause__ or error.__context__
+    return isinstance(below, OSError) and not isinstance(below, _NOT_THERE)
 
 
 class Passing:

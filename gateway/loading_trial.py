@@ -34,8 +34,16 @@ WORKER_BACK_S: Final = 60.0
 """How long a load waits for a worker that died. It is back within a second; a large model takes longer to load."""
 
 
+_OF_THE_MOMENT: Final = (FailureKind.TIMEOUT, FailureKind.OVERLOAD, FailureKind.NOT_SENT)
+"""Failures that say nothing of the model."""
+
+
 class ServerLost(ModelError):
     """The remote server that a load was trying the model on went away; another one may still have it."""
+
+
+class RunTimedOut(ModelError):
+    """The model did not answer in time, or its worker was not back in time; on a machine that is less busy it may."""
 
 
 Trial = tuple[list[InputTensor | None], Success]
@@ -83,15 +91,16 @@ async def run_patiently(
 
     Raises:
         ServerLost: a remote server goes away and does not come back.
-        ModelError: the worker dies every time, or does not come back.
+        RunTimedOut: the worker does not come back, or was ended because the run took too long.
+        ModelError: the worker dies every time.
     """
-    why = ""
+    why, late = "", False
     for _ in range(TRIAL_RUNS):
         patience_s = SERVER_S if replica.traits.kind == "oip" else TIMEOUT_S
         outcome = await run_once(replica, inputs, outputs, patience_s)
         if isinstance(outcome, Success) or replica.available:
             return outcome
-        why = outcome.in_full
+        why, late = outcome.in_full, outcome.kind is FailureKind.TIMEOUT
         back = asyncio.Event()
         replica.set_listener(back.set)
         try:
@@ -100,10 +109,17 @@ async def run_patiently(
                     back.clear()
                     await back.wait()
         except TimeoutError:
+            late = True
             break
     if replica.traits.kind == "oip":
         raise ServerLost(f"the model's server {replica.name} was lost on a trial run: {why}")
-    raise ModelError(f"the model's worker {replica.name} died on every trial run: {why}")
+    text = f"the model's worker {replica.name} died on every trial run: {why}"
+    raise RunTimedOut(text) if late else ModelError(text)
+
+
+def unanswered(failure: Failure, text: str) -> ModelError:
+    """The error of a load whose run failed."""
+    return (RunTimedOut if failure.kind in _OF_THE_MOMENT else ModelError)(f"{text}: {failure.in_full}")
 
 
 async def prove_rows(loaded: LoadedModel, trial: Trial | None, outputs: tuple[SignatureTensor, ...]) -> Verdict:

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final, Literal
+from typing import Final
 
 from gateway import plan
 from gateway.catalog import Catalog, ServedVersion
@@ -26,25 +26,21 @@ from gateway.config_models import check_batch_sizes, find_model, locate_model, m
 from gateway.core.model import ModelState
 from gateway.errors import (
     ConfigError,
-    ControlOff,
     Fault,
     GatewayError,
-    InvalidRequest,
     LoadFailed,
     NotReady,
-    Unsupported,
 )
 from gateway.loading import WantedVersion
 from gateway.management_fingerprints import fingerprints
 from gateway.management_override import Override, overridden, read_override
+from gateway.management_requests import ModelControl, check_name, check_request, known_versions
 from gateway.management_servers import NoneRegistered, NoServers, Registered, Servers
 from gateway.protocol.model_config import ModelConfig
-from gateway.registry.reference import name_fault
 from gateway.releases import Releases
 
 log = logging.getLogger("gateway.repository")
 
-ModelControl = Literal["none", "poll", "explicit"]
 ALL: Final = "*"
 MAX_GONE: Final = 1000
 """Models that do not serve any more, or could not be loaded, and are still known: clients can invent names."""
@@ -56,13 +52,6 @@ SIGNAL: Final = "SIGHUP"
 """Who asks where a signal has the configuration read again."""
 PARALLEL: Final = 2
 """Models loaded at one time."""
-
-_INDEX_STATE: Final = {
-    ModelState.LOADING: "LOADING",
-    ModelState.UNLOADING: "UNLOADING",
-    ModelState.UNAVAILABLE: "UNAVAILABLE",
-    ModelState.FAILED: "UNAVAILABLE",
-}
 
 
 class Repository:
@@ -223,18 +212,7 @@ class Repository:
 
         `repository` chooses among several in Triton and is ignored, as it is there.
         """
-        entries: list[dict[str, str]] = []
-        for version in self._catalog.distinct():
-            if not version.reachable:
-                continue
-            entry = {"name": version.name, "version": version.version}
-            loaded = version.state is ModelState.READY
-            reason = version.refusal if loaded else version.reason
-            if loaded and not reason:
-                entries.append(entry | {"state": "READY"})
-            elif not ready:
-                state = "UNAVAILABLE" if loaded else _INDEX_STATE[version.state]
-                entries.append(entry | {"state": state, "reason": reason})
+        entries = known_versions(self._catalog.distinct(), ready=ready)
         if not ready and self._mode != "none":
             known = set(self._catalog.names())
             loadable = await asyncio.to_thread(self._known_names)
@@ -253,14 +231,8 @@ class Repository:
             Unsupported: a repository is named.
             LoadFailed: unknown or broken model.
         """
-        self._check(name, repository)
-        if "/" in name or "\\" in name or ".." in name:
-            raise InvalidRequest("model name must not contain path traversal characters")
-        if (fault := name_fault(name)) is not None or name.startswith("."):
-            raise LoadFailed(
-                f"failed to load '{name[:64]}', failed to poll from model repository: "
-                f"{fault or 'a name that begins with a dot is hidden'}"
-            )
+        check_request(name, repository, self._mode, is_open=self.open)
+        check_name(name)
         try:
             await self._load_with_steps(name, await asyncio.to_thread(read_override, parameters), (), "request")
         except (ConfigError, LoadFailed) as error:
@@ -279,7 +251,7 @@ class Repository:
         Raises:
             ControlOff, NotReady, InvalidRequest, Unsupported: as `load`.
         """
-        self._check(name, repository)
+        check_request(name, repository, self._mode, is_open=self.open)
         steps = {step for version in self._catalog.of(name) for step in version.dependencies}
         async with self.turn(name):
             await self._unload(name, "request")
@@ -295,19 +267,6 @@ class Repository:
         """The caller has the model's turn."""
         await self._catalog.unload(name)
         self._releases.unloaded(name, by)
-
-    def _check(self, name: str, repository: str) -> None:
-        if repository:
-            raise Unsupported("'repository_name' specification is not supported; leave it out")
-        if not name.strip():
-            raise InvalidRequest("Model name cannot be empty or consist of blanks")
-        if self._mode != "explicit":
-            raise ControlOff(
-                "explicit model load / unload is not allowed if polling is enabled or model control is off; start the "
-                "gateway with --model-control explicit"
-            )
-        if not self.open:
-            raise NotReady("the gateway is still loading what it serves from the start, or is stopping; retry later")
 
     def _forget_gone(self) -> None:
         for name in self._catalog.forget_gone(MAX_GONE):

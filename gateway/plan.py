@@ -21,9 +21,9 @@ from gateway.core.scheduling import PLAIN
 from gateway.ensemble import Ensemble
 from gateway.errors import ConfigError, Fault, NotReady
 from gateway.loading import LoadedModel, WantedVersion
-from gateway.loading_golden import GoldenFile, read_golden
 from gateway.provenance.manifest import MAX_SIDECAR_BYTES, SIDECAR, manifest, remote_manifest
 from gateway.registry.directory import FoundModel, read_side_file, read_version
+from gateway.registry.golden_file import GoldenFile, read_golden
 from gateway.registry.signing import Signing, verify
 
 log = logging.getLogger("gateway.plan")

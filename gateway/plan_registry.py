@@ -24,9 +24,9 @@ from gateway.config_sources import registries_of, registry_entries
 from gateway.core.model import Artifact
 from gateway.errors import SourceUnavailable
 from gateway.loading import LoadedModel, WantedVersion
-from gateway.loading_golden import GoldenFile
 from gateway.registry.cache import Cached
 from gateway.registry.directory import FoundModel
+from gateway.registry.golden_file import GoldenFile
 from gateway.registry.layout import model_file
 from gateway.registry.mlmodel import Mlmodel, differences, read_mlmodel
 from gateway.registry.reference import RegistrySource

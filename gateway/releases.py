@@ -51,6 +51,8 @@ from gateway.releases_model import (
     Result,
     check_fit,
     digest_of,
+    named,
+    obstacle_of,
     uri_of,
     versions_of,
 )
@@ -249,7 +251,7 @@ class Releases:
         model.trouble = model.said = ""
         model.asked_at = now = self._now()
         decision = model.track.noticed(meant.identity, meant.version, meant.uri, now, insist=insist)
-        if isinstance(decision, Restore) and (obstacle := _obstacle(model.served[decision.release])):
+        if isinstance(decision, Restore) and (obstacle := obstacle_of(model.served[decision.release])):
             log.warning("model %s: it is kept, but loaded anew: %s", model.name, obstacle)
             self._lose(model, decision.release)
             decision = model.track.noticed(meant.identity, meant.version, meant.uri, now)
@@ -327,8 +329,8 @@ class Releases:
         self._tell(model)
         # Files that changed keep their version number: then the digests tell the two apart.
         full = before is not None and before.version == release.version
-        was = _named(before, full=full) if before is not None else "nothing"
-        result = model.result(outcome, f"{_named(release, full=full)} serves now, {was} before")
+        was = named(before, full=full) if before is not None else "nothing"
+        result = model.result(outcome, f"{named(release, full=full)} serves now, {was} before")
         await model.note(release)
         return result
 
@@ -347,7 +349,7 @@ class Releases:
                 "how many are kept from the next swap on"
             )
         versions = model.served[kept.release]
-        if obstacle := _obstacle(versions):
+        if obstacle := obstacle_of(versions):
             raise LoadFailed(f"model '{name}': {obstacle}")
         model.end_trial()
         self._not_served(model, "it was given up for a rollback", by, passing=True)
@@ -418,13 +420,3 @@ class Releases:
 
     def __repr__(self) -> str:
         return f"<Releases {len(self._models)} models>"
-
-
-def _named(release: Release, *, full: bool) -> str:
-    return f"version {release.version} ({release.digest})" if full else f"version {release.version}"
-
-
-def _obstacle(kept: Sequence[ServedVersion]) -> str:
-    """Why what is kept cannot answer now; empty: it can."""
-    bad = next((version for version in kept if not version.ready), None)
-    return "" if bad is None else f"version {bad.version} is kept, but cannot answer: {bad.obstacle}"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from gateway.catalog import ServedVersion
+from gateway.catalog import ServedVersion, confirm
 from gateway.core.release import OUTCOMES, Happened, ModelReleases, Release
 from gateway.core.signature_compatibility import incompatibilities
-from gateway.errors import GatewayError, LoadFailed
+from gateway.errors import LoadFailed
 from gateway.releases_sources import Following
 
 log = logging.getLogger("gateway.releases")
@@ -186,6 +186,17 @@ def uri_of(served: Sequence[ServedVersion]) -> str:
     return served[-1].wanted.uri or (artifact.source if artifact is not None else "")
 
 
+def named(release: Release, *, full: bool) -> str:
+    """In one sentence with another; `full`: with its digest too."""
+    return f"version {release.version} ({release.digest})" if full else f"version {release.version}"
+
+
+def obstacle_of(kept: Sequence[ServedVersion]) -> str:
+    """Why what is kept cannot answer now; empty: it can."""
+    bad = next((version for version in kept if not version.ready), None)
+    return "" if bad is None else f"version {bad.version} is kept, but cannot answer: {bad.obstacle}"
+
+
 def check_fit(champions: Sequence[ServedVersion], staged: Sequence[ServedVersion]) -> None:
     """Whether the staged release may answer the callers of the one that serves. Raises LoadFailed."""
     live = {version.version: version for version in champions if version.loaded}
@@ -203,12 +214,3 @@ def check_fit(champions: Sequence[ServedVersion], staged: Sequence[ServedVersion
             raise LoadFailed(
                 f"version {then.version} does not fit the clients of version {now.version}: {'; '.join(faults)}"
             )
-
-
-async def confirm(versions: Sequence[ServedVersion]) -> None:
-    """Have it written down that these serve; a failure is told and changes nothing."""
-    for write in [version.wanted.confirm for version in versions if version.wanted.confirm is not None]:
-        try:
-            await asyncio.to_thread(write)
-        except (GatewayError, OSError) as error:
-            log.error("it could not be written down what serves: %s", error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol
 
 from gateway import plan
@@ -19,7 +18,7 @@ from gateway.config_models import find_model, locate_model
 from gateway.errors import SourceUnavailable
 from gateway.loading import WantedVersion
 from gateway.plan_registry import RegisteredModels, registry_entries
-from gateway.registry.directory import read_version
+from gateway.registry.directory import looks_of, read_version
 from gateway.registry.locator import locate_reference
 from gateway.registry.sources import Settled
 
@@ -89,7 +88,7 @@ class DirectorySource:
         if found is None:
             raise SourceUnavailable("its files are gone; put them back, or unload the model")
         entry, model = found
-        looks = _looks(model.directory) if model.directory is not None else ()
+        looks = looks_of(model.directory) if model.directory is not None else ()
         if self._seen is None or self._seen[0] != looks:
             try:
                 digests = {v: read_version(model, v, path).digest for v, path in model.versions.items()}
@@ -102,18 +101,6 @@ class DirectorySource:
             model.source,
             lambda: plan.settled(self._config, entry, model, self._load),
         )
-
-
-def _looks(place: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Path, size, time and inode of every file; a file that vanishes meanwhile is not there."""
-    found = []
-    for path in [place] if place.is_file() else sorted(place.rglob("*")):
-        try:
-            status = path.stat()
-        except OSError:
-            continue
-        found.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(found)
 
 
 class RegisteredSource:

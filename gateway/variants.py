@@ -9,6 +9,8 @@ The configuration says what is wanted; this file brings it about and keeps it so
     whenever another version becomes champion;
   * a variant with the champion's own version number is that version: it is not loaded a second time;
   * a share that an operator set at run time holds until the configuration's own changes, or the process ends;
+  * one that could not be loaded for a reason that may be over soon is tried again, after pauses that grow; one that was
+    refused is not, until its files look different, its source means something else, or the configuration is read anew;
   * loads of one model happen one after the other, together with everybody else's (`turn`).
 """
 
@@ -23,37 +25,45 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from gateway.catalog import Catalog, ServedVersion
+from gateway.catalog import Catalog, ServedVersion, confirm
 from gateway.config import Config, ModelEntry
 from gateway.config_release import Canary, Shadow
 from gateway.config_variant_models import entries_with_variants
 from gateway.core.model import ModelState
-from gateway.core.request import InferRequest
-from gateway.core.shadow_comparison import Tolerance
 from gateway.core.signature_compatibility import incompatibilities
-from gateway.core.traffic_split import SplitRule
-from gateway.errors import ConfigError, GatewayError, LoadFailed, SourceUnavailable
+from gateway.errors import ConfigError, GatewayError, LoadFailed, PassingTrouble, SourceUnavailable
 from gateway.loading import WantedVersion
 from gateway.loading_passing import Passing
 from gateway.traffic import Chance
-from gateway.traffic_shadow import Mirror, ShadowRule, unmirrorable
+from gateway.traffic_shadow import unmirrorable
+from gateway.variants_hanging import Infer, hang_mirror, hang_split, show, unhang
 from gateway.variants_sources import Target, variant_entry
 from gateway.variants_status import TrafficStatus
-from gateway.variants_wanted import ROLES, ModelVariants, VariantRole, WantedVariant
+from gateway.variants_wanted import AGAIN_S, ROLES, ModelVariants, VariantRole, WantedVariant
 
 log = logging.getLogger("gateway.traffic")
 
-AGAIN_S: Final = 15.0
-"""Between two attempts at a variant whose source could not be reached."""
+AT_ONCE: Final = 4
+"""Variants whose sources are asked, or which are loaded: a registry that hangs must neither hold up the others' nor
+occupy every thread there is."""
 POLL_S: Final = 30.0
-"""Between two looks at a source that may mean something else by itself, where `poll_interval_s` does not say."""
+"""Between two looks at a source that may mean something else by itself, where `poll_interval_s` does not say; or
+at files that were refused."""
 
 
 Find = Callable[[Config, str, ModelEntry, Canary | Shadow, VariantRole], Awaitable[Target]]
 """Asks a variant's source (`variants_sources.find`, in a thread). Raises SourceUnavailable: it may be asked again;
 other GatewayErrors: it may not, until something changes."""
+Looks = Callable[[Config, ModelEntry, Canary | Shadow], Awaitable[object]]
+"""See `variants_sources.looks`."""
+
+
+async def _unlooked(config: Config, entry: ModelEntry, keys: Canary | Shadow) -> object:
+    """Nothing lies on disk."""
+    return None
 
 
 class Variants:
@@ -63,10 +73,11 @@ class Variants:
         self,
         catalog: Catalog,
         find: Find,
-        infer: Callable[[ServedVersion, InferRequest], None],
+        infer: Infer,
         turn: Callable[[str], AbstractAsyncContextManager[Any]],
         chance: Chance | None = None,
         clock: Callable[[], float] = time.monotonic,
+        looks: Looks = _unlooked,
     ) -> None:
         """`infer`: how copies reach a shadow; `turn`: held while a model's versions are loaded or replaced."""
         self._catalog = catalog
@@ -78,7 +89,9 @@ class Variants:
         self._config = Config()
         self._models: dict[str, ModelVariants] = {}
         self._wake = asyncio.Event()
-        self._changing = asyncio.Lock()
+        self._looks = looks
+        self._trying = asyncio.Semaphore(AT_ONCE)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         catalog.on_elected = self.elected
 
@@ -122,47 +135,78 @@ class Variants:
     async def settle(self) -> None:
         """Load what is wanted and not there, and let go of what is not wanted any more. Never raises for a variant's
         sake: why one is not there is its `reason`."""
-        async with self._changing:
-            for name in sorted(self._models):
-                model = self._models[name]
-                for role in ROLES:
-                    variant = model.variants.get(role)
-                    if variant is not None and self._now() >= variant.due:
-                        await self._settle(model, variant)
-                if not model.variants:
-                    self._models.pop(name, None)
+        while tasks := self._begin():
+            await asyncio.wait(tasks)
+
+    def _begin(self) -> list[asyncio.Task[None]]:
+        """Start what is due. Returns everything that is under way."""
+        under_way = []
+        for name, model in sorted(self._models.items()):
+            for variant in model.variants.values():
+                if variant.task is None and self._now() >= variant.due and not self._closed:
+                    variant.task = asyncio.get_running_loop().create_task(self._settle(model, variant))
+                    variant.task.add_done_callback(partial(self._settled, variant))
+                    self._tasks.add(variant.task)
+                if variant.task is not None:
+                    under_way.append(variant.task)
+            if not model.variants:
+                del self._models[name]
+        return under_way
 
     async def follow(self) -> None:
-        """Do so whenever something changed, until cancelled."""
+        """Do so whenever something changed, until cancelled. One that takes its time holds up no other."""
         while True:
-            due = min((v.due for m in self._models.values() for v in m.variants.values()), default=math.inf)
+            self._begin()
+            idle = [v.due for m in self._models.values() for v in m.variants.values() if v.task is None]
+            due = min(idle, default=math.inf)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if math.isinf(due) else max(0.1, due - self._now())):
                     await self._wake.wait()
             self._wake.clear()
-            try:
-                await self.settle()
-            except Exception:
-                log.exception("bringing variants in line failed; it is tried again")
-                await asyncio.sleep(AGAIN_S)
 
     async def _settle(self, model: ModelVariants, variant: WantedVariant) -> None:
+        try:
+            async with self._trying:
+                if not self._gone(model, variant):
+                    await self._try(model, variant)
+        except Exception:
+            log.exception("model %s: bringing about its %s failed; it is tried again", model.name, variant.role)
+            variant.due = self._now() + variant.pause_s()
+
+    def _settled(self, variant: WantedVariant, task: asyncio.Task[None]) -> None:
+        variant.task = None
+        self._tasks.discard(task)
+        self._wake.set()
+
+    async def _try(self, model: ModelVariants, variant: WantedVariant) -> None:
         variant.due = math.inf
-        champion = self._champion(model.name)
-        if champion is None:
+        if self._champion(model.name) is None:
             if variant.version is None:
                 variant.reason = "the model does not serve"
             return  # it is looked at again when one is elected
+        poll_s, looks = self._poll_s(model.entry), await self._looks(self._config, model.entry, variant.keys)
+        if variant.looked is not None:
+            if variant.looked == looks:
+                variant.due = self._now() + (poll_s or math.inf)
+                return  # they are what was refused
+            variant.looked, variant.refused = None, ""
         try:
             target = await self._find(self._config, model.name, model.entry, variant.keys, variant.role)
-            if target.mutable and (poll_s := self._poll_s(model.entry)):
+            if target.mutable and poll_s:
                 variant.due = self._now() + poll_s
             await self._take(model, variant, target)
+            variant.failures = 0
+        except PassingTrouble as error:
+            variant.refused = ""
+            self._trouble(model, variant, str(error))
+            variant.due = self._now() + variant.pause_s()
         except SourceUnavailable as error:
             self._trouble(model, variant, str(error))
             variant.due = self._now() + AGAIN_S
         except GatewayError as error:
             self._trouble(model, variant, str(error))
+            if looks is not None and poll_s and math.isinf(variant.due):  # else another champion came meanwhile
+                variant.looked, variant.due = looks, self._now() + poll_s
 
     def _poll_s(self, entry: ModelEntry) -> float:
         stated = entry.poll_interval_s if entry.poll_interval_s is not None else self._config.defaults.poll_interval_s
@@ -173,6 +217,8 @@ class Variants:
         if target.identity in (variant.identity if variant.version is not None else None, variant.refused):
             return
         async with self._turn(model.name):
+            if self._gone(model, variant):
+                return
             if self._is_champion(model.name, target.wanted.version):
                 self._leave(model, variant)
                 variant.out(_same(target.wanted.version), same=True)
@@ -198,30 +244,16 @@ class Variants:
             "model %s: version %s is its %s now, with %g %% of the requests", model.name, version.version, variant.role,
             variant.percent,
         )  # fmt: skip
-        await self._confirm(version)
+        await confirm([version])
 
     async def _stage(self, variant: WantedVariant, wanted: WantedVersion) -> list[ServedVersion]:
-        """Raises LoadFailed; SourceUnavailable: its files could not be had, which says nothing of them."""
+        """Raises LoadFailed; PassingTrouble: later it may be loaded."""
         passing = Passing()
         watched = replace(wanted, read=lambda: passing.watch(wanted.read))
         try:
             return await self._catalog.stage([watched], variant.role)
         except LoadFailed as error:
-            if not passing.seen:
-                raise
-            variant.refused = ""
-            raise SourceUnavailable(str(error)) from None
-
-    async def _confirm(self, version: ServedVersion) -> None:
-        """Have it written down what the reference means (models.lock); a failure is told and changes nothing."""
-        if version.wanted.confirm is None:
-            return
-        try:
-            await asyncio.to_thread(version.wanted.confirm)
-        except (GatewayError, OSError) as error:
-            log.warning(
-                "model %s version %s serves, but that could not be noted: %s", version.name, version.version, error
-            )
+            raise (PassingTrouble(str(error)) if passing.seen else error) from None
 
     def _trouble(self, model: ModelVariants, variant: WantedVariant, reason: str) -> None:
         """It could not be loaded. What was loaded before goes on."""
@@ -247,19 +279,19 @@ class Variants:
             return
         champion = self._champion(name)
         if model.champion is not None and model.champion is not champion:
-            self._unhang(model.champion)
+            unhang(model.champion)
         changed, model.champion = model.champion is not champion, champion
         for variant in model.variants.values():
             if variant.version is not None and champion is not None:
                 self._check(model, variant, champion, variant.version)
             if changed and variant.version is None:
-                variant.due, variant.refused = 0.0, ""
+                variant.due, variant.refused, variant.looked = 0.0, "", None
                 self._wake.set()
         if champion is None:
             return
-        self._show(champion, "champion" if model.variants else "")
-        self._hang_split(model, champion)
-        self._hang_mirror(model, champion)
+        show(champion, "champion" if model.variants else "")
+        hang_split(model, champion)
+        hang_mirror(model, champion, self._infer, self._chance)
 
     def _champion(self, name: str) -> ServedVersion | None:
         champions = [v for v in self._catalog.champions(name) if v.state is ModelState.READY]
@@ -309,49 +341,6 @@ class Variants:
             champion.mirror = None
         if version.role == variant.role:
             self._catalog.retire([version])
-
-    def _hang_split(self, model: ModelVariants, champion: ServedVersion) -> None:
-        variant = model.variants.get("canary")
-        if variant is None or variant.same or not isinstance(variant.keys, Canary):
-            champion.split, model.split.canary = None, None
-            return
-        keys = variant.keys
-        model.split.rule = SplitRule.of(model.name, variant.percent, keys.header, keys.sticky)
-        model.split.canary = variant.version
-        if variant.version is not None:
-            self._show(variant.version, "canary")
-        champion.split = model.split
-
-    def _hang_mirror(self, model: ModelVariants, champion: ServedVersion) -> None:
-        variant, mirror = model.variants.get("shadow"), champion.mirror
-        shadow = variant.version if variant is not None else None
-        if variant is None or shadow is None or not isinstance(variant.keys, Shadow):
-            if mirror is not None:
-                mirror.close()
-            champion.mirror = None
-            return
-        self._show(shadow, "shadow")
-        keys = variant.keys
-        rule = ShadowRule(variant.percent / 100, Tolerance(keys.rtol, *([] if keys.atol is None else [keys.atol])))
-        if mirror is not None and mirror.shadow is shadow and mirror.rule.tolerance == rule.tolerance:
-            mirror.rule = rule
-            return
-        if mirror is not None:
-            mirror.close()
-        champion.mirror = Mirror(champion, shadow, rule, self._infer, self._chance)
-
-    def _unhang(self, version: ServedVersion) -> None:
-        version.split = None
-        if version.mirror is not None:
-            version.mirror.close()
-            version.mirror = None
-        self._show(version, "")
-
-    def _show(self, version: ServedVersion, variant: str) -> None:
-        """What its answers call it; codecs have that in their headers."""
-        if version.variant != variant:
-            version.variant = variant
-            version.http_codec = version.grpc_codec = None
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
@@ -403,6 +392,8 @@ class Variants:
     def close(self) -> None:
         """The gateway stops: nobody waits for shadows."""
         self._closed = True
+        for task in self._tasks:
+            task.cancel()
         for model in self._models.values():
             if model.champion is not None and model.champion.mirror is not None:
                 model.champion.mirror.close()

@@ -15,6 +15,8 @@ from gateway.config_release import Canary, Shadow
 from gateway.config_variant_models import variant_model
 from gateway.errors import ConfigError, SourceUnavailable
 from gateway.loading import WantedVersion
+from gateway.registry.directory import looks_of
+from gateway.registry.reference import DirectorySource, ModelFileSource, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,18 @@ def variant_entry(entry: ModelEntry, keys: Canary | Shadow) -> ModelEntry:
             "shadow": None,
         }
     )
+
+
+def looks(config: Config, entry: ModelEntry, keys: Canary | Shadow) -> object:
+    """Something else whenever the files have changed by which a variant on disk is judged; None: it is not on disk.
+    Blocks on the disk."""
+    source = parse(keys.source, config.base)
+    if not isinstance(source, DirectorySource | ModelFileSource):
+        return None
+    signing = config.settings(variant_entry(entry, keys)).signing
+    golden = config.base / entry.golden.file if entry.golden is not None else None
+    places = [source.path, golden, signing.public_key]
+    return [looks_of(place) for place in places if place is not None]
 
 
 def find(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final, Literal
 
 from gateway.catalog import ServedVersion
@@ -11,6 +12,10 @@ from gateway.core.traffic_split import SplitRule
 from gateway.traffic import Chance, Split
 from gateway.traffic_shadow import MirrorStatistics
 from gateway.variants_status import CanaryStatus, ShadowStatus, TrafficStatus
+
+AGAIN_S: Final = 15.0
+"""Between two attempts at a variant whose source could not be reached; before the second attempt to load one."""
+MOST_PAUSE_S: Final = 900.0
 
 VariantRole = Literal["canary", "shadow"]
 ROLES: Final[tuple[VariantRole, ...]] = ("canary", "shadow")
@@ -38,9 +43,21 @@ class WantedVariant:
         """Whether it is out because the champion is the very same version."""
         self.due = 0.0
         """When its source is asked again, monotonic seconds; infinite: not before something changes."""
+        self.failures = 0
+        """Loads one after the other that ended for reasons which may be over soon."""
+        self.looked: object = None
+        """How the files looked that were refused; None: nothing on disk was."""
+        self.task: asyncio.Task[None] | None = None
+        """It is being brought about."""
 
     def out(self, reason: str, *, same: bool = False) -> None:
         self.version, self.reason, self.same = None, reason, same
+
+    def pause_s(self) -> float:
+        """Until the next attempt, after another one failed for a reason that may be over soon: loading takes memory and
+        a core, so each pause is twice the one before."""
+        self.failures += 1
+        return min(AGAIN_S * 2.0 ** min(self.failures - 1, 16), MOST_PAUSE_S)
 
 
 class ModelVariants:

@@ -15,7 +15,7 @@ from gateway.app import EXIT_CONFIG, Gateway
 from gateway.backends.onnx import PoolEvent
 from gateway.config import Config, Server
 from gateway.core.model import ModelState
-from gateway.errors import ModelError
+from gateway.errors import ConfigError, ModelError
 from tests.ingress.oip_bench import check, infer, oip_bench, replica_of
 
 
@@ -132,3 +132,30 @@ async def test_sighup_claims_no_more_than_was_done(
     restart, said = caplog.messages
     assert restart == "SIGHUP: changed too, but takes a restart: server.http_port, server.log_level"
     assert said.endswith(told)
+
+
+async def test_a_reload_whose_variants_fail_at_the_last_moment_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Reloaded:
+        async def reload(self, config: Config) -> list[str]:
+            return []
+
+    settled: list[str] = []
+
+    class Undecided:
+        async def configure(self, config: Config) -> None:
+            raise ConfigError("belongs to one model, and models holds 2")
+
+        async def settle(self) -> None:
+            settled.append("settled")
+
+    subject = Gateway(Config(), Config)
+    subject.repository, subject.variants = Reloaded(), Undecided()  # type: ignore[assignment]
+    with caplog.at_level(logging.INFO, "gateway"):
+        await subject._reload()
+    assert caplog.messages == [
+        "SIGHUP: canaries and shadows stay as they were: belongs to one model, and models holds 2",
+        "SIGHUP: the models of the configuration are served",
+    ]
+    assert settled == ["settled"]

@@ -150,7 +150,9 @@ def test_models_is_one_line_a_model(capsys: Said) -> None:
             "broken\t1\tFAILED\t-\t-\t/srv/broken",
         ]
         assert main(["models", "status", "broken", "--ops-url", url]) == 0
-        assert capsys.readouterr().out == "broken\t1\tFAILED\t-\t-\t-\t-\tnot [an] ONNX file\t/srv/broken\t-\n"
+        reason = "not [an] ONNX file"
+        line = ["broken", "1", "FAILED", "-", "-", "-", "-", reason, "/srv/broken", "-", f"not ready: {reason}"]
+        assert capsys.readouterr().out == "\t".join(line) + "\n"
         assert main(["models", "status", "double", "--ops-url", url]) == 0
         assert "onnx-1 (1 in flight), onnx-2 (unavailable)\t32\trows are independent\t-" in capsys.readouterr().out
         assert main(["models", "list", "nope", "--ops-url", url]) == 1

@@ -80,6 +80,19 @@ def test_if_one_cannot_be_locked_none_is(rig: Rig) -> None:
     assert rig.lock_file.path.read_bytes() == before
 
 
+@pytest.mark.parametrize("other", ["sha256:" + "0" * 64, "sha256:" + "f" * 64])
+def test_every_pin_of_a_reference_is_compared(rig: Rig, other: str) -> None:
+    rig.lock(CHAMPION)
+    before, digest = rig.lock_file.path.read_bytes(), rig.lock_file.read()[CHAMPION].digest
+    rows = [f"{{source: '{CHAMPION}', name: m{n}, digest: '{pin}'}}" for n, pin in enumerate([digest, other])]
+    for listed in (rows, rows[::-1]):
+        path = rig.folder / "gateway.yaml"
+        path.write_text(f"registries: {{mlflow: {{url: 'http://h'}}}}\nmodels: [{', '.join(listed)}]")
+        with pytest.raises(SourceError, match=rf"digest {digest}, but the configuration pins {other}"):
+            cli_registry.lock(Console(file=io.StringIO()), load(path, {}, {}))
+    assert rig.lock_file.path.read_bytes() == before
+
+
 def test_there_must_be_something_to_lock(rig: Rig) -> None:
     with pytest.raises(ConfigError, match="no model comes from a registry"):
         rig.lock()

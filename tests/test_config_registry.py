@@ -124,7 +124,7 @@ def test_references_of_canaries_and_shadows_are_locked_too(tmp_path: Path) -> No
         f"models: [{{source: 'models:/d@champion', digest: '{digest}', canary: {{source: 'models:/d@next'}},"
         " shadow: {source: 'models:/d@champion'}}]"
     )
-    assert all_references(read(tmp_path, text)) == [("models:/d@champion", digest), ("models:/d@next", None)]
+    assert all_references(read(tmp_path, text)) == [("models:/d@champion", (digest,)), ("models:/d@next", ())]
 
 
 def test_a_lock_that_lacks_something_is_found_without_asking_anybody(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from gateway.core.model import BatchPolicy, ModelSpec, TensorSpec
 from gateway.core.request import OutputTensor
 from gateway.core.tensor import DATATYPE, pack_bytes
 from gateway.errors import ConfigError, GatewayError, ModelError
-from gateway.loading_golden import MAX_BYTES, GoldenFile, check_golden, read_golden
+from gateway.loading_golden import check_golden
+from gateway.registry.golden_file import MAX_BYTES, GoldenFile, read_golden
 from tests import test_catalog
 from tests.fakes import PlainReplica
 from tests.live import models

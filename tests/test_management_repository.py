@@ -16,21 +16,16 @@ from typing import Any
 import pytest
 
 from gateway import catalog_load, management_repository
-from gateway.backends.interface import Batch
 from gateway.catalog import Catalog
 from gateway.config import Config, ModelSettings
 from gateway.config import load as load_config
-from gateway.core.model import Artifact, ModelState
+from gateway.core.model import Artifact
 from gateway.errors import (
     ConfigError,
-    ControlOff,
     GatewayError,
-    InvalidRequest,
     LoadFailed,
-    Malformed,
     ModelError,
     NotReady,
-    Unsupported,
 )
 from gateway.management_repository import MAX_SHOWN, Repository
 from tests.ingress.oip_bench import NumberModel
@@ -260,38 +255,6 @@ async def test_unknown_and_broken_models(tmp_path: Path) -> None:
         assert r.catalog.ready()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("", InvalidRequest), ("  \t", InvalidRequest), ("../a", InvalidRequest), ("a/b", InvalidRequest),
-        ("a/..", InvalidRequest), ("..", InvalidRequest), (".hidden", LoadFailed), ("a\0", LoadFailed),
-        ("x" * 5000, LoadFailed), ("\ud800", LoadFailed),
-    ],
-)  # fmt: skip
-async def test_names_that_are_none(tmp_path: Path, name: str, kind: type[GatewayError]) -> None:
-    async with rig(tmp_path) as r:
-        (r.root / ".hidden" / "1").mkdir(parents=True)
-        (r.root / ".hidden" / "1" / "model.onnx").write_bytes(b"fine")
-        await r.start()
-        assert type(await refusal(r.repository.load(name, {}))) is kind
-        upload = {"config": "{}", "file:1/model.onnx": b"fine"}
-        with pytest.raises(GatewayError):
-            await r.repository.load(name, upload)
-        assert r.states() == {}
-
-
-async def test_other_refusals(tmp_path: Path) -> None:
-    async with rig(tmp_path) as r:
-        assert isinstance(await refusal(r.repository.load("a", {})), NotReady)
-        await r.start()
-        for work in (r.repository.load("a", {}, "r"), r.repository.unload("a", repository="r")):
-            error = await refusal(work)
-            assert isinstance(error, Unsupported)
-            assert "'repository_name' specification is not supported" in str(error)
-        assert isinstance(await refusal(r.repository.load("a", {"x": "y"})), Malformed)
-        assert r.states() == {}
-
-
 async def test_reading_a_large_configuration_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_by: list[threading.Thread] = []
 
@@ -309,18 +272,6 @@ async def test_reading_a_large_configuration_holds_up_nobody(tmp_path: Path, mon
         await r.repository.load("a", {"config": '{"max_batch_size": 4}'})
     assert len(read_by) == 2
     assert threading.main_thread() not in read_by
-
-
-@pytest.mark.parametrize("mode", ["none", "poll"])
-async def test_in_other_modes_nobody_loads_or_unloads(tmp_path: Path, mode: str) -> None:
-    async with rig(tmp_path, f"model_control: {mode}") as r:
-        await r.start()
-        for work in (r.repository.load("a", {}), r.repository.unload("a")):
-            error = await refusal(work)
-            assert isinstance(error, ControlOff)
-            assert (error.status, error.retryable) == (503, False)
-            assert "explicit model load / unload is not allowed if polling is enabled" in str(error)
-        assert r.states() == {"a/1": "READY", "b/1": "READY"}
 
 
 async def test_loads_of_one_model_come_one_after_the_other_and_of_many_a_few_at_a_time(tmp_path: Path) -> None:
@@ -484,19 +435,6 @@ async def test_an_ensemble_and_its_step_may_arrive_together(tmp_path: Path) -> N
         r.ensemble("e", "z")
         await r.repository.poll()
         assert r.states() == {"b/1": "READY", "e/1": "READY", "z/1": "READY"}
-
-
-async def test_the_state_of_a_version_that_is_just_being_unloaded(tmp_path: Path) -> None:
-    async with rig(tmp_path) as r:
-        await r.start()
-        await r.repository.load("a", {})
-        version = r.catalog.resolve("a", None)
-        held: list[Batch] = []
-        version.replicas[0].held = held  # type: ignore[attr-defined]
-        version.state = ModelState.UNLOADING
-        (entry,) = [e for e in await r.repository.index() if e["name"] == "a"]
-        assert entry["state"] == "UNLOADING"
-        version.state = ModelState.READY
 
 
 async def test_a_signal_tries_again_what_could_not_be_loaded_and_says_so_as_long_as_it_cannot(tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from gateway.config_release import Canary, Shadow
 from gateway.core.batchability import SignatureTensor
 from gateway.core.model import Artifact, ModelState
 from gateway.core.tensor import DATATYPE
-from gateway.errors import ConfigError, SourceError, SourceUnavailable
+from gateway.errors import ConfigError, ModelError, NotReady, SourceError, SourceUnavailable
+from gateway.loading_trial import RunTimedOut
 from gateway.provenance.headers import ModelReference, parse
 from gateway.traffic_shadow import Mirror
-from gateway.variants import AGAIN_S, Variants
+from gateway.variants import AT_ONCE, POLL_S, Variants
 from gateway.variants_sources import Target
+from gateway.variants_wanted import AGAIN_S, MOST_PAUSE_S
 from tests.ingress.oip_bench import Bench, NumberModel, check, infer, oip_bench
 from tests.test_catalog_changes import Loads, again
 
@@ -48,12 +50,18 @@ class Rig:
             self.turn,
             random.Random(1),
             lambda: self.now,
+            self.look,
         )
+        self.looks: object = None
+        """How the files of every source look; None: they are on no disk."""
 
     @contextlib.asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[None]:
         async with self.locks.setdefault(name, asyncio.Lock()):
             yield
+
+    async def look(self, config: Config, entry: ModelEntry, keys: Canary | Shadow) -> object:
+        return self.looks
 
     async def find(self, config: Config, name: str, entry: ModelEntry, keys: Canary | Shadow, role: str) -> Target:
         assert (name, entry.name) == ("numbers", "numbers")
@@ -492,3 +500,127 @@ async def test_a_version_that_clients_can_reach_is_listed_before_one_that_they_c
         await r.want(None, {"source": "s"})
         await r.want({"source": "c"}, {"source": "s"})
         assert [v.role for v in r.bench.catalog.distinct()] == ["champion", "canary"]
+
+
+class Trouble:
+    """A pool that fails to load as often as it is told to."""
+
+    def __init__(self, loads: Loads, error: Exception, times: int) -> None:
+        self.loads, self.error, self.left, self.tried = loads, error, times, 0
+
+    async def __call__(self, artifact: Artifact) -> NumberModel:
+        self.tried += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return await self.loads(artifact)
+
+    def stand_before(self, rig: Rig, source: str) -> None:
+        offer = rig.offers[source]
+        assert isinstance(offer, Target)
+        rig.offers[source] = replace(offer, wanted=replace(offer.wanted, load=self))
+
+
+@pytest.mark.parametrize("error", [NotReady("no worker came up"), RunTimedOut("it took too long")])
+async def test_a_load_that_failed_for_the_moment_is_tried_again_after_pauses_that_grow(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rig() as r:
+        r.offer("new", "2")
+        trouble = Trouble(r.loads, error, 9)
+        trouble.stand_before(r, "new")
+        await r.want({"source": "new", "percent": 100})
+        pauses = [r.variants._models["numbers"].variants["canary"].due]
+        while trouble.left:
+            r.now += pauses[-1] - 0.1
+            await r.variants.settle()
+            assert trouble.tried == len(pauses), "not before its time"
+            r.now += 0.1
+            await r.variants.settle()
+            pauses.append(r.variants._models["numbers"].variants["canary"].due - r.now)
+        assert [round(pause) for pause in pauses] == [15, 30, 60, 120, 240, 480, 900, 900, 900]
+        assert (AGAIN_S, MOST_PAUSE_S) == (15, 900)
+        assert str(error) in r.reason()
+        assert caplog.text.count("takes no part") == 1, "told once"
+        assert (await r.ask()).version == "1"
+        r.now += 900
+        await r.variants.settle()
+        assert (await r.ask()).version == "2"
+        assert r.variants._models["numbers"].variants["canary"].failures == 0
+
+
+async def test_files_that_were_refused_are_tried_again_once_they_look_different() -> None:
+    async with rig() as r:
+        r.looks = "as they were"
+        r.offer("new", "2")
+        trouble = Trouble(r.loads, ModelError("this file is broken"), 1)
+        trouble.stand_before(r, "new")
+        await r.want({"source": "new", "percent": 100})
+        for _ in range(5):
+            r.now += POLL_S
+            await r.variants.settle()
+        assert (trouble.tried, r.asked) == (1, ["new"]), "files are looked at, and neither read nor loaded"
+        assert "this file is broken" in r.reason()
+        r.looks = "others"  # perhaps the golden inputs: the model's own are the same
+        r.now += POLL_S
+        await r.variants.settle()
+        assert trouble.tried == 2
+        assert (await r.ask()).version == "2"
+
+
+async def test_a_source_that_hangs_holds_up_nobody_else() -> None:
+    async with rig() as r:
+        hanging, find = asyncio.Event(), r.variants._find
+
+        async def hangs(config: Config, name: str, entry: ModelEntry, keys: Any, role: Any) -> Target:
+            if keys.source == "silent":
+                await hanging.wait()
+            return await find(config, name, entry, keys, role)
+
+        r.variants._find = hangs
+        r.offer("silent", "2")
+        r.offer("prompt", "3")
+        canary, shadow = Canary(source="silent", percent=100), Shadow(source="prompt")
+        entry = ModelEntry(source="champion", name="numbers", canary=canary, shadow=shadow)
+        await r.variants.configure(Config(models=(entry,)))
+        settling = asyncio.ensure_future(r.variants.settle())
+        following = asyncio.ensure_future(r.variants.follow())
+        while not r.bench.catalog.beside("numbers", "shadow"):
+            await asyncio.sleep(0)
+        assert not r.bench.catalog.beside("numbers", "canary")
+        r.offer("prompt", "4")
+        await r.variants.configure(
+            Config(models=(entry.model_copy(update={"shadow": Shadow(source="prompt", instances=2)}),))
+        )
+        while [version.version for version in r.bench.catalog.beside("numbers", "shadow")] != ["4"]:
+            await asyncio.sleep(0)
+        hanging.set()
+        await settling
+        assert (await r.ask()).version == "2"
+        following.cancel()
+
+
+async def test_no_more_than_a_few_sources_are_asked_at_once_and_none_after_the_end() -> None:
+    async with rig() as r:
+        assert r.variants._trying._value == AT_ONCE
+        for _ in range(AT_ONCE):
+            await r.variants._trying.acquire()
+        r.offer("new", "2")
+        entry = ModelEntry(source="champion", name="numbers", canary=Canary(source="new"))
+        await r.variants.configure(Config(models=(entry,)))
+        settling = asyncio.ensure_future(r.variants.settle())
+        await asyncio.sleep(0)
+        r.variants.close()
+        await settling
+        assert r.asked == []
+
+
+async def test_what_did_not_fit_one_champion_is_tried_beside_the_next_with_the_same_files() -> None:
+    async with rig() as r:
+        r.looks = "always the same"
+        r.offer("new", "2", Renamed)
+        await r.want({"source": "new", "percent": 100})
+        assert "cannot stand beside version 1" in r.reason()
+        await r.become("3", Renamed)
+        await r.variants.settle()
+        assert [version.version for version in r.bench.catalog.beside("numbers", "canary")] == ["2"]

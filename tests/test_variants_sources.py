@@ -9,9 +9,9 @@ import pytest
 
 from gateway import plan
 from gateway.config import Config, ModelEntry
-from gateway.config_release import Canary
+from gateway.config_release import Canary, Golden
 from gateway.errors import SourceUnavailable
-from gateway.variants_sources import Target, find
+from gateway.variants_sources import Target, find, looks
 
 
 def nobody(*arguments: Any) -> Any:
@@ -36,3 +36,23 @@ def test_a_variant_s_files_that_cannot_be_read_now_may_be_read_later(
     monkeypatch.setattr(plan, "read_version", unreadable)
     with pytest.raises(SourceUnavailable, match="cannot be read: Permission denied"):
         asked(tmp_path)
+
+
+def test_files_look_different_once_one_of_them_is_another(tmp_path: Path) -> None:
+    version = tmp_path / "next" / "4"
+    config, entry = Config(base=tmp_path), ModelEntry(source="m", golden=Golden(file="golden.json"))
+
+    def look(source: str = "./next") -> object:
+        return looks(config, entry, Canary(source=source))
+
+    seen = [look()]
+    version.mkdir(parents=True)
+    (version / "model.onnx").write_bytes(b"one")
+    seen.append(look())
+    assert look() == seen[-1]
+    (version / "model.onnx").write_bytes(b"other")
+    seen.append(look())
+    (tmp_path / "golden.json").write_text("[]")
+    seen.append(look())
+    assert all(seen.count(one) == 1 for one in seen)
+    assert look("models:/digits@next") is None, "a registry has no files here"

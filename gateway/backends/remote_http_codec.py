@@ -44,7 +44,7 @@ from gateway.core.tensor import element_count, unpack_bytes
 from gateway.errors import GatewayError
 from gateway.protocol import oip_data
 from gateway.protocol.json_literals import Literals
-from gateway.protocol.oip_json import parse_large, parse_small
+from gateway.protocol.oip_json_text import parse_large, parse_small
 from gateway.protocol.oip_plan import InputPlan
 
 SLOW_BYTES: Final = 131_072

@@ -110,10 +110,15 @@ class GrpcCodec:
             return
         try:
             parts, length, head = self.answer(request, call)
-            call.reply(parts, length, head)
         except Exception as error:
             # Whatever went wrong, the caller gets an answer: nobody else will settle this request.
             self.refuse(call, error, request=request)
+            return
+        try:
+            call.reply(parts, length, head)
+        except Exception as error:  # it is counted, and noted, as answered: it must not be a second time
+            known = known_error(error, self._spec.name)
+            call.fail(known.grpc_code, str(known))
 
     def answer(self, request: InferRequest, call: GrpcCall, before: bytes = b"") -> tuple[Parts, int, bytes]:
         """(the message's parts, its bytes, initial metadata) of a settled request, which is counted as answered.

@@ -21,7 +21,8 @@ from gateway.core.request import InferRequest
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol import oip_data
 from gateway.protocol.oip_answer import BatchEncoder
-from gateway.protocol.oip_json import RequestDecoder, parse_small
+from gateway.protocol.oip_json import RequestDecoder
+from gateway.protocol.oip_json_text import parse_small
 from gateway.protocol.oip_parameters import NO_OPTIONS, request_options
 from gateway.protocol.oip_plan import MAX_INPUTS, shown
 

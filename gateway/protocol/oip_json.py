@@ -17,11 +17,9 @@ the same request gives the same tensors on every road.
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 import msgspec
-import orjson
 import simdjson
 
 from gateway.core.model import ModelSpec
@@ -30,11 +28,12 @@ from gateway.core.tensor import pack_bytes
 from gateway.errors import InvalidRequest, Malformed
 from gateway.protocol import oip_binary, oip_data
 from gateway.protocol.json_literals import MAX_LITERALS, Literals
-from gateway.protocol.json_strict import given_twice, parse_strict
 from gateway.protocol.oip_frame import Frame, FrameInput, read_frame
+from gateway.protocol.oip_json_forms import BinaryForm, BodyFrame, SingleForm, is_plain_binary
+from gateway.protocol.oip_json_text import MINUS_ZERO, parse_large, parse_small
 from gateway.protocol.oip_memory import aimed, check_total, from_area
 from gateway.protocol.oip_parameters import NO_OPTIONS
-from gateway.protocol.oip_plan import MAX_INPUTS, InputPlan, Plan, Planner, ResponseForm
+from gateway.protocol.oip_plan import InputPlan, Plan, Planner, ResponseForm
 from gateway.protocol.options import DEFAULT_OPTIONS, ProtocolOptions
 
 LARGE_BYTES: Final = 10_240
@@ -50,104 +49,9 @@ LEARN_EVERY: Final = 16
 """One of so many bodies in a frame that is not remembered replaces the oldest one, so that many kinds cost little."""
 _UNRANGED: Final = frozenset({"float", "bool"})
 """Kinds of which every element of the right Python type is in range."""
-_MINUS_ZERO: Final = re.compile(rb"-0[\s,\]}]")
-_UP_TO_DATA: Final = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*\Z')
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _NO_BLOBS: Final = memoryview(b"")
-_MAX_BESIDE_DATA: Final = 4096
-"""Bytes of a value that is not tensor data, where simdjson has read the body."""
-_MAX_LOOKED_UP: Final = 64
-"""Members of one object; simdjson finds each by reading through all."""
 _ELEMENT: Final = {"float": float, "int": int, "uint": int, "bool": bool, "bytes": str}
-
-
-class _SingleForm:
-    """A plain request with one input whose elements need no range check, once accepted: only data can differ."""
-
-    __slots__ = ("datatype", "elements", "form", "key", "nbytes", "rows", "shape")
-
-    def __init__(self, plan: Plan, request: InferRequest, form: ResponseForm) -> None:
-        only = plan.inputs[0]
-        self.datatype = only.datatype
-        self.shape = only.shape
-        self.elements = only.elements
-        self.rows = plan.rows
-        self.nbytes = request.nbytes
-        self.key = request.key
-        self.form = form
-
-
-class _BodyFrame:
-    """What stood around the elements in a body of one input that was accepted: the same around other elements is the
-    same request with other data. Read from left to right, a body that begins with `opening` is at the value of `data`
-    there; if a list of elements is all that comes before `closing`, nothing else can differ."""
-
-    __slots__ = ("closing", "form", "opening", "start", "stop")
-
-    def __init__(self, opening: bytes, closing: bytes, form: _SingleForm) -> None:
-        self.opening = opening
-        self.closing = closing
-        self.form = form
-        self.start = len(opening)
-        self.stop = -len(closing)
-
-    @classmethod
-    def around(cls, body: bytes, form: _SingleForm) -> _BodyFrame | None:
-        """Of an accepted body with one input and no `id`; None: where its elements are cannot be told from afar."""
-        at = body.rfind(b"[")
-        opening, closing = body[:at], body[body.find(b"]", at) + 1 :]
-        # Quotes within strings are escaped, and a longer key that ends like this would not have been accepted.
-        if not _UP_TO_DATA.search(opening):
-            return None
-        return cls(opening, closing, form)
-
-
-class _BinaryForm:
-    """A request whose inputs are all binary, of fixed size and unrestricted in value, once accepted: the same JSON
-    part with as many bytes behind it is as valid."""
-
-    __slots__ = ("_key", "_needed", "_options", "_places", "_request_id", "_rows", "_total", "body_length", "form")
-
-    def __init__(self, header_length: int, frame: Frame, request: InferRequest, spec: ModelSpec) -> None:
-        starts: dict[str, int] = {}
-        at = header_length
-        for item in frame.inputs:
-            starts[item.name] = at
-            at += item.binary_data_size or 0
-        self._places = [
-            None
-            if tensor is None
-            else (tensor.datatype, tensor.shape, starts[named.name], starts[named.name] + len(tensor.buffer or b""))
-            for named, tensor in zip(spec.inputs, request.inputs, strict=True)
-        ]
-        self._rows = request.rows
-        self._total = request.nbytes
-        self._key = frame.options.plain_key(request)
-        self._needed = request.outputs
-        self._request_id = request.request_id
-        self._options = frame.options
-        self.form = request.form
-        self.body_length = header_length + request.nbytes
-
-    def request(self, body: memoryview) -> InferRequest:
-        inputs = tuple(
-            [
-                None if place is None else InputTensor(place[0], place[1], None, body[place[2] : place[3]])
-                for place in self._places
-            ]
-        )
-        request = InferRequest(inputs, self._rows, self._total, self._key, self._needed, self._request_id, self.form)
-        if self._options is not NO_OPTIONS:
-            self._options.apply(request)
-        return request
-
-
-def _is_plain_binary(frame: Frame, request: InferRequest) -> bool:
-    return (
-        all(item.binary_data_size is not None for item in frame.inputs)
-        and all(tensor is None or tensor.datatype.kind not in {"bytes", "bool"} for tensor in request.inputs)
-        and not request.form.areas  # what it names may be another region next time
-    )
 
 
 class RequestDecoder:
@@ -164,10 +68,10 @@ class RequestDecoder:
         except InvalidRequest as error:  # an FP16 output: only a request that asks for binary can be answered
             self._all_json = InvalidRequest(str(error))  # not its traceback, which holds the first request
         self._typed = _typed_decoder(spec)
-        self._binary: dict[bytes, _BinaryForm] = {}
-        self._single: dict[tuple[str | int, ...], _SingleForm] = {}
+        self._binary: dict[bytes, BinaryForm] = {}
+        self._single: dict[tuple[str | int, ...], SingleForm] = {}
         self._elements: Any = _elements_decoder(spec) if self._typed is not None else None
-        self._frames: list[_BodyFrame] = []
+        self._frames: list[BodyFrame] = []
         self._unframed = 0
         """Bodies that might have been remembered, and stood in none of these."""
 
@@ -197,13 +101,13 @@ class RequestDecoder:
 
     # -- road 1 ------------------------------------------------------------------------------------------------
 
-    def _decode_framed(self, text: bytes, form: _SingleForm) -> InferRequest | None:
+    def _decode_framed(self, text: bytes, form: SingleForm) -> InferRequest | None:
         """`text`: what stands where the elements are due. None: another road must read the body."""
         try:
             data = self._elements.decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        if len(data) != form.elements or not (all(data) or b"-0" not in text or not _MINUS_ZERO.search(text)):
+        if len(data) != form.elements or not (all(data) or b"-0" not in text or not MINUS_ZERO.search(text)):
             return None
         tensor = InputTensor(form.datatype, form.shape, data, None)
         return InferRequest((tensor,), form.rows, form.nbytes, form.key, form.form.needed, None, form.form)
@@ -221,7 +125,7 @@ class RequestDecoder:
             return None
         only = inputs[0] if len(inputs) == 1 else None
         # A bare -0 came out as 0; where both could be, a closer look is worth its price.
-        if (only is None or 0.0 in only.data) and b"-0" in body and _MINUS_ZERO.search(body):
+        if (only is None or 0.0 in only.data) and b"-0" in body and MINUS_ZERO.search(body):
             return None
         if only is not None:
             known = self._single.get((only.name, only.datatype, *only.shape))
@@ -234,11 +138,11 @@ class RequestDecoder:
                 )
         return self._request_typed(inputs, frame.id or None)
 
-    def _learn(self, body: bytes, form: _SingleForm) -> None:
+    def _learn(self, body: bytes, form: SingleForm) -> None:
         """Remember what stands around the elements of an accepted body without `id`, now and then."""
         self._unframed += 1
         if self._unframed % LEARN_EVERY == 1:
-            frame = _BodyFrame.around(body, form)
+            frame = BodyFrame.around(body, form)
             if frame is not None:
                 self._frames = [*self._frames[1 - REMEMBERED_FRAMES :], frame]
 
@@ -253,7 +157,7 @@ class RequestDecoder:
             if len(self._single) >= REMEMBERED_FORMS:
                 self._single.clear()
             item = inputs[0]
-            self._single[item.name, item.datatype, *item.shape] = _SingleForm(plan, request, form)
+            self._single[item.name, item.datatype, *item.shape] = SingleForm(plan, request, form)
         return request
 
     # -- roads 2, 3, 4 -----------------------------------------------------------------------------------------
@@ -303,10 +207,10 @@ class RequestDecoder:
             )
         frame = read_frame(parse_small(header), forwarded=self._forwards)
         request = self._from_frame(frame, memoryview(body)[header_length:])
-        if header_length <= REMEMBERED_HEADER_BYTES and _is_plain_binary(frame, request):
+        if header_length <= REMEMBERED_HEADER_BYTES and is_plain_binary(frame, request):
             if len(self._binary) >= REMEMBERED_FORMS:
                 self._binary.clear()
-            self._binary[header] = _BinaryForm(header_length, frame, request, self.spec)
+            self._binary[header] = BinaryForm(header_length, frame, request, self.spec)
         return request
 
     def _decode_raw(self, body: bytes) -> InferRequest:
@@ -405,86 +309,5 @@ def _may_lack_a_sign(request: InferRequest, body: bytes) -> bool:
     """simdjson reads the integer −0 as 0. The text is only searched where a zero came out."""
     return (
         any(tensor is not None and oip_data.holds_zero(tensor) for tensor in request.inputs)
-        and _MINUS_ZERO.search(body) is not None
+        and MINUS_ZERO.search(body) is not None
     )
-
-
-def parse_large(body: bytes, tensors: str) -> Any:
-    """JSON text → Python objects, but for the `data` arrays of the list under the key `tensors`, which stay simdjson's.
-    Nesting and a byte order mark are the caller's to look for. None: not an object.
-
-    Raises:
-        ValueError, RuntimeError: another road reads it better, or none at all.
-    """
-    return _shallow(simdjson.Parser().parse(body), tensors)
-
-
-def parse_small(body: bytes) -> Any:
-    """JSON text → Python objects, strictly: no duplicate keys, no BOM, UTF-8 only; NaN literals allowed."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return parse_strict(body)  # reads NaN and Infinity, or says where the text is broken
-    if body.count(b":") != _count_keys(document) or _MINUS_ZERO.search(body):
-        return parse_strict(body)
-    return document
-
-
-def _count_keys(value: Any) -> int:
-    if type(value) is dict:
-        return len(value) + sum(map(_count_keys, value.values()))
-    if type(value) is list and value and type(value[0]) in (dict, list):
-        return sum(map(_count_keys, value))
-    return 0
-
-
-def _shallow(document: Any, tensors: str) -> Any:
-    """A simdjson document → dict; the `data` arrays of tensors stay simdjson arrays.
-
-    Raises:
-        ValueError: much is written beside the data, which the general road reads faster.
-    """
-    if not isinstance(document, simdjson.Object):
-        return None
-    result = _members(document)
-    for name, value in result.items():
-        if name == tensors and isinstance(value, simdjson.Array):
-            if len(value) > MAX_INPUTS:
-                raise ValueError("too many tensors")
-            result[name] = [_shallow_input(item) for item in value]
-        else:
-            result[name] = _plain(value)
-    return result
-
-
-def _shallow_input(item: Any) -> Any:
-    if not isinstance(item, simdjson.Object):
-        return _plain(item)
-    return {
-        name: value if name == "data" and isinstance(value, simdjson.Array) else _plain(value)
-        for name, value in _members(item).items()
-    }
-
-
-def _members(item: Any) -> dict[str, Any]:
-    """One level of an object. Its values are looked up one by one: `items()` would turn all of them into Python
-    objects, whole, and lose keys given twice further down.
-
-    Raises:
-        ValueError: keys that simdjson looks up slowly (many) or wrongly (holding NUL).
-    """
-    names = list(item)
-    if len(names) > _MAX_LOOKED_UP or any("\0" in name for name in names):
-        raise ValueError("not an object for simdjson")
-    if len(set(names)) != len(names):
-        raise given_twice(names)
-    return {name: item[name] for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, (simdjson.Object, simdjson.Array)):
-        return value
-    text: Any = value.mini  # bytes; its stub says otherwise
-    if len(text) > _MAX_BESIDE_DATA:
-        raise ValueError("not data, but large")
-    return parse_small(text)

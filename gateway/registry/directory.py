@@ -330,3 +330,15 @@ def _check_files(directories: Iterable[Path], model_file: str) -> None:
             faults.append(_fault(path, f"this file is missing; {hint}"))
     if faults:
         raise ConfigError(faults)
+
+
+def looks_of(place: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Path, size, time and inode of every file; a file that vanishes meanwhile is not there."""
+    found = []
+    for path in [place] if place.is_file() else sorted(place.rglob("*")):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        found.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(found)

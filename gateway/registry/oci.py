@@ -42,7 +42,6 @@ IMAGE_CONFIGS: Final = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 )
-MODELPACK_CONFIG: Final = "application/vnd.cncf.model.config.v1+json"
 FILE_PATH: Final = "org.cncf.model.filepath"
 TITLE: Final = "org.opencontainers.image.title"
 UNPACK: Final = "io.deis.oras.content.unpack"

@@ -24,12 +24,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import orjson
 
 from gateway.core.model import ArtifactFile
 from gateway.errors import SourceError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 log = logging.getLogger("gateway.registry")
 
@@ -188,11 +191,20 @@ def _opened(content: bytes, pem: bytes) -> tuple[str, Mapping[str, Any]]:
     return signer, _mapping(_json(payload, "the signed statement"), "the signed statement")
 
 
-def _check(pem: bytes, signature: bytes, signed: bytes) -> str:
-    """Returns who signed. Raises _Unverified: not this key, or not this text."""
+def key_fault(path: Path) -> str:
+    """Why no signature could be checked with this public key; empty: one could. Blocks on the disk."""
     try:
-        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415  an extra
-        from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
+        _key(_read(path, MAX_KEY_BYTES, "public key"))
+    except _Unverified as error:
+        return str(error)
+    return ""
+
+
+def _key(pem: bytes) -> EllipticCurvePublicKey:
+    """Raises _Unverified: it is none that could be meant."""
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415  an extra
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
         from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
     except ImportError:
         raise _Unverified("checking signatures needs pip install 'oip-gateway[signing]'") from None
@@ -202,6 +214,16 @@ def _check(pem: bytes, signature: bytes, signed: bytes) -> str:
         raise _Unverified("the configured public key is not a public key in PEM form") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
         raise _Unverified("the configured public key is none of those of OMS: an EC key on P-256, P-384 or P-521")
+    return key
+
+
+def _check(pem: bytes, signature: bytes, signed: bytes) -> str:
+    """Returns who signed. Raises _Unverified: not this key, or not this text."""
+    key = _key(pem)
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415  an extra, which is there: see `_key`
+    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
     text = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     signer = "sha256:" + hashlib.sha256(text).hexdigest()
     algorithm: hashes.HashAlgorithm = getattr(hashes, _CURVES[key.curve.name])()

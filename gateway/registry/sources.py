@@ -54,8 +54,6 @@ class Settled:
     resolved: Resolved
     stale: str = ""
     """Why this is remembered and not what the registry says now; empty if it was asked."""
-    digest: str | None = None
-    """What the files must be, where that is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +144,13 @@ class Registries:
         if entry is not None:
             found = self.cache.find(lambda o: (o.registry, o.immutable_id) == (entry.registry, entry.immutable_id))
             if found is not None:
-                return Settled(found[1].resolved(reference, mutable=mutable), digest=entry.digest)
+                return Settled(found[1].resolved(reference, mutable=mutable))
             resolved = Resolved(reference, entry.uri, entry.immutable_id, entry.version, mutable, entry.registry)
-            return Settled(resolved, digest=entry.digest)
+            return Settled(resolved)
         remembered = self.cache.find(lambda origin: origin.reference == reference)
         if remembered is None:
             return None
-        return Settled(remembered[1].resolved(reference, mutable=mutable), digest=remembered[0])
+        return Settled(remembered[1].resolved(reference, mutable=mutable))
 
     def settle(self, reference: str) -> Settled:
         """For a start: what the registry says, or what is remembered where it cannot be asked.
@@ -174,7 +172,7 @@ class Registries:
                 text = f"{error}; what served as {reference} last came from {theirs or 'elsewhere'}, not from {ours}"
                 raise SourceUnavailable(text, soon=error.soon) from None
             text = f"its registry cannot be asked, so it serves {remembered.resolved.uri} as it did last: {error}"
-            return Settled(remembered.resolved, text, remembered.digest)
+            return Settled(remembered.resolved, text)
 
     def _locked(self, reference: str) -> Settled:
         self._resolver(reference)  # whether it is allowed at all

@@ -25,7 +25,7 @@ from gateway.core.batchability import SignatureTensor
 from gateway.core.outcome import Failure, FailureKind, Success
 from gateway.core.tensor import DATATYPE, element_count, unpack_bytes
 from gateway.protocol import oip_data
-from gateway.protocol.oip_json import parse_large
+from gateway.protocol.oip_json_text import parse_large
 from gateway.protocol.schema import DecodeError, message
 from tests.backends.oip_server import METADATA, infer_response
 from tests.fuzz.target import Target, require

@@ -23,6 +23,7 @@ from gateway.core.tensor import pack_bytes
 from gateway.errors import LogUnavailable, NotReady
 from gateway.inference_log.handover import InferenceLog, VersionLog, Wall
 from gateway.inference_log.outlet import Outlet
+from gateway.ingress.grpc_call import GrpcCall
 from gateway.ingress.logged_grpc import LoggedGrpcCodec
 from gateway.ingress.logged_http import LoggedHttpCodec
 from gateway.ingress.oip_grpc import GrpcCodec
@@ -515,3 +516,19 @@ async def test_rows_of_many_callers_never_cross() -> None:
         assert len(found) == len(sent) == len(numbers)
         for row in found:
             carries(row, sent[row.id])
+
+
+async def test_an_answer_that_cannot_be_sent_is_one_row_and_ends_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: GrpcCall, *_: object) -> None:
+        raise RuntimeError(f"a fault of ours: {call!r}")
+
+    async with logged_grpc() as (bench, frames):
+        with monkeypatch.context() as patched:
+            patched.setattr(GrpcCall, "reply", broken)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bench.infer(numbers_request([4]))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        check_numbers(await bench.infer(numbers_request([5])), [5])
+        assert [struct.unpack("<q", row.inputs["number"].data) for row in rows(bench, frames)] == [(4,), (5,)]
+        version = bench.catalog.find("numbers", "2")
+        assert version.statistics.protocol("grpc").codes == {0: 2}

@@ -8,12 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from gateway.core.request import InferRequest
 from gateway.errors import InvalidRequest
-from gateway.protocol.oip_json import LARGE_BYTES, LEARN_EVERY, REMEMBERED_FRAMES, RequestDecoder
+from gateway.protocol.oip_json import LARGE_BYTES, RequestDecoder
 
 from .oip_samples import (
     ROADS,
@@ -322,92 +319,3 @@ def test_duplicate_and_missing_inputs(road: str) -> None:
     refused(of_x(), by_road(road, b'{"inputs":[%b,%b]}' % (item, item)), "input 'X' already exists in request")
     refused(of_x(), by_road(road, b'{"inputs":[]}'), "expected 1 inputs but got 0 inputs", "['X']")
     refused(of_x(), by_road(road, b'{"id":"7"}'), "'inputs'")
-
-
-# -- bodies whose frame was seen before ------------------------------------------------------------------------
-
-_FRAMES = [
-    b'{"inputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":%b}]}',
-    b' {"inputs" : [ {"datatype":"FP32", "name":"X", "shape":[1,3], "data" :\n %b } ] }\n',
-    b'{"inputs":[{"data":%b,"name":"X","datatype":"FP32","shape":[1,3]}]}',  # the last list is not the data
-    b'{"id":"a[1]","inputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":%b}]}',
-    b'{"inputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":%b}],"id":"[1,2,3]"}',
-    b'{"inputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":%b}],"id":"\\"data\\":[1,2,3]"}',
-    b'{"\\u0069nputs":[{"name":"X","shape":[1,3],"datatype":"FP32","data":%b}]}',
-]
-_DATA = [
-    b"[1,2,3]", b"[4.5,-5e-3,6]", b"[0,0.0,-0.0]", b"[-0,1,2]", b"[1,-0 ,2]", b"[1,2,-0]", b"[-0.5,0,1]", b"[ 7,\t8,9]",
-    b"[[1,2,3]]", b"[1,2]", b"[1,2,3,4]", b"[]", b"", b"1", b'["1",2,3]', b"[1,2,true]", b"[1,2,null]", b"[NaN,1,2]",
-    b"[1,2,3],", b"[1,2,3", b"1,2,3]", b'[1,2,3],"data":[4,5,6]', b'[1,2,3],"name":"Y"', b"[1,2,1e400]", b"[1,2,3]\xff",
-    b'[1,2,3],"parameters":{"binary_data_size":1}', b'[1,2,3]},{"name":"X","data":[1,2,3]', b"[1,2,\xc3\x28]",
-]  # fmt: skip
-
-
-def _outcome(decoder: RequestDecoder, body: bytes) -> object:
-    try:
-        request = decoder.decode(body)
-    except InvalidRequest as error:
-        return type(error), str(error)
-    tensor = request.inputs[0]
-    assert tensor is not None
-    return x_of(request), tensor.shape, request.rows, request.nbytes, request.key, request.request_id
-
-
-@pytest.mark.parametrize("learnt", _FRAMES)
-@pytest.mark.parametrize("frame", _FRAMES)
-def test_a_body_means_the_same_whatever_was_decoded_before(learnt: bytes, frame: bytes) -> None:
-    decoder = RequestDecoder(of_x())
-    for first in (b"[1,2,3]", b"[9,8,7]"):
-        decoder.decode(learnt % first)
-    for data in _DATA:
-        body = frame % data
-        assert _outcome(decoder, body) == _outcome(RequestDecoder(of_x()), body)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=40) | st.text('[]{}",:0123456789.-eE nulX', max_size=40).map(str.encode))
-def test_whatever_stands_in_a_known_frame_is_read_as_if_it_were_new(data: bytes) -> None:
-    decoder = RequestDecoder(of_x())
-    for _ in range(2):
-        decoder.decode(_FRAMES[0] % b"[1,2,3]")
-    body = _FRAMES[0] % data
-    assert _outcome(decoder, body) == _outcome(RequestDecoder(of_x()), body)
-
-
-def test_a_frame_is_known_after_the_first_of_its_bodies_and_no_other_road_is_taken(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder = RequestDecoder(of_x())
-    for data in (b"[1,2,3]", b"[1,2,3]"):
-        decoder.decode(_FRAMES[1] % data)
-
-    def refuse(body: bytes) -> InferRequest | None:
-        raise AssertionError(body)
-
-    monkeypatch.setattr(decoder, "_decode_typed", refuse)
-    assert x_of(decoder.decode(_FRAMES[1] % b"[-4.5,0,6]")) == np.array([-4.5, 0, 6], "<f4").tobytes()
-
-
-@pytest.mark.parametrize("frame", _FRAMES[2:])
-def test_a_frame_is_not_remembered_where_the_elements_cannot_be_told_from_afar(frame: bytes) -> None:
-    decoder = RequestDecoder(of_x())
-    for _ in range(3 * LEARN_EVERY):
-        decoder.decode(frame % b"[1,2,3]")
-    assert all(known.opening.endswith(b'"data":') for known in decoder._frames)
-    assert all(b'"id"' not in known.opening + known.closing for known in decoder._frames)
-
-
-def test_frames_are_few_however_many_kinds_of_bodies_come() -> None:
-    decoder = RequestDecoder(of_x())
-    for number in range(20 * LEARN_EVERY):
-        decoder.decode(b" " * number + _FRAMES[0] % b"[1,2,3]")
-    assert len(decoder._frames) == REMEMBERED_FRAMES
-
-
-def test_booleans_in_a_known_frame() -> None:
-    decoder = RequestDecoder(of_x("BOOL"))
-    for data in ("[true,false,true]", "[false,true,true]", "[false,false,true]"):
-        body = request_body("BOOL", data=data)
-        assert x_of(decoder.decode(body)) == bytes(json.loads(data))
-    with pytest.raises(InvalidRequest):
-        decoder.decode(request_body("BOOL", data="[1,0,1]"))

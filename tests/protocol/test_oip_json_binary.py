@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 
-from gateway.core.request import SequenceStep
 from gateway.core.tensor import DATATYPE
-from gateway.errors import InvalidRequest
-from gateway.protocol.oip_json import REMEMBERED_FORMS, RequestDecoder
 
 from .oip_samples import (
     NUMPY,
@@ -129,47 +124,6 @@ def test_header_part_is_read_as_strictly_as_a_body() -> None:
         refused(of_x(), bad + bytes(12), header_length=len(bad))
 
 
-def test_remembered_headers_are_bounded_and_never_mix_requests() -> None:
-    decoder = RequestDecoder(of_x())
-    for number in range(REMEMBERED_FORMS * 2 + 10):
-        blob = struct.pack("<f", number)
-        body, length = binary_body(("X", "FP32", [1, 1], blob), extra=f'"id":"{number}",')
-        for _ in range(2):
-            request = decoder.decode(body, length)
-            assert x_of(request) == blob
-            assert request.request_id == str(number)
-    assert len(decoder._binary) <= REMEMBERED_FORMS
-
-
-def test_remembered_header_still_checks_the_blobs() -> None:
-    for datatype, blob, bad in (
-        ("BOOL", b"\0\1\1", b"\0\1\2"),
-        ("BYTES", packed([b"a", b"", b"b"]), packed([b"a", b"c"])),
-        ("INT16", bytes(6), b""),
-        ("FP32", bytes(12), bytes(8)),
-        ("FP16", bytes(6), bytes(8)),
-    ):
-        decoder = RequestDecoder(of_x(datatype))
-        body, length = binary_body(("X", datatype, [1, 3], blob))
-        for _ in range(2):
-            assert x_of(decoder.decode(body, length)) == blob
-            for wrong in (body[:length] + bad, body[:-1], body + b"\0", body[:length]):
-                with pytest.raises(InvalidRequest):
-                    decoder.decode(wrong, length)
-
-
-def test_remembered_header_of_many_inputs() -> None:
-    spec = model([tensor_spec("A"), tensor_spec("B", "INT8", optional=True), tensor_spec("C", "FP64")])
-    decoder = RequestDecoder(spec)
-    for number in range(4):
-        c, a = struct.pack("<d", number), struct.pack("<ff", number, -number)
-        body, length = binary_body(("C", "FP64", [1, 1], c), ("A", "FP32", [1, 2], a), extra='"id":"n",')
-        request = decoder.decode(body, length)
-        assert decoded(spec, request) == {"A": ((1, 2), a), "C": ((1, 1), c)}
-        assert request.inputs[1] is None
-        assert request.request_id == "n"
-
-
 def test_raw_request() -> None:
     blob = np.array([1, 2, 3], "<f4").tobytes()
     request = decode(of_x(), blob, 0)
@@ -192,16 +146,3 @@ def test_raw_request_that_cannot_be_deduced() -> None:
     refused(of_x(), bytes(13), "'X'", "13 bytes", header_length=0)
     refused(model([tensor_spec("A"), tensor_spec("B")]), bytes(12), "1 input (found 2)", header_length=0)
     refused(model([tensor_spec("X", dims=(3,))]), bytes(8), "'X'", "Expected 12, got 8", header_length=0)
-
-
-def test_a_remembered_request_keeps_its_options() -> None:
-    decoder = RequestDecoder(of_x())
-    extra = '"parameters":{"timeout":1500000,"priority":3,"sequence_id":"s","sequence_end":true},'
-    body, length = binary_body(("X", "FP32", [1, 1], b"\0\0\0\0"), extra=extra)
-    other, other_length = binary_body(("X", "FP32", [1, 1], b"\0\0\0\0"))
-    for _ in range(3):
-        request = decoder.decode(body, length)
-        assert (request.stated_timeout_s, request.priority) == (1.5, 3)
-        assert request.sequence == SequenceStep("s", end=True)
-        plain = decoder.decode(other, other_length)
-        assert (plain.stated_timeout_s, plain.priority, plain.sequence) == (0.0, 0, None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.core.model import ModelSpec
 from gateway.errors import InvalidRequest
-from gateway.protocol.oip_json import LARGE_BYTES, REMEMBERED_FORMS, RequestDecoder
+from gateway.protocol.oip_json import LARGE_BYTES, RequestDecoder
 
 from .oip_samples import (
     INTEGERS,
@@ -160,44 +160,6 @@ def test_minus_zero_in_plain_requests(road: str) -> None:
         ("[-0.5,0,-0]", [-0.5, 0.0, -0.0]),
     ):
         assert x_of(decoder.decode(by_road(road, request_body(data=data)))) == naive_bytes("FP32", numbers)
-
-
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize(
-    ("datatype", "good", "bad"),
-    [
-        ("FP32", "[1,2,3]", ["[1,2]", "[1,2,3,4]", "[]", "[1,true,3]", "[1e400,2,3]"]),
-        ("BOOL", "[true,false,true]", ["[true]", "[true,false,true,true]", "[true,1,false]"]),
-        ("INT8", "[1,2,3]", ["[1,2,300]", "[1,2,-129]", "[1,2]", "[1,2,3.0]"]),
-        ("UINT64", "[1,2,3]", ["[1,2,-1]", "[1,2,18446744073709551616]", "[1,2,3,4]"]),
-        ("BYTES", '["a","b","c"]', ['["a","b"]', '["a","b",1]', '["a","b","\\ud800"]']),
-    ],
-)
-def test_an_accepted_request_weakens_no_check_of_the_next(road: str, datatype: str, good: str, bad: list[str]) -> None:
-    decoder = RequestDecoder(of_x(datatype))
-    for data in bad:
-        for _ in range(2):
-            decoder.decode(by_road(road, request_body(datatype, good)))
-            with pytest.raises(InvalidRequest):
-                decoder.decode(by_road(road, request_body(datatype, data)))
-
-
-def test_remembered_forms_keep_requests_apart() -> None:
-    decoder = RequestDecoder(of_x())
-    for extra, request_id in (("", None), ('"id":"a",', "a"), ('"id":"",', None), ('"id":"b",', "b")):
-        for width in (1, 2, 3):
-            for rows in (1, 2):
-                data = [float(number) for number in range(rows * width)]
-                request = decoder.decode(request_body(data=str(data), shape=f"[{rows},{width}]", extra=extra))
-                assert decoded(decoder.spec, request) == {"X": ((rows, width), naive_bytes("FP32", data))}
-                assert (request.rows, request.request_id) == (rows, request_id)
-
-
-def test_remembered_forms_are_bounded() -> None:
-    decoder = RequestDecoder(of_x())
-    for width in range(REMEMBERED_FORMS + 20):
-        decoder.decode(request_body(data=str([1] * width), shape=f"[1,{width}]"))
-    assert len(decoder._single) <= REMEMBERED_FORMS
 
 
 @pytest.mark.parametrize("road", ROADS)
