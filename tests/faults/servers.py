@@ -69,13 +69,15 @@ class BackendProcess:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def wait_started(self) -> None:
-        give_up = time.monotonic() + START_S
+        give_up, tries, why = time.monotonic() + START_S, 0, ""
         while True:
-            assert self.child.alive, f"backend {self.name} ended:\n{self.child.output()}"
-            assert time.monotonic() < give_up, f"backend {self.name} did not start:\n{self.child.output()}"
+            told = f"{tries} tries, the last: {why}\n{self.child.output()}"
+            assert self.child.alive, f"backend {self.name} ended: {told}"
+            assert time.monotonic() < give_up, f"backend {self.name} did not start: {told}"
             try:
                 self._streams = await asyncio.open_unix_connection(self._control)
-            except OSError:
+            except OSError as error:
+                tries, why = tries + 1, str(error)
                 await asyncio.sleep(0.02)
             else:
                 return
