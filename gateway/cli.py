@@ -49,6 +49,7 @@ from gateway.cli_options import (
 from gateway.cli_text import Verb, count, harmless
 from gateway.config import Config, json_schema, load
 from gateway.errors import ConfigError, Fault, GatewayError
+from gateway.extras import advice
 
 EXIT_OK: Final = 0
 EXIT_REFUSED: Final = 1
@@ -406,6 +407,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, GatewayError):
         _say(console, f"error: {harmless(str(error))}")  # it may repeat what a client, or a registry, wrote
         return EXIT_REFUSED
+    if isinstance(error, ModuleNotFoundError) and (told := advice((error.name or "").partition(".")[0])):
+        _say(console, f"error: this {told}")
+        return EXIT_CONFIG
     what = " ".join(str(error).split())[:300] or "no further text"
     _say(
         console,

@@ -35,7 +35,6 @@ log_app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-EXTRA: Final = "reading the inference log needs DuckDB and Arrow; install them: pip install 'oip-gateway[log]'"
 NEVER_DAYS: Final = 100_000
 Directory = Annotated[
     Path | None,
@@ -123,13 +122,8 @@ def open_store(where: Place) -> Store:
     """The log for reading.
 
     Raises:
-        ConfigError: there is none, or what reading needs is not installed.
+        ConfigError: there is none.
     """
-    try:
-        import duckdb  # noqa: F401, PLC0415 — an extra
-        import pyarrow  # noqa: F401, PLC0415 — an extra
-    except ImportError:
-        raise ConfigError(EXTRA) from None
     from gateway.inference_log.store import Store  # noqa: PLC0415 — heavy
 
     return Store(where.directory, where.spill)

@@ -35,14 +35,11 @@ def ship(job: Job, wait_s: float) -> SinkState:
     """Ship everything that is there now.
 
     Raises:
-        ConfigError: what is needed is not installed or not there.
+        ConfigError: what is needed is not there.
         ClientError: the database could not take it all within `wait_s`.
     """
-    try:
-        from gateway.inference_log import sink_process  # noqa: PLC0415 — an extra
-        from gateway.inference_log.sinks import Shipper  # noqa: PLC0415 — an extra
-    except ImportError:
-        raise ConfigError("shipping needs Arrow; install it: pip install 'oip-gateway[log,postgres]'") from None
+    from gateway.inference_log import sink_process  # noqa: PLC0415 — an extra
+    from gateway.inference_log.sinks import Shipper  # noqa: PLC0415 — an extra
 
     def started(shipper: Shipper) -> None:
         asyncio.get_running_loop().call_later(wait_s, shipper.stop)

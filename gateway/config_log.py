@@ -16,6 +16,7 @@ from pydantic import Field
 from gateway.config_postgres import Postgres
 from gateway.config_section import Section
 from gateway.core.log_policy import LOG_POLICY, MIN_RETENTION_DAYS, LogPolicy, Overflow, Payload
+from gateway.extras import lacking
 
 _BUILT_IN: Final[dict[str, Any]] = {"default": LOG_POLICY.payload, "truncate_bytes": LOG_POLICY.truncate_bytes}
 
@@ -89,6 +90,9 @@ def log_faults(root: Mapping[str, Any]) -> Iterator[LogFault]:
     """What is wrong between keys; `root` is the file as it was read, values of any type."""
     stated = root.get("inference_log")
     section: dict[str, Any] = stated if isinstance(stated, dict) else {}
+    # Rows are taken in without it, and would wait for a sealer that cannot start.
+    if "inference_log" in root and (why := lacking("pyarrow")) is not None:
+        yield LogFault(("inference_log",), why)
     short_is_fine = section.get("allow_short_retention") is True
     places: list[tuple[tuple[str | int, ...], object]] = [(("inference_log",), section)]
     for place, keys in _of_models(root):

@@ -6,7 +6,6 @@ here and not by its type, whose faults repeat what was written.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 from pydantic import Field
 
 from gateway.config_section import Section
+from gateway.extras import lacking
 
 MAX_REFERENCE: Final = 4096
 _REFERENCE: Final = r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$"
@@ -45,8 +45,8 @@ def postgres_faults(
     keys = section.get("postgres")
     if not isinstance(keys, dict):
         return
-    if importlib.util.find_spec("asyncpg") is None:
-        yield (), "needs asyncpg, which is not installed: pip install 'oip-gateway[postgres]'"
+    if (why := lacking("asyncpg")) is not None:
+        yield (), why
     dsn = keys.get("dsn")
     if not isinstance(dsn, str):
         return

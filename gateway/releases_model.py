@@ -133,9 +133,10 @@ class FollowedModel:
                 extra=about,
             )  # fmt: skip
         else:
+            took = f" in {happened.took_s:.3f} s" if happened.took_s else ""  # nobody timed what was there at the start
             log.info(
-                "model %s: %s by %s: version %s -> %s in %.3f s", self.name, happened.outcome, happened.by, old, new,
-                happened.took_s, extra=about,
+                "model %s: %s by %s: version %s -> %s%s", self.name, happened.outcome, happened.by, old, new, took,
+                extra=about,
             )  # fmt: skip
         audit.info("model %s: %s by %s, %s -> %s", self.name, happened.outcome, happened.by, old, new)
         return happened

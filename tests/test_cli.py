@@ -267,6 +267,12 @@ def test_schema_prints_json(capsys: Said) -> None:
             "error: RuntimeError: boom boom; this is a fault of the gateway, GATEWAY_DEBUG=1",
         ),
         (KeyError(), 1, "error: KeyError: no further text;"),
+        (
+            ModuleNotFoundError("x", name="pyarrow.lib"),
+            2,
+            "error: this needs pyarrow, which is not installed: pip install",
+        ),
+        (ModuleNotFoundError("no own", name="own"), 1, "error: ModuleNotFoundError: no own; this is a fault of"),
         (Overloaded("queue [full]"), 1, "error: queue [full]"),
         (ConfigError("one"), 2, "error: one"),
         (KeyboardInterrupt(), 130, ""),

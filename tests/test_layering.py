@@ -22,6 +22,7 @@ EVERYTHING = {"*"}
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "extras": set(),
     "core": {"errors"},
     "protocol": BASE,
     "observe": BASE,
@@ -64,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
         "inference_log.feedback",
     },
     "console": BASE | {"pipeline", "catalog", "protocol", "observe"},
-    "config": BASE | {"protocol", "registry"},
+    "config": BASE | {"protocol", "registry", "extras"},
     "client": BASE | {"protocol", "provenance"},
     "demo": BASE | {"client", "config", "protocol", "provenance", "registry"},
     "plan": BASE | {"catalog", "loading", "ensemble", "config", "provenance", "registry"},
@@ -72,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
     "conversion": BASE | {"workers", "provenance"},
     "cli": BASE
     | {
+        "extras",
         "conversion",
         "app",
         "client",
