@@ -30,10 +30,10 @@ class Child:
         self._env = {**os.environ, **(env or {}), MARK: TOKEN}
         self._process = self._spawn()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self, *more: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as stream:
             return subprocess.Popen(
-                [*_DIE_WITH_PARENT, *self.command],
+                [*_DIE_WITH_PARENT, *self.command, *more],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -71,10 +71,10 @@ class Child:
     def go_on(self) -> None:
         self.signal(signal.SIGCONT)
 
-    def restart(self) -> None:
-        """The same command again; the process must have ended."""
+    def restart(self, *more: str) -> None:
+        """The same command again, with `more` arguments for this once; the process must have ended."""
         assert not self.alive
-        self._process = self._spawn()
+        self._process = self._spawn(*more)
 
     def wait(self, timeout_s: float) -> int:
         return self._process.wait(timeout_s)

@@ -103,11 +103,11 @@ class BackendProcess:
         self._hang_up()
         self.child.kill()
 
-    async def restart(self) -> None:
-        """A new process on the same ports; it behaves healthily."""
+    async def restart(self, behaviour: Behaviour = HEALTHY) -> None:
+        """A new process on the same ports, which behaves so from its first moment."""
         self._hang_up()
         self._control.unlink(missing_ok=True)
-        self.child.restart()
+        self.child.restart("--behaviour", orjson.dumps(behaviour.to_document()).decode())
         await self.wait_started()
 
     def executions(self) -> list[backend_log.Execution]:
