@@ -57,6 +57,7 @@ class _OnnxAttempt(Attempt):
             if not _fits(place, data):
                 return self._bad(f"{place.nbytes} bytes do not make up shape {list(place.shape)} of {tensor.name}")
             outputs.append(OutputTensor(tensor.name, tensor.datatype, place.shape, data))
+        self.instance.model.answered = True
         return Success(outputs, result.input_ns, result.infer_ns, result.output_ns)
 
     def _bad(self, text: str) -> Failure:

@@ -151,6 +151,8 @@ class LoadedModel(Generic[R]):
         self.reason = ""
         """Why it has failed; empty while it has not."""
         self.closed = False
+        self.answered = False
+        """Whether it has answered a batch, on any of its workers, since it last crashed one."""
         self.unwanted = False
         """Whether whoever wanted it loaded has given up meanwhile."""
         self.warm_up: list[list[BatchInput]] = []

@@ -29,7 +29,7 @@ from gateway.workers.channel import Channel
 from gateway.workers.deadlines import Sweep
 from gateway.workers.hosting import Instance, Model, PoolEvent, WorkerStatistics
 from gateway.workers.spawn import out_of_memory_kills
-from gateway.workers.supervision import Backoff, WorkerEvent, WorkerState, describe_exit, is_crash, next_state
+from gateway.workers.supervision import Backoff, Death, WorkerEvent, WorkerState, describe_exit, is_crash, next_state
 
 HELLO_TIMEOUT_S: Final = 60.0
 """From starting a process to its first word. Usually 0.2 s; a machine may be very busy."""
@@ -57,8 +57,8 @@ class Overseer(Protocol):
     def greeted(self, hello: ipc.Hello) -> None:
         """A process is up and said what it runs."""
 
-    def crashed(self, suspects: list[Model], text: str) -> None:
-        """A process crashed while these models executed or loaded in it."""
+    def crashed(self, suspects: list[Model], text: str) -> Death:
+        """A process crashed while these models executed or loaded in it; returns whose doing it was."""
 
     def unloadable(self, instance: Instance, text: str) -> None:
         """An instance that had been loaded before was refused by a fresh process."""
@@ -121,26 +121,26 @@ class Keeper:
     async def _keep(self) -> None:
         while True:
             try:
-                crash = await self._live()
+                death = await self._live()
             except Exception:
                 _log.exception("the supervision of worker %s failed and starts over", self.name)
                 await self._abandon()
-                crash = True
+                death = Death.CRASH
             self.channel = None
             if self.retired:
                 return
             self._to(WorkerEvent.DIED)
             self.restarts += 1
-            await asyncio.sleep(self._backoff.died(self._now(), self._overseer.rng, crash=crash))
+            await asyncio.sleep(self._backoff.died(self._now(), self._overseer.rng, death))
             self._to(WorkerEvent.RETRY)
 
-    async def _live(self) -> bool:
-        """One process from start to end (and the ones that replaced it in peace). Returns whether it crashed."""
+    async def _live(self) -> Death:
+        """One process from start to end (and the ones that replaced it in peace)."""
         try:
             channel = self._spawn()
         except OSError as error:
             self._never_up(f"worker {self.name} could not be started: {error.strerror}")
-            return True
+            return Death.CRASH
         try:
             await self._greet(channel)
             async with self._lock:
@@ -233,20 +233,19 @@ class Keeper:
             self._recycle.clear()
             channel = await self._replace(channel)
 
-    async def _bury(self, channel: Channel) -> bool:
-        """Wait until the process is gone and say what it died of. Returns whether it crashed."""
+    async def _bury(self, channel: Channel) -> Death:
+        """Wait until the process is gone and say what it died of."""
         exit_code = await asyncio.shield(channel.ended)
         self._channels.discard(channel)
         if channel.closing:
-            return False
+            return Death.OUTSIDE
         text = describe_exit(exit_code)
         text = channel.cause if channel.killed else text  # how it ended then is our own doing
         self._emit("worker_died", channel, text)
         out_of_memory = out_of_memory_kills() > channel.out_of_memory_kills
-        crash = is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory)
-        if crash:
-            self._overseer.crashed(channel.suspects, f"worker {self.name} died: {text}")
-        return crash
+        if not is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory):
+            return Death.OUTSIDE
+        return self._overseer.crashed(channel.suspects, f"worker {self.name} died: {text}")
 
     async def stop(self, timeout_s: float) -> None:
         """End the processes: in peace, after `timeout_s` by force. Attempts in flight are broken."""

@@ -39,7 +39,7 @@ from gateway.workers.hosting import (
 )
 from gateway.workers.keeper import Keeper
 from gateway.workers.shm import sealed_file
-from gateway.workers.supervision import Blame, Sentence
+from gateway.workers.supervision import Blame, Death, Sentence
 
 __all__ = ["LoadOptions", "LoadedModel", "PoolEvent", "PoolStatistics", "WorkerPool"]
 
@@ -294,13 +294,17 @@ class WorkerPool(Generic[R]):
     def greeted(self, hello: ipc.Hello) -> None:
         self.onnxruntime = hello.onnxruntime
 
-    def crashed(self, suspects: list[Model], text: str) -> None:
+    def crashed(self, suspects: list[Model], text: str) -> Death:
         now = self.sweep.loop.time()
-        for verdict in self._blame.crash(now, [model for model in suspects if not model.closed]):
+        answered = [model for model in suspects if model.answered]
+        for model in answered:
+            model.answered = False
+        for verdict in self._blame.crash(now, [model for model in suspects if not model.closed], answered):
             if verdict.sentence is Sentence.ISOLATE:
                 self._isolate(verdict.model)
             else:
                 self._fail(verdict.model, f"its worker process crashed {verdict.crashes} times in a minute: {text}")
+        return Death.INPUT if answered else Death.CRASH
 
     def unloadable(self, instance: Instance, text: str) -> None:
         if not instance.model.closed:

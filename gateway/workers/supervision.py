@@ -2,11 +2,14 @@
 
 - The life of one worker is a table.
 - Backoff: the first restart is immediate, then 0.5·2^k seconds, at most 30, full jitter; forgotten after a worker
-  has been healthy for 60 seconds. A serving worker that somebody killed is started again at once, however often.
+  has been healthy for 60 seconds. A serving worker that somebody killed is started again at once, however often, and
+  one that its input killed within a second.
 - Blame: a crash is charged to the models that were executing or loading in the process. A model seen at two
   crashes within a minute gets processes of its own, so that the next crash names the culprit and spares its
-  neighbours. A model that crashes alone more than five times within a minute has failed; it is tried again every
-  minute, and while on probation its first crash fails it again.
+  neighbours. A model that crashes alone more than five times within a minute, and answers nothing between, has failed;
+  it is tried again every minute, and while on probation its first crash fails it again unless it has answered before.
+- A crash of a model that has answered since the last one is its input's doing, and the dispatcher finds out whose:
+  callers who send what crashes it must not take it away from everybody else.
 - A death that the process did not bring about itself blames nobody: SIGKILL sent by neither us nor the kernel's
   out-of-memory killer is somebody's decision, not a fault of the model.
 """
@@ -17,22 +20,34 @@ import enum
 import random
 import signal
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 FIRST_DELAY_S: Final = 0.5
 MAX_DELAY_S: Final = 30.0
+INPUT_DELAY_S: Final = 1.0
+"""Most that a restart waits after a crash that is the input's doing."""
 HEALTHY_AFTER_S: Final = 60.0
 WINDOW_S: Final = 60.0
 SUSPECT_CRASHES: Final = 2
 """Crashes within the window after which a suspect is isolated."""
 FAIL_CRASHES: Final = 5
-"""More crashes alone than this within the window: the model has failed."""
+"""More crashes alone than this within the window, and no answer between: the model has failed."""
 RETRY_AFTER_S: Final = 60.0
 """How long a failed model rests before it is tried again."""
 RECYCLE_AFTER_UNLOADS: Final = 64
 """What onnxruntime does not give back on unload is bounded by replacing the process now and then."""
+
+
+class Death(enum.Enum):
+    """What a process died of."""
+
+    OUTSIDE = "outside"
+    """Somebody's decision."""
+    INPUT = "input"
+    """A crash while a model executed that had answered since its last crash."""
+    CRASH = "crash"
 
 
 class WorkerState(enum.Enum):
@@ -83,9 +98,9 @@ class Backoff:
         """The worker serves since `now`."""
         self._up_since = now
 
-    def died(self, now: float, rng: random.Random, *, crash: bool = True) -> float:
-        """Seconds to wait before the next start. `crash`: see `is_crash`."""
-        if not crash and self._up_since is not None:
+    def died(self, now: float, rng: random.Random, death: Death = Death.CRASH) -> float:
+        """Seconds to wait before the next start."""
+        if death is Death.OUTSIDE and self._up_since is not None:
             self._up_since = None
             return 0.0
         if self._up_since is not None and now - self._up_since >= HEALTHY_AFTER_S:
@@ -94,7 +109,8 @@ class Backoff:
         self._deaths += 1
         if self._deaths == 1:
             return 0.0
-        return rng.uniform(0.0, min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._deaths - 2, 16)))
+        most = INPUT_DELAY_S if death is Death.INPUT else MAX_DELAY_S
+        return rng.uniform(0.0, min(most, FIRST_DELAY_S * 2.0 ** min(self._deaths - 2, 16)))
 
 
 class Sentence(enum.Enum):
@@ -124,11 +140,15 @@ class Blame(Generic[Model]):
         self._probation: dict[Model, float] = {}
         self._isolated: set[Model] = set()
 
-    def crash(self, now: float, suspects: Iterable[Model]) -> list[Verdict[Model]]:
-        """A process crashed while these models executed or loaded in it."""
+    def crash(self, now: float, suspects: Iterable[Model], answered: Collection[Model] = ()) -> list[Verdict[Model]]:
+        """A process crashed while these models executed or loaded in it. `answered`: those of them that have answered
+        since the crash before."""
         unique = list(dict.fromkeys(suspects))
         verdicts = []
         for model in unique:
+            if model in answered:
+                self._alone.pop(model, None)
+                self._probation.pop(model, None)
             present = _count(self._present, model, now)
             alone = _count(self._alone, model, now) if len(unique) == 1 else 0
             if (len(unique) == 1 and self._probation.get(model, now) > now) or alone > FAIL_CRASHES:

@@ -358,9 +358,24 @@ async def test_a_model_that_crashes_again_is_isolated_then_fails_then_recovers(
         await until(lambda: "model_recovered" in kinds(events))
         await until(lambda: all(replica.available for replica in bad.replicas))
         assert not bad.failed
-        await short_batch_on(bad.replicas[0]).success()
         await crash(bad)
         await until(lambda: kinds(events).count("model_failed") == 2, "failed again on probation")
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_a_model_that_answers_between_its_crashes_is_isolated_but_never_fails() -> None:
+    async with pool_of(1) as (pool, events):
+        model = await load_one(pool, grind())
+        for _ in range(supervision.FAIL_CRASHES + 3):
+            await until(lambda: model.replicas[0].available)
+            await short_batch_on(model.replicas[0]).success()
+            await crash(model)
+        await until(lambda: model.replicas[0].available)
+        assert model.dedicated
+        assert "model_failed" not in kinds(events)
+        for _ in range(supervision.FAIL_CRASHES):  # one was counted already
+            await crash(model)
+        await until(lambda: "model_failed" in kinds(events), "without answers it fails")
 
 
 @pytest.mark.usefixtures("_hasty")

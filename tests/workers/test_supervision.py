@@ -14,6 +14,7 @@ from gateway.workers.supervision import (
     TRANSITIONS,
     Backoff,
     Blame,
+    Death,
     Sentence,
     Verdict,
     WorkerEvent,
@@ -62,11 +63,17 @@ def test_a_serving_worker_that_somebody_killed_is_started_again_at_once_however_
     backoff = Backoff()
     for second in range(20):
         backoff.up(float(second))
-        assert backoff.died(second + 0.5, Highest(), crash=False) == 0.0
+        assert backoff.died(second + 0.5, Highest(), Death.OUTSIDE) == 0.0
     # ... and kills do not hide crashes, nor a worker that is killed before it ever serves.
     backoff.up(30.0)
-    assert backoff.died(30.1, Highest(), crash=True) == 0.0
-    assert backoff.died(30.2, Highest(), crash=False) > 0.0
+    assert backoff.died(30.1, Highest(), Death.CRASH) == 0.0
+    assert backoff.died(30.2, Highest(), Death.OUTSIDE) > 0.0
+
+
+def test_a_worker_that_its_input_killed_is_started_again_within_a_second_however_often() -> None:
+    backoff = Backoff()
+    assert [backoff.died(0.0, Highest(), Death.INPUT) for _ in range(6)] == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert backoff.died(0.0, Highest(), Death.CRASH) > 1.0
 
 
 @given(st.integers(0, 2**32), st.integers(1, 2000))
@@ -119,6 +126,23 @@ def test_on_probation_the_first_crash_fails_it_again() -> None:
     blame.on_probation("a", 100.0)
     assert blame.crash(159.0, ["a"]) == [Verdict("a", Sentence.FAIL, 1)]
     assert blame.crash(161.0, ["a"]) == []
+
+
+def test_a_model_that_answers_between_its_crashes_never_fails() -> None:
+    blame: Blame[str] = Blame()
+    blame.isolated("a")
+    assert all(blame.crash(n * 0.1, ["a"], {"a"}) == [] for n in range(600))
+    # Another model's answers are no excuse, and without answers the count starts at the last one.
+    verdicts = [blame.crash(61.0 + n, ["a"], {"b"}) for n in range(FAIL_CRASHES)]
+    assert verdicts == [*[[]] * (FAIL_CRASHES - 1), [Verdict("a", Sentence.FAIL, FAIL_CRASHES + 1)]]
+
+
+def test_a_model_on_probation_that_answers_has_passed_it() -> None:
+    blame: Blame[str] = Blame()
+    blame.isolated("a")
+    blame.on_probation("a", 100.0)
+    assert blame.crash(101.0, ["a"], {"a"}) == []
+    assert blame.crash(102.0, ["a"]) == []
 
 
 def test_a_forgotten_model_starts_clean() -> None:
