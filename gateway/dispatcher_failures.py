@@ -24,7 +24,7 @@ from gateway.core.model import ModelSpec
 from gateway.core.outcome import Failure, FailureKind, Sign
 from gateway.core.poison import CrashWatch, Denylist, OutageWatch, QuarantineAllowance, fingerprint
 from gateway.core.request import SETTLED, InferRequest
-from gateway.core.retry import FailedBatch, Verdict, after_failure, counts, needs_budget, pause_s, ran
+from gateway.core.retry import DIED, FailedBatch, Verdict, after_failure, counts, needs_budget, pause_s, ran
 from gateway.core.retry import Lane as Origin
 from gateway.core.retry_budget import RetryBudget
 from gateway.dispatcher_batch import Owner, RunningBatch
@@ -101,7 +101,7 @@ class Failures:
         """An attempt failed, whether or not that is its members' outcome."""
         if ran(failure.kind) and failure.kind is not FailureKind.CANCELLED:
             self.outage.failed()
-            if failure.sign in (Sign.EXIT, Sign.MEMORY) or (
+            if failure.sign in DIED or (
                 failure.kind is FailureKind.TIMEOUT and batch.replica.traits.kind == "onnx"  # it has to be killed
             ):
                 self.crashes.crashed(now)
@@ -166,6 +166,7 @@ class Failures:
             self._fleet.others(now, troubles[0].alone if len(batch.members) == 1 else _tried(members)),
             resilience.idempotent and not (remote and members[0].sequence is not None),
             resilience.max_attempts,
+            self.crashes.alone(now),
             self.outage.outage,
         )
 

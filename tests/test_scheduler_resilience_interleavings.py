@@ -24,6 +24,7 @@ OUTCOMES: list[tuple[FailureKind, Sign]] = [
     (FailureKind.OVERLOAD, Sign.ANSWERED),
     (FailureKind.BROKEN, Sign.NONE),
     (FailureKind.BROKEN, Sign.EXIT),
+    (FailureKind.BROKEN, Sign.CRASH),
     (FailureKind.BROKEN, Sign.BYSTANDER),
     (FailureKind.BROKEN, Sign.ANSWERED),
     (FailureKind.BROKEN, Sign.MISMATCH),

@@ -5,6 +5,9 @@ one to another are in core/breaker_states.py. Rules:
 
   * CLOSED and RAMP open by themselves: see `Cause`. A trip opens for 1 s · 2^(k-1), at most 60 s, ± 20 %; every trip
     raises k, every 60 s CLOSED lower it by one (gRPC A50's multiplier decay), and it stays in 0 … `MAX_LEVEL`;
+  * silence is a question, not a verdict: CLOSED opens for a moment, k stays, and whatever comes from there, the probe
+    or an answer that was late, closes it again. The failures stay counted, so that a replica which answers nothing but
+    probes trips like any other;
   * HALF_OPEN has one permit; three probes in a row have to succeed. A probe that was cancelled, and one whose outcome
     never came, give it back;
   * RAMP is small batches, one at a time: a server that has just started is slow at first. It takes ten seconds, or one
@@ -78,6 +81,7 @@ class Breaker:
         """k: how often it tripped lately."""
         self.until = now
         """When OPEN ends."""
+        self._streak = 0
         self.blocked_until = now
         """Until when the replica asked to be left alone."""
         self.pauses = 0
@@ -90,7 +94,7 @@ class Breaker:
         self._settle()
 
     def _settle(self) -> None:
-        self._streak = self._connects = self._health = self._proofs = 0
+        self._connects = self._health = self._proofs = 0
         self.in_time = 0
         """Batches in a row, while RAMP, that took no longer than they should."""
         self.permit_at = None
@@ -103,8 +107,11 @@ class Breaker:
         if before not in (State.CLOSED, State.RAMP):
             self._served_from = now
         self._settle()
+        if self.cause is not Cause.SILENT:
+            self._streak = 0
         if self.state in (State.CLOSED, State.RAMP):
-            self.window.clear()
+            if self.cause is not Cause.SILENT:
+                self.window.clear()
             self.cause = Cause.NONE
         if self.state is State.CLOSED:
             self._closed_at = now
@@ -119,6 +126,14 @@ class Breaker:
         self.until = max(now + max(open_s, at_least_s), self.blocked_until)
         self.cause = cause
         self.trips[cause] += 1
+
+    def _ask(self, now: float) -> None:
+        """See the rule about silence."""
+        self.level = self.level_at(now)
+        self.cause = Cause.SILENT
+        self.trips[Cause.SILENT] += 1
+        self._go(Event.TRIP, now)
+        self.until = max(now + self._policy.ask_s, self.blocked_until)
 
     def level_at(self, now: float) -> int:
         """k, without what was worked off by being CLOSED."""
@@ -208,6 +223,8 @@ class Breaker:
                     self._judge(now)
             if state is self.state is State.RAMP and not self._stale(started):
                 self._ramped(now, late)
+        elif state in (State.OPEN, State.HALF_OPEN) and self.cause is Cause.SILENT:
+            self._go(Event.PROVED_IN_USE, now)
         elif state in (State.OPEN, State.HALF_OPEN) and not self._stale(started):
             self._proofs += 1
             if self._proofs < self._policy.proofs:
@@ -236,18 +253,18 @@ class Breaker:
         now: float,
         asked_s: float = 0.0,
         slow: bool = False,
-        hung: bool = False,
+        silence: Cause = Cause.NONE,
     ) -> None:
         """`asked_s`: for how long an overloaded one asked to be left alone.
 
-        `slow`: it also took too long. `hung`: and nothing else came from there meanwhile.
+        `slow`: it also took too long. `silence`: SILENT or HUNG if nothing else came from there meanwhile.
         """
         if weight is Weight.NEUTRAL:
             return
         if weight is Weight.OVERLOAD:
             self._pause(asked_s, now)
         if self.state is State.CLOSED or self.state is State.PINNED or self.state is State.RAMP:
-            self._count(weight, started, now, slow, hung)
+            self._count(weight, started, now, slow, silence)
         elif self.state is State.HALF_OPEN and not self._stale(started):
             self._trial_failed(Event.PROBE_FAILED, weight, now)
         elif self.state is State.OPEN:
@@ -264,7 +281,7 @@ class Breaker:
         self.pauses += 1
         self.blocked_until = max(self.blocked_until, now + pause_s)
 
-    def _count(self, weight: Weight, started: float, now: float, slow: bool, hung: bool) -> None:
+    def _count(self, weight: Weight, started: float, now: float, slow: bool, silence: Cause) -> None:
         if weight is Weight.CONNECT:
             self._connects += 1
         else:
@@ -283,10 +300,12 @@ class Breaker:
             self._trip(Event.TRIP, Cause.MISSING, now)
         elif self.state is State.RAMP and weight in (Weight.HARD, Weight.MISMATCH) and not self._stale(started):
             self._trial_failed(Event.TRIP, weight, now)
-        elif hung:
+        elif silence is Cause.HUNG:
             self._trip(Event.TRIP, Cause.HUNG, now)
         else:
             self._judge(now)
+            if silence is Cause.SILENT and self.state is State.CLOSED:
+                self._ask(now)
 
     def _trial_failed(self, event: Event, weight: Weight, now: float) -> None:
         cause = {
@@ -355,6 +374,11 @@ class Breaker:
         """It answers: neither its health nor its connections are in doubt. Client batches stay counted."""
         if self.state in (State.CLOSED, State.RAMP, State.PINNED):
             self._health = self._connects = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether no failure of late is held against it."""
+        return not self._streak
 
     @property
     def soft_open(self) -> bool:

@@ -111,6 +111,8 @@ class Cause(enum.Enum):
     """A probe failed while HALF_OPEN, or a batch while RAMP."""
     OVERLOAD = "overload"
     """It was overloaded by a probe."""
+    SILENT = "silent"
+    """One attempt took all its time, and nothing else came from there meanwhile: it is asked before it gets more."""
     HUNG = "hung"
     """One attempt took all its time, which was not short, and nothing else came from there meanwhile."""
     MISMATCH = "mismatch"
@@ -121,8 +123,11 @@ class Cause(enum.Enum):
 
 
 SOFT: Final = frozenset(
-    {Cause.HUNG, Cause.CONSECUTIVE, Cause.RATIO, Cause.SLOW, Cause.PROBES, Cause.TRIAL, Cause.OVERLOAD, Cause.LOST}
-)
+    {
+        Cause.SILENT, Cause.HUNG, Cause.CONSECUTIVE, Cause.RATIO, Cause.SLOW, Cause.PROBES, Cause.TRIAL, Cause.OVERLOAD,
+        Cause.LOST,
+    }
+)  # fmt: skip
 """Signs of trouble, not proof that it cannot work: subject to the fleet's guard. (LOST is that for a replica which is
 available again; while it is not, there is nothing to decide.)"""
 
@@ -170,7 +175,10 @@ class BreakerPolicy:
     slow_factor: float = 3.0
     """Slow: more than this many times the median of its peers."""
     hung_s: float = 0.75
-    """An attempt that timed out after at least so long, in silence, is enough. A pause of the machine is shorter."""
+    """Where nobody can ask it, an attempt that timed out in silence is enough if it took at least so long: a pause of
+    the machine is shorter."""
+    ask_s: float = 0.02
+    """How long after an attempt that timed out in silence it is asked, where that is possible."""
     connects: int = 2
     """Connections in a row that could not be made."""
     health_probes: int = 3

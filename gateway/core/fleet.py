@@ -31,7 +31,7 @@ from typing import Final, Literal
 
 from gateway.core.balancing import STRATEGIES, Pick, rendezvous, take_turn, two_of
 from gateway.core.batch_time import normalised
-from gateway.core.breaker import BREAKER, Breaker, BreakerPolicy, Rng, State, Weight, weigh
+from gateway.core.breaker import BREAKER, Breaker, BreakerPolicy, Cause, Rng, State, Weight, weigh
 from gateway.core.member import (
     NOTE_LENGTH,
     UNLIMITED,
@@ -324,9 +324,16 @@ class Fleet:
             if weight is Weight.NEUTRAL and before is State.HALF_OPEN and failure.kind is not FailureKind.SUSPECT:
                 breaker.rest(now)
         slow = timed_out and len(self.members) > 2
-        hung = timed_out and took_s >= self._policy.breaker.hung_s and member.last_success <= now - took_s
-        breaker.failed(weight, now - took_s, now, failure.retry_after_s, slow, hung)
+        silent = timed_out and member.last_success <= now - took_s
+        silence = self._silence(member, took_s) if silent else Cause.NONE
+        breaker.failed(weight, now - took_s, now, failure.retry_after_s, slow, silence)
         self._changed(member, before, now)
+
+    def _silence(self, member: Member, took_s: float) -> Cause:
+        """What it means that nothing came from `member` for `took_s` seconds."""
+        if self.sampled and member.adaptive:
+            return Cause.SILENT
+        return Cause.HUNG if took_s >= self._policy.breaker.hung_s else Cause.NONE
 
     def blamed(self, member: Member, now: float) -> None:
         """Rows that it refused (SUSPECT) succeeded elsewhere: that was a failure of its own after all.
@@ -426,7 +433,7 @@ class Fleet:
 
     def _tell(self, member: Member, before: State) -> None:
         state = member.breaker.state
-        if before not in (State.CLOSED, State.RAMP) and state in (State.CLOSED, State.RAMP):
+        if before not in (State.CLOSED, State.RAMP) and state in (State.CLOSED, State.RAMP) and member.breaker.clean:
             member.time.forgive()
         for watcher in self.watchers:
             watcher(member, before)

@@ -122,6 +122,7 @@ CAUSES: Final[dict[Cause, str]] = {
     Cause.NONE: "",
     Cause.CONSECUTIVE: "several attempts in a row failed",
     Cause.RATIO: "too many of the latest attempts failed",
+    Cause.SILENT: "it did not answer in time, and is asked whether it still does",
     Cause.HUNG: "it did not answer at all",
     Cause.SLOW: "much slower than the others",
     Cause.PROBES: "several health probes in a row failed",

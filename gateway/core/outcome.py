@@ -37,6 +37,8 @@ class Sign(enum.Enum):
     """No connection could be made (with NOT_SENT)."""
     EXIT = "exit"
     """The process that executed this very batch ended (with BROKEN)."""
+    CRASH = "crash"
+    """It ended itself, by a fault in its code, while it executed this batch and nothing else (with BROKEN)."""
     BYSTANDER = "bystander"
     """The process ended while it executed somebody else's batch, or none; this one cannot be why (with BROKEN; with
     NOT_SENT if it had not been begun)."""

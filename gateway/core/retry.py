@@ -15,15 +15,18 @@ Rules, in the order in which they are looked at:
   * no answer (BROKEN, TIMEOUT): the same members once more elsewhere; after the second time each runs alone. A crash
     costs a restart, a run of one row milliseconds. If it was a worker of ours that died of this very batch, or had to
     be killed, the second run is in quarantine already: whoever broke one must not take two along. If it was for lack of
-    memory, the second run is that of two halves.
+    memory, the second run is that of two halves. If the worker crashed of this batch beyond doubt (CRASH: nobody killed
+    it, and nothing else ran there), each member runs alone at once.
 
 Guarantees, for the defaults and while some replica works:
   * every innocent batch-mate is answered;
   * one row that a model refuses costs at most 2·⌈log2 n⌉ + 2 further runs (no remote replicas: 2·⌈log2 n⌉);
-  * one row that crashes workers costs at most two further crashes, a row alone one;
+  * one row that crashes workers costs at most two further crashes (one where the crash is beyond doubt), a row alone
+    one, and none in a storm of crashes;
   * a row that fails alone is judged. POISON: a worker of ours died of it alone, and not for the first time; or two
     distinct remote replicas answered with an error of theirs, or broke off, when they had it alone, and its attempts
-    are used up. One death is never proof: it may be a coincidence.
+    are used up. One death is no proof, it may be a coincidence; only in a storm, where crash follows crash, a CRASH of
+    a row alone is.
 
 Attempts that ended with an answer do not count as broken: innocents of a halved batch keep all their reruns.
 """
@@ -44,6 +47,10 @@ PROOF: Final = 2
 """Distinct replicas on which a row must fail alone before it is its own fault."""
 PAUSE_BASE_S: Final = 0.025
 PAUSE_CAP_S: Final = 1.0
+
+
+DIED: Final = frozenset({Sign.EXIT, Sign.MEMORY, Sign.CRASH})
+"""What is seen when a worker of ours ended while it executed the batch."""
 
 
 class Random(Protocol):
@@ -111,6 +118,8 @@ class FailedBatch:
     which it has not failed alone."""
     idempotent: bool = True
     max_attempts: int = MAX_ATTEMPTS
+    storm: bool = False
+    """The model's rows run alone at present because workers crash again and again (poison.CrashWatch)."""
     outage: bool = False
     """Nothing at all has succeeded for long (poison.OutageWatch): no use in looking for an offender."""
     executed: int = 0
@@ -193,13 +202,14 @@ def _after_silence(batch: FailedBatch) -> Verdict:
     again = batch.broken >= SINGLES_FROM
     if batch.sign is Sign.MEMORY and not again and batch.members > 1:
         return Verdict.HALVE
-    crashed = batch.sign in (Sign.EXIT, Sign.MEMORY) or (batch.same_build and batch.kind is FailureKind.TIMEOUT)
-    if batch.lone and again and crashed:
+    certain = batch.sign is Sign.CRASH
+    crashed = batch.sign in DIED or (batch.same_build and batch.kind is FailureKind.TIMEOUT)
+    if batch.lone and crashed and (again or (certain and batch.storm)):
         return Verdict.POISON
     if again and (batch.outage or (batch.lone and batch.broken >= batch.max_attempts)):
         # Time that ran out on a remote server proves nothing: all of them may be slow at once.
         proven = batch.alone_failures >= PROOF and batch.kind is FailureKind.BROKEN and not batch.outage
         return Verdict.POISON if proven else Verdict.FAIL_BACKEND
-    if again or batch.lane is Lane.QUARANTINE:
+    if again or certain or batch.lane is Lane.QUARANTINE:
         return Verdict.SINGLES if batch.members > 1 else Verdict.QUARANTINE
     return Verdict.QUARANTINE if crashed else Verdict.RETRY

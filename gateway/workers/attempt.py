@@ -107,6 +107,8 @@ class End(enum.Enum):
     """Why a process is no more."""
 
     DIED = "died"
+    CRASHED = "crashed"
+    """It ended itself, by a fault in the code it ran, while it executed one batch and did nothing else."""
     NO_MEMORY = "no_memory"
     """The kernel ended it."""
     HUNG = "hung"
@@ -117,6 +119,9 @@ class End(enum.Enum):
     """We had it stopped."""
 
 
+_SIGNS: Final = {End.DIED: Sign.EXIT, End.CRASHED: Sign.CRASH, End.NO_MEMORY: Sign.MEMORY}
+
+
 def fate(end: End, progress: Progress, text: str, *, overdue: bool) -> Failure:
     """What becomes of an attempt whose process ended. `overdue`: of this very attempt."""
     if end is End.NONSENSE:
@@ -124,8 +129,8 @@ def fate(end: End, progress: Progress, text: str, *, overdue: bool) -> Failure:
     if progress is Progress.NOT_BEGUN:
         return Failure(FailureKind.NOT_SENT, text, Sign.BYSTANDER)
     if progress is Progress.EXECUTING:
-        if end is End.DIED or end is End.NO_MEMORY:
-            return Failure(FailureKind.BROKEN, text, Sign.EXIT if end is End.DIED else Sign.MEMORY)
+        if end in _SIGNS:
+            return Failure(FailureKind.BROKEN, text, _SIGNS[end])
         if end is End.HUNG and overdue:
             return Failure(FailureKind.TIMEOUT, text)
     return Failure(FailureKind.BROKEN, text, Sign.BYSTANDER)

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 import subprocess
 from collections import deque
@@ -39,12 +40,15 @@ from gateway.workers.board import Board, Progress
 from gateway.workers.deadlines import Sweep
 from gateway.workers.shm import AreaError, Buffer
 from gateway.workers.spawn import out_of_memory_kills, spawn
+from gateway.workers.supervision import FAULTS
 
 TRIM_BYTES: Final = 64 * 1024 * 1024
 """A buffer that grew beyond this is given back instead of being kept for the next batch."""
 END_S: Final = 0.1
 """What a run that takes too long is given to end by itself. onnxruntime looks between the nodes of a model: one that is
 a single long node does not, and its process has to be killed."""
+EXIT_MS: Final = 20
+"""Most that is waited for the exit of a process whose stream has ended; it follows within 0.1 ms."""
 
 _log = logging.getLogger("gateway.workers")
 _SCM: Final = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
@@ -413,8 +417,24 @@ class Channel:
             self._lose(end, cause, suspects)
 
     def _died(self) -> None:
-        starved = out_of_memory_kills() > self.out_of_memory_kills
-        self._lose(End.NO_MEMORY if starved else End.DIED, "died", None)
+        if out_of_memory_kills() > self.out_of_memory_kills:
+            end = End.NO_MEMORY
+        else:
+            end = End.CRASHED if self._crashed() else End.DIED
+        self._lose(end, "died", None)
+
+    def _crashed(self) -> bool:
+        """Whether it ended itself while it executed one batch and loaded nothing, so that there is no doubt of what."""
+        running = [identity for identity, how in self._board.progress().items() if how is Progress.EXECUTING]
+        if len(running) != 1 or any(model is not None for _, model in self._questions.values()):
+            return False
+        exit_code = self._process.poll()
+        if exit_code is None:
+            exiting = select.poll()
+            exiting.register(self._pidfd, select.POLLIN)
+            exiting.poll(EXIT_MS)
+            exit_code = self._process.poll()
+        return exit_code is not None and -exit_code in FAULTS
 
     def close(self) -> None:
         """End the process in peace: it exits when its stream does. Attempts still in flight are lost."""

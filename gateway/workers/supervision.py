@@ -3,7 +3,7 @@
 - The life of one worker is a table.
 - Backoff: the first restart is immediate, then 0.5·2^k seconds, at most 30, full jitter; forgotten after a worker
   has been healthy for 60 seconds. A serving worker that somebody killed is started again at once, however often, and
-  one that its input killed within a second.
+  one that its input killed after half a second at most.
 - Blame: a crash is charged to the models that were executing or loading in the process. A model seen at two
   crashes within a minute gets processes of its own, so that the next crash names the culprit and spares its
   neighbours. A model that crashes alone more than five times within a minute, and answers nothing between, has failed;
@@ -26,7 +26,7 @@ from typing import Final, Generic, TypeVar
 
 FIRST_DELAY_S: Final = 0.5
 MAX_DELAY_S: Final = 30.0
-INPUT_DELAY_S: Final = 1.0
+INPUT_DELAY_S: Final = 0.5
 """Most that a restart waits after a crash that is the input's doing."""
 HEALTHY_AFTER_S: Final = 60.0
 WINDOW_S: Final = 60.0
@@ -36,6 +36,8 @@ FAIL_CRASHES: Final = 5
 """More crashes alone than this within the window, and no answer between: the model has failed."""
 RETRY_AFTER_S: Final = 60.0
 """How long a failed model rests before it is tried again."""
+FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL})
+"""Signals by which code ends itself. Not SIGABRT and SIGBUS: those also come of a lack of memory or of threads."""
 RECYCLE_AFTER_UNLOADS: Final = 64
 """What onnxruntime does not give back on unload is bounded by replacing the process now and then."""
 

@@ -204,6 +204,90 @@ def test_one_late_answer_among_others_is_not_silence() -> None:
     assert it.states() == ["closed", "closed"]
 
 
+def silent_bench(count: int = 2) -> Bench:
+    """Somebody probes with a sample, and the first member has just kept a caller waiting in vain."""
+    it = bench(count)
+    it.fleet.sampled = True
+    it.run(it.members[0], OK)
+    it.run(it.members[0], TIMEOUT, took_s=0.1)
+    return it
+
+
+def test_who_is_silent_is_asked_before_it_gets_more() -> None:
+    it = silent_bench()
+    first, second = it.members
+    assert it.states() == ["open", "closed"]
+    assert not it.fleet.usable(first, it.now)
+    it.wait(0.02)
+    assert it.fleet.choose(it.now, 1) is second
+    assert it.fleet.probes_due(it.now) == [first]
+    it.probe(first, OK)
+    assert it.states() == ["closed", "closed"], "one answer is enough, and there is no ramp"
+    seen = it.fleet.statistics(it.now).members[0]
+    assert (seen.level, seen.ejections) == (0, {"silent": 1})
+    assert it.fleet.choose(it.now, 1) is second, "its failure is not forgotten"
+
+
+def test_who_is_silent_when_asked_is_out_as_after_any_trip() -> None:
+    it = silent_bench()
+    it.wait(0.02)
+    assert it.fleet.probes_due(it.now) == it.members[:1]
+    it.probe(it.members[0], TIMEOUT, took_s=1.0)
+    seen = it.fleet.statistics(it.now).members[0]
+    assert (seen.level, seen.ejections) == (1, {"silent": 1, "trial": 1})
+    it.wait(0.9)
+    assert it.states() == ["open", "closed"]
+    it.wait(0.2)
+    for _ in range(3):
+        assert it.fleet.probes_due(it.now) == it.members[:1]
+        it.probe(it.members[0], OK)
+    assert it.states() == ["ramp", "closed"]
+
+
+def test_a_late_answer_ends_the_doubt() -> None:
+    it = bench(2)
+    it.fleet.sampled = True
+    first = it.members[0]
+    late = it.begin(first)
+    it.now += 0.01
+    it.run(first, TIMEOUT, took_s=0.1)
+    assert it.states() == ["open", "closed"]
+    it.end(first, late, OK)
+    assert it.states() == ["closed", "closed"]
+
+
+def test_who_answers_nothing_but_probes_trips_all_the_same() -> None:
+    it = silent_bench()
+    first = it.members[0]
+    for _ in range(3):
+        it.wait(0.02)
+        assert it.fleet.probes_due(it.now) == [first]
+        it.probe(first, OK)
+        it.run(first, TIMEOUT, took_s=0.1)
+    it.wait(0.02)
+    assert it.fleet.probes_due(it.now) == [first]
+    it.probe(first, OK)
+    it.run(first, TIMEOUT, took_s=0.1)
+    assert it.fleet.statistics(it.now).members[0].ejections == {"silent": 4, "consecutive": 1}
+    assert it.fleet.statistics(it.now).members[0].level == 1
+
+
+def test_a_silence_of_all_ejects_at_most_half() -> None:
+    it = bench(3)
+    it.fleet.sampled = True
+    for member in it.members:
+        it.run(member, TIMEOUT, took_s=0.1)
+    assert it.fleet.panic
+    assert all(it.fleet.usable(member, it.now) for member in it.members)
+
+
+def test_a_worker_that_was_silent_is_replaced_and_not_asked() -> None:
+    it = Bench(Place("onnx-0", "onnx"), Place("onnx-1", "onnx"))
+    it.fleet.sampled = True
+    it.run(it.members[0], TIMEOUT, took_s=0.1)
+    assert it.states() == ["closed", "closed"]
+
+
 def test_a_batch_of_many_rows_weighs_one() -> None:
     it = bench(2)
     it.run(it.members[0], *[ERROR] * 4, rows=32)

@@ -31,6 +31,7 @@ from gateway.core.retry import (
 K, S, V = FailureKind, Sign, Verdict
 End = tuple[FailureKind, Sign]
 CRASH: End = (K.BROKEN, S.EXIT)
+CERTAIN: End = (K.BROKEN, S.CRASH)
 RESET: End = (K.BROKEN, S.NONE)
 ANSWER_500: End = (K.BROKEN, S.ANSWERED)
 REFUSAL: End = (K.SUSPECT, S.ANSWERED)
@@ -41,6 +42,7 @@ STARVED: End = (K.BROKEN, S.MEMORY)
 BYSTANDER: End = (K.BROKEN, S.BYSTANDER)
 ENDS = [
     CRASH,
+    CERTAIN,
     RESET,
     ANSWER_500,
     REFUSAL,
@@ -112,7 +114,7 @@ def simulate(
             if accused is not None and executed == len(batch):
                 ended.blamed.append(accused)
             continue
-        ended.crashes += end == CRASH
+        ended.crashes += end in (CRASH, CERTAIN)
         todo.extend(_failed(batch, executed, lane, place, places, end, base))
     return ended
 
@@ -210,7 +212,7 @@ def test_what_every_remote_server_refuses_is_found_too(size: int, end: End, pool
     assert not ended.blamed
 
 
-@given(st.integers(1, 32), st.sets(st.integers(0, 31)), st.sampled_from([CRASH, ANSWER_500, REFUSAL]), pools)
+@given(st.integers(1, 32), st.sets(st.integers(0, 31)), st.sampled_from([CRASH, CERTAIN, ANSWER_500, REFUSAL]), pools)
 def test_every_offender_is_found_and_nobody_else_pays(size: int, guilty: set[int], end: End, pool: list[Place]) -> None:
     members = crowd(size)
     simulate(members, pool, offending(guilty, end))
@@ -236,6 +238,25 @@ def test_a_row_that_crashes_workers_costs_two_further_crashes(size: int, data: s
     assert ended.crashes <= (2 if size == 1 else 3)
 
 
+@given(st.integers(1, 32), st.data(), st.sampled_from(["one worker", "workers"]), st.booleans())
+def test_beyond_doubt_it_costs_one_and_in_a_storm_a_row_alone_none(
+    size: int, data: st.DataObject, pool: str, storm: bool
+) -> None:
+    offender = data.draw(st.integers(0, size - 1))
+    members = crowd(size)
+    ended = simulate(members, POOLS[pool], offending({offender}, CERTAIN), FailedBatch(1, 0, K.BROKEN, storm=storm))
+    assert [m.fate for m in members] == ["poison" if n == offender else "answered" for n in range(size)]
+    assert ended.crashes == (1 if storm and size == 1 else 2)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_one_crash_that_comes_of_nothing_condemns_nobody(size: int) -> None:
+    left = iter([CERTAIN])
+    members = crowd(size)
+    simulate(members, WORKERS, lambda batch, place: next(left, None))
+    assert {m.fate for m in members} == {"answered"}
+
+
 @given(st.integers(1, 16), st.sampled_from([HANG, RESET]), pools)
 def test_a_row_that_never_gets_an_answer_ends_alone(size: int, end: End, pool: list[Place]) -> None:
     members = crowd(size)
@@ -246,7 +267,7 @@ def test_a_row_that_never_gets_an_answer_ends_alone(size: int, end: End, pool: l
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(2, 12), st.sampled_from([CRASH, RESET, ANSWER_500, REFUSAL, HANG]), pools, st.data())
+@given(st.integers(2, 12), st.sampled_from([CRASH, CERTAIN, RESET, ANSWER_500, REFUSAL, HANG]), pools, st.data())
 def test_who_is_left_when_the_offender_leaves_is_not_taken_for_it(
     size: int, end: End, pool: list[Place], data: st.DataObject
 ) -> None:
@@ -367,6 +388,11 @@ remote = partial(FailedBatch, same_build=False)
 
 RULES: list[tuple[str, FailedBatch, Verdict]] = [
     ("a crash is followed by quarantine", FailedBatch(8, 1, *CRASH), V.QUARANTINE),
+    ("beyond doubt: alone", FailedBatch(8, 1, *CERTAIN), V.SINGLES),
+    ("beyond doubt, and alone for the first time", FailedBatch(1, 1, *CERTAIN), V.QUARANTINE),
+    ("beyond doubt, and alone in a storm", FailedBatch(1, 1, *CERTAIN, storm=True), V.POISON),
+    ("the last of several in a storm", FailedBatch(1, 1, *CERTAIN, storm=True, executed=2), V.QUARANTINE),
+    ("perhaps killed, and alone in a storm", FailedBatch(1, 1, *CRASH, storm=True), V.QUARANTINE),
     ("too much for the memory there is: half as much", FailedBatch(8, 1, *STARVED), V.HALVE),
     ("still too much: alone", FailedBatch(4, 2, *STARVED, lane=Lane.QUARANTINE), V.SINGLES),
     ("alone, and still too much", FailedBatch(1, 3, *STARVED, lane=Lane.QUARANTINE), V.POISON),

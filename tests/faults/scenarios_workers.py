@@ -15,6 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from tests.faults import nonce
+from tests.faults.history import UNSENT
 from tests.faults.load import Profile
 from tests.faults.processes import left_behind
 from tests.faults.registry import scenario
@@ -135,6 +136,8 @@ async def poisoned(run: Run, result: Result, poison: str, **model: Any) -> Resul
         outcome = rig.load.history.column("outcome")
         guilty = np.zeros(len(outcome), bool)
         guilty[[index for index in rig.load.poisoned if index < len(outcome)]] = True
+        sent = outcome != UNSENT
+        outcome, guilty = outcome[sent], guilty[sent]
         result.injected = int(guilty.sum())
         result.at_most("innocent requests that failed", int((outcome[~guilty] != 200).sum()), 0)
         result.at_most("poisoned requests answered", int((outcome[guilty] == 200).sum()), 0)

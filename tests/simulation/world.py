@@ -301,8 +301,9 @@ class ScriptedReplica:
         """The process ends. `culprit`: whose batch it executed; None: whoever's it was, by a kill from outside."""
         now = self.world.loop.now
         lost = [*self.running]
+        sign = Sign.CRASH
         if not self.remote and culprit is None and lost and lost[0].begins <= now:
-            culprit = lost[0]
+            culprit, sign = lost[0], Sign.EXIT
         up, self.up = self.up, False
         self.noticed()
         told_first = self.world.rng.random() < 0.5
@@ -312,7 +313,7 @@ class ScriptedReplica:
             if self.remote:
                 failure = Failure(BROKEN, "connection reset")
             elif run is culprit:
-                failure = Failure(BROKEN, "the worker died", Sign.EXIT)
+                failure = Failure(BROKEN, "the worker died", sign)
             else:
                 failure = Failure(BROKEN, "the worker died of another batch", Sign.BYSTANDER)
             self._end(run, failure)

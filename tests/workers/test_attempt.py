@@ -15,6 +15,9 @@ K, S, E, P = FailureKind, Sign, End, Progress
     ("end", "progress", "overdue", "kind", "sign"),
     [
         (E.DIED, P.EXECUTING, False, K.BROKEN, S.EXIT),
+        (E.CRASHED, P.EXECUTING, False, K.BROKEN, S.CRASH),
+        (E.CRASHED, P.NOT_BEGUN, False, K.NOT_SENT, S.BYSTANDER),
+        (E.CRASHED, P.FINISHED, False, K.BROKEN, S.BYSTANDER),
         (E.NO_MEMORY, P.EXECUTING, False, K.BROKEN, S.MEMORY),
         (E.HUNG, P.EXECUTING, True, K.TIMEOUT, S.NONE),
         (E.HUNG, P.EXECUTING, False, K.BROKEN, S.BYSTANDER),

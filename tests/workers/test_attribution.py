@@ -53,8 +53,39 @@ async def test_of_two_models_in_one_process_the_one_that_crashed_it_is_known() -
         guilty = nonce(POISON | 1)
         bad.replicas[0].execute(guilty, 60.0)
         failure = await failure_of(guilty)
-        assert (failure.kind, failure.sign) == (FailureKind.BROKEN, Sign.EXIT)
+        assert (failure.kind, failure.sign) == (FailureKind.BROKEN, Sign.CRASH)
         assert channel.suspects == [bad]
+
+
+async def test_a_crash_beside_another_run_is_not_beyond_doubt() -> None:
+    async with pool_of(1, slots=2) as (pool, _):
+        bad, other = await load_one(pool, graph(poison="crash"), "bad"), await load_one(pool, grind(), "other")
+        beside, guilty = long_batch(), nonce(POISON | 1)
+        other.replicas[0].execute(beside, 60.0)
+        await executing(other)
+        bad.replicas[0].execute(guilty, 60.0)
+        ends = [await failure_of(batch) for batch in (guilty, beside)]
+        assert [(end.kind, end.sign) for end in ends] == [(FailureKind.BROKEN, Sign.EXIT)] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "sign"),
+    [
+        (signal.SIGSEGV, Sign.CRASH),
+        (signal.SIGKILL, Sign.EXIT),
+        (signal.SIGABRT, Sign.EXIT),
+        (signal.SIGBUS, Sign.EXIT),
+    ],
+)
+async def test_only_a_fault_in_its_own_code_is_a_crash(number: signal.Signals, sign: Sign) -> None:
+    async with pool_of(1) as (pool, _):
+        model = await load_one(pool, grind())
+        batch = long_batch()
+        model.replicas[0].execute(batch, 60.0)
+        channel = await executing(model)
+        os.kill(channel.pid, number)
+        failure = await failure_of(batch)
+        assert (failure.kind, failure.sign) == (FailureKind.BROKEN, sign)
 
 
 async def test_a_batch_that_was_not_begun_was_not_sent() -> None:
