@@ -17,8 +17,9 @@ from typing import Final
 
 MARK: Final = "OIP_FAULT_RIG"
 TOKEN: Final = f"{os.getpid()}-{time.monotonic_ns()}"
-_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL")
-"""Of util-linux; becomes the command. Not by preexec_fn: that forks, and gRPC's handlers of a fork can crash."""
+_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
+"""Of util-linux; its next argument is the parent, who may have died before, and then it becomes the command. Not by
+preexec_fn: that forks, and gRPC's handlers of a fork can crash."""
 
 
 class Child:
@@ -33,7 +34,7 @@ class Child:
     def _spawn(self, *more: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as stream:
             return subprocess.Popen(
-                [*_DIE_WITH_PARENT, *self.command, *more],
+                [*_DIE_WITH_PARENT, str(os.getpid()), *self.command, *more],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
