@@ -9,8 +9,9 @@ each as often as there are addresses; without names they come in this order, one
 - SIGUSR2: a running gateway starts its own command line anew, with its sockets inherited, waits until that process
   serves, and only then stops accepting. The queue of the sockets is shared: a connection in it is accepted by one of
   the two. What the old one has it answers, with `Connection: close` or GOAWAY; then it ends. A successor that does not
-  come up changes nothing. What operators drained when it was started is drained there too; a rollback, a promotion and
-  a share that was changed at run time are not repeated there, which is told when it is started (`not_handed_over`).
+  come up changes nothing. What operators drained when it was started is drained there too; a share that was changed at
+  run time is not repeated there, nor a rollback or promotion that models.lock does not name, which is told when it is
+  started (`not_handed_over`).
 
 The successor is a child that nothing binds to its parent, so it lives on. It has another process id: under a service
 manager that follows the first one, use socket activation.
@@ -66,7 +67,7 @@ def not_handed_over(releases: Iterable[ModelReleasesStatus], traffic: Iterable[T
     found = []
     for model in releases:
         live = next((release.version for release in model.releases if release.role == "live"), "none")
-        if model.withheld:
+        if model.withheld and not model.remembers:
             found.append(
                 f"model {model.model}: version {live} serves by an operator's choice; the successor serves what "
                 f"{model.reference or 'its source'} means; move that too"

@@ -236,13 +236,13 @@ class ServedVersion:
         return f"<ServedVersion {self.name}/{self.version} {self.state.value}>"
 
 
-async def confirm(versions: Sequence[ServedVersion]) -> None:
-    """Have it written down that these serve; a failure is told and changes nothing."""
+async def confirm(versions: Sequence[ServedVersion], reference: str = "", instead_of: str = "") -> None:
+    """Have it written down that these serve, see `WantedVersion.confirm`; a failure is told and changes nothing."""
     for version in versions:
         if version.wanted.confirm is None:
             continue
         try:
-            await asyncio.to_thread(version.wanted.confirm)
+            await asyncio.to_thread(version.wanted.confirm, reference, instead_of)
         except (GatewayError, OSError) as error:
             log.warning(
                 "model %s version %s serves, but that could not be noted: %s", version.name, version.version, error

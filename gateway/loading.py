@@ -108,12 +108,15 @@ class WantedVersion:
     does."""
     uri: str = ""
     """Where `identity` was found; empty: what `read` says."""
-    confirm: Callable[[], None] | None = None
-    """Writes down that this version serves; called in a thread once it does."""
+    confirm: Callable[[str, str], None] | None = None
+    """Writes down that this version serves, for which reference (empty: its own), and the identity of what that means
+    if an operator chose this one instead (else empty); called in a thread once it serves."""
     facts: Callable[[], dict[str, Any]] | None = None
     """What its registry says of it, for the manifest; None: it comes from no registry."""
     stale: str = ""
     """Why it is what was served last and not what its registry says now; empty: it is that."""
+    instead_of: str = ""
+    """Identity of what its reference meant when an operator chose this version instead; empty: nobody did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ def wanted_release(
     *,
     name: str = "",
     stale: str = "",
+    instead_of: str = "",
     told: Fetching = _nobody,
 ) -> WantedVersion:
     """The version to load that a reference was resolved to; nothing is fetched before its `read`.
@@ -62,6 +63,7 @@ def wanted_release(
         entry: its settings; need not be one of the configuration's.
         name: of the model; empty: as the entry says.
         stale: why `resolved` is remembered and not what the registry says now.
+        instead_of: what the reference means while an operator chose `resolved`; see `WantedVersion`.
 
     Raises:
         ConfigError: the entry's settings contradict each other.
@@ -82,6 +84,7 @@ def wanted_release(
         facts=release.facts,
         confirm=release.confirm,
         stale=stale,
+        instead_of=instead_of,
     )
 
 
@@ -127,6 +130,12 @@ class RegisteredModels:
         settled = self.registries.settle(entry.source)
         if settled.stale:
             log.warning("model %s: %s", name, settled.stale)
+        elif settled.instead_of and not self.registries.locked:
+            log.warning(
+                "model %s: an operator chose %s instead of what %s means, and it serves until that means something "
+                "else; gateway models refresh %s --force follows it now",
+                name, settled.resolved.uri, entry.source, name,
+            )  # fmt: skip
         return [self.release(self._config, entry, settled, self._load, name)]
 
     def release(
@@ -134,8 +143,9 @@ class RegisteredModels:
     ) -> WantedVersion:
         """`wanted_release` with this configuration's registries."""
         return wanted_release(
-            config, self.registries, entry, settled.resolved, load, name=name, stale=settled.stale, told=self.told
-        )
+            config, self.registries, entry, settled.resolved, load,
+            name=name, stale=settled.stale, instead_of=settled.instead_of, told=self.told,
+        )  # fmt: skip
 
     def reload(self, config: Config) -> None:
         """Take over another configuration; registries whose settings did not change go on counting. What was refused
@@ -218,10 +228,10 @@ class _Release:
         """See `WantedVersion.golden`."""
         return plan.golden_of(self._config, self._entry, self._cached.path if self._cached is not None else Path())
 
-    def confirm(self) -> None:
+    def confirm(self, reference: str, instead_of: str) -> None:
         """See `WantedVersion.confirm`."""
         if self._cached is not None:
-            self._registries.confirm(self._resolved, self._cached.digest)
+            self._registries.confirm(self._resolved, self._cached.digest, reference, instead_of)
 
     def facts(self) -> dict[str, Any]:
         """What the registry says of the version, for the manifest; None where it says nothing."""

@@ -143,6 +143,8 @@ class Releases:
         now = self._now()
         release = Release(identity_of(served), versions_of(served), uri_of(served), now, digest_of(served))
         dropped = model.track.installed(release, by, now)
+        if instead_of := served[0].wanted.instead_of:
+            model.track.hold(instead_of)
         model.served[release] = served
         self._drop(model, dropped)
         self._forget_lost(model)
@@ -250,7 +252,10 @@ class Releases:
             log.info("model %s: its source can be asked again", model.name)
         model.trouble = model.said = ""
         model.asked_at = now = self._now()
+        withheld = model.track.withheld
         decision = model.track.noticed(meant.identity, meant.version, meant.uri, now, insist=insist)
+        if withheld and not model.track.withheld and model.track.live is not None:
+            await model.note(model.track.live)  # a restart is not to withhold it either
         if isinstance(decision, Restore) and (obstacle := obstacle_of(model.served[decision.release])):
             log.warning("model %s: it is kept, but loaded anew: %s", model.name, obstacle)
             self._lose(model, decision.release)

@@ -65,6 +65,8 @@ class ModelReleasesStatus:
     """Why what the source means now does not serve; empty where nothing was refused."""
     withheld: str
     """What was rolled back from and is not followed until the source means something else."""
+    remembers: bool
+    """Whether a restart knows what is withheld."""
     releases: Sequence[ReleaseStatus]
     history: Sequence[Happened]
     """The newest last."""
@@ -116,7 +118,8 @@ class FollowedModel:
         """Have it written down that `release` serves, if it still does when others have written."""
         async with self.noting:
             if self.track.live is release:
-                await confirm(self.served[release])
+                chosen = (self.following.reference, self.track.withheld) if self.following.remembers else ("", "")
+                await confirm(self.served[release], *chosen)
 
     def tell(self) -> Happened:
         """Log and count the newest line of the history."""
@@ -158,6 +161,7 @@ class FollowedModel:
             trouble=self.trouble,
             refused=track.refusal[1] if track.refusal is not None else "",
             withheld=track.withheld,
+            remembers=self.following.remembers,
             releases=[
                 ReleaseStatus(role, one.version, one.digest, one.identity, one.uri, one.since)
                 for role, one in here

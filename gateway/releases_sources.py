@@ -54,6 +54,8 @@ class Following:
     source: Source | None = None
     reference: str = ""
     """The source as it is configured, for people."""
+    remembers: bool = False
+    """Whether it is written down, for a restart, what serves instead of what the source means."""
     forget: Callable[[], None] = lambda: None
     """Forget what was refused, so that it is fetched once more."""
 
@@ -134,7 +136,8 @@ def following(config: Config, load: plan.Load, name: str, registered: Registered
         interval_s = _key(config, entry, "poll_interval_s", POLL_S)
         source = RegisteredSource(config, entry, name, load, registered)
         kept = _kept(config, entry, followed=True)
-        return Following(interval_s, kept, source, entry.source, registered.forget_refused)
+        remembers = not registered.registries.locked
+        return Following(interval_s, kept, source, entry.source, remembers, registered.forget_refused)
     return _following_files(config, load, name)
 
 

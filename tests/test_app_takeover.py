@@ -106,9 +106,11 @@ def test_telling_nobody_is_harmless() -> None:
     tell_ready({"GATEWAY_READY_FD": "no number"})
 
 
-def _releases(withheld: str) -> ModelReleasesStatus:
+def _releases(withheld: str, *, remembers: bool = False) -> ModelReleasesStatus:
     live = ReleaseStatus("live", "3", "sha256:ab", "three", "models:/digits/3", 0.0)
-    return ModelReleasesStatus("digits", True, 30.0, "models:/digits@champion", 0.0, "", "", withheld, [live], [])
+    return ModelReleasesStatus(
+        "digits", True, 30.0, "models:/digits@champion", 0.0, "", "", withheld, remembers, [live], []
+    )
 
 
 def _traffic(percent: float) -> TrafficStatus:
@@ -118,6 +120,7 @@ def _traffic(percent: float) -> TrafficStatus:
 
 def test_what_a_successor_will_not_repeat_is_told() -> None:
     assert not_handed_over([_releases("")], [_traffic(5.0)]) == []
+    assert not_handed_over([_releases("four", remembers=True)], []) == [], "models.lock tells the successor"
     rolled_back, share = not_handed_over([_releases("four")], [_traffic(25.0)])
     assert "version 3 serves by an operator's choice" in rolled_back
     assert "models:/digits@champion" in rolled_back

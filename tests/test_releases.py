@@ -33,6 +33,8 @@ class Source:
         self.reads: list[str] = []
         self.freed: list[str] = []
         self.confirmed: list[str] = []
+        self.noted: list[tuple[str, str, str]] = []
+        """Version, reference, and what it serves instead of."""
         self.broken_reads: dict[str, Exception] = {}
 
     def look(self) -> Meant:
@@ -44,6 +46,10 @@ class Source:
         )
 
     def wanted(self, version: str) -> WantedVersion:
+        def confirm(reference: str, instead_of: str) -> None:
+            self.confirmed.append(version)
+            self.noted.append((version, reference, instead_of))
+
         def read() -> tuple[Artifact, bytes | None]:
             if version in self.broken_reads:
                 raise self.broken_reads[version]
@@ -67,7 +73,7 @@ class Source:
             load=load,
             identity=f"models:/numbers/{version}",
             uri=f"models:/numbers/{version}",
-            confirm=lambda: self.confirmed.append(version),
+            confirm=confirm,
         )
 
 
@@ -96,17 +102,19 @@ class Case:
 
 
 @contextlib.asynccontextmanager
-async def followed(keep: int = 1, interval_s: float = 3600.0) -> AsyncIterator[Case]:
-    """`numbers` version 3 serves, from a source that is followed."""
+async def followed(
+    keep: int = 1, interval_s: float = 3600.0, *, remembers: bool = True, instead_of: str = ""
+) -> AsyncIterator[Case]:
+    """`numbers` version 3 serves, from a source that is followed. `instead_of`: what an operator decided against."""
     async with oip_bench(models=False) as bench:
         await bench.serve()
         source = Source(bench.catalog.find("numbers", "1").wanted)
-        found = Following(interval_s, keep, source, "models:/numbers@champion")
+        found = Following(interval_s, keep, source, "models:/numbers@champion", remembers)
         releases = Releases(bench.catalog, lambda name: found, clock=lambda: 1000.0)
         told: list[Happened] = []
         releases.on_happened = lambda name, happened: told.append(happened)
         async with releases.turn("numbers"):
-            assert await releases.replace([source.wanted("3")], "start") == []
+            assert await releases.replace([replace(source.wanted("3"), instead_of=instead_of)], "start") == []
         try:
             yield Case(bench, source, releases, told)
         finally:
@@ -164,6 +172,45 @@ async def test_a_kept_version_answers_who_names_it_and_nobody_else() -> None:
             case.bench.catalog.resolve("numbers", "3")
 
 
+async def test_what_an_operator_chose_is_noted_until_the_source_means_something_else() -> None:
+    champion = "models:/numbers@champion"
+    async with followed() as case:
+        await moved(case, "4")
+        await case.releases.rollback("numbers", "operator")
+        await moved(case, "4")
+        assert case.source.noted == [
+            ("3", champion, ""),
+            ("4", champion, ""),
+            ("3", champion, "models:/numbers/4"),
+        ]
+        del case.source.noted[:]
+        case.source.loads["5"] = other_input
+        with pytest.raises(LoadFailed):
+            await moved(case, "5")
+        assert case.source.noted == [("3", champion, "")], "5 is refused, and 4 would be served if it were meant again"
+
+
+async def test_what_cannot_be_remembered_is_not_noted_as_a_choice() -> None:
+    async with followed(remembers=False) as case:
+        await moved(case, "4")
+        await case.releases.rollback("numbers", "operator")
+        assert case.source.noted[-1] == ("3", "", "")
+        assert [one.remembers for one in case.releases.statistics()] == [False]
+
+
+async def test_what_was_chosen_before_a_restart_stays_until_the_source_means_something_else() -> None:
+    async with followed(instead_of="models:/numbers/4") as case:
+        assert case.source.noted == [("3", "models:/numbers@champion", "models:/numbers/4")]
+        case.source.version = "4"
+        assert (await case.releases.refresh("numbers", "poll")).outcome == "withheld"
+        assert case.version() == "3"
+        await moved(case, "5")
+        assert case.version() == "5"
+        assert case.source.noted[-1] == ("5", "models:/numbers@champion", "")
+        await moved(case, "4")
+        assert case.version() == "4"
+
+
 async def test_a_rollback_is_instant_and_not_undone_by_the_source() -> None:
     async with followed() as case:
         await moved(case, "4")
@@ -174,7 +221,7 @@ async def test_a_rollback_is_instant_and_not_undone_by_the_source() -> None:
         assert (case.version(), case.source.reads) == ("3", [])
         assert (await case.releases.refresh("numbers", "operator", insist=True)).outcome == "swapped"
         assert (case.version(), case.source.reads) == ("4", [])
-        assert case.source.confirmed == ["3", "4", "3", "4"]
+        assert case.source.confirmed == ["3", "4", "3", "3", "4"], "nothing is withheld any more, then 4 serves"
 
 
 async def test_without_a_former_version_there_is_nothing_to_go_back_to() -> None:

@@ -217,7 +217,8 @@ async def test_what_serves_is_noted_once_it_does(fails: bool, caplog: pytest.Log
     async with rig() as r:
         noted: list[str] = []
 
-        def confirm() -> None:
+        def confirm(reference: str, instead_of: str) -> None:
+            assert (reference, instead_of) == ("", "")
             noted.append(r.bench.catalog.beside("numbers", "canary")[0].variant)
             if fails:
                 raise OSError(28, "No space left on device")

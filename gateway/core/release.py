@@ -290,6 +290,10 @@ class ModelReleases:
             self._record("unloaded", by, self.live, None, now)
         self._drop_all(now)
 
+    def hold(self, identity: str) -> None:
+        """What serves was chosen by an operator, before a restart, instead of this, which the source means."""
+        self.meant = self.withheld = identity
+
     def forgive(self) -> None:
         """What was refused may be tried again: the configuration has changed."""
         self.refusal = None

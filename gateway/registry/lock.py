@@ -8,6 +8,7 @@
     registry = "http://mlflow:5000"
     digest = "sha256:…"                    what the files were
     resolved_at = "2026-11-23T11:20:00Z"
+    instead_of = "m-…"                     only if an operator chose it: identity of what the reference meant then
 
 TOML, sorted by reference, one entry each: made to be read, diffed and kept in version control. Written by
 `gateway lock` and by a gateway that serves (unless it is locked).
@@ -53,11 +54,13 @@ class Locked:
     digest: str
     resolved_at: str
     """RFC 3339, UTC."""
+    instead_of: str = ""
+    """Served until the reference means something else than this identity; empty: it is what the reference meant."""
 
     def same(self, other: Locked | None) -> bool:
-        """Whether both mean the same files; `resolved_at` does not count."""
-        return other is not None and (self.uri, self.immutable_id, self.digest) == (
-            other.uri, other.immutable_id, other.digest,
+        """Whether both mean the same files, for the same reason; `resolved_at` does not count."""
+        return other is not None and (self.uri, self.immutable_id, self.digest, self.instead_of) == (
+            other.uri, other.immutable_id, other.digest, other.instead_of,
         )  # fmt: skip
 
 
@@ -138,8 +141,8 @@ class LockFile:
             yield self._entry(item)
 
     def _entry(self, item: object) -> Locked:
-        names = [known.name for known in fields(Locked)]
-        if not isinstance(item, dict) or set(item) != set(names):
+        names = [known.name for known in fields(Locked) if known.name != "instead_of"]
+        if not isinstance(item, dict) or set(item) - {"instead_of"} != set(names):
             raise self._refused(f"has an entry that does not have exactly the keys {', '.join(names)}; {RESTORE}")
         if not all(isinstance(value, str) and (value or key == "registry") for key, value in item.items()):
             raise self._refused(f"has an entry with a value that is no text, or empty; {RESTORE}")
@@ -160,7 +163,7 @@ def text_of(entries: Iterable[Locked]) -> str:
     """The file's text. `entries`: in the order in which they are to stand."""
     blocks = [_HEADER]
     for entry in entries:
-        lines = [f"{key} = {_quoted(value)}\n" for key, value in asdict(entry).items()]
+        lines = [f"{key} = {_quoted(value)}\n" for key, value in asdict(entry).items() if value or key != "instead_of"]
         blocks.append("[[model]]\n" + "".join(lines))
     return "\n".join(blocks)
 

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -54,6 +54,8 @@ class Settled:
     resolved: Resolved
     stale: str = ""
     """Why this is remembered and not what the registry says now; empty if it was asked."""
+    instead_of: str = ""
+    """Identity of what an operator decided against while the reference meant it; empty: nobody decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +146,17 @@ class Registries:
         if entry is not None:
             found = self.cache.find(lambda o: (o.registry, o.immutable_id) == (entry.registry, entry.immutable_id))
             if found is not None:
-                return Settled(found[1].resolved(reference, mutable=mutable))
+                return Settled(found[1].resolved(reference, mutable=mutable), instead_of=entry.instead_of)
             resolved = Resolved(reference, entry.uri, entry.immutable_id, entry.version, mutable, entry.registry)
-            return Settled(resolved)
+            return Settled(resolved, instead_of=entry.instead_of)
         remembered = self.cache.find(lambda origin: origin.reference == reference)
         if remembered is None:
             return None
         return Settled(remembered[1].resolved(reference, mutable=mutable))
 
     def settle(self, reference: str) -> Settled:
-        """For a start: what the registry says, or what is remembered where it cannot be asked.
+        """For a start: what the registry says, or what is remembered where it cannot be asked, or where an operator
+        chose it and the registry still says what it said then.
 
         Raises:
             SourceUnavailable: neither.
@@ -162,7 +165,8 @@ class Registries:
         if self.locked:
             return self._locked(reference)
         try:
-            return Settled(self.resolve(reference))
+            resolved = self.resolve(reference)
+            return self._chosen(resolved) or Settled(resolved)
         except SourceUnavailable as error:
             remembered = self.recall(reference)
             if remembered is None:
@@ -172,7 +176,14 @@ class Registries:
                 text = f"{error}; what served as {reference} last came from {theirs or 'elsewhere'}, not from {ours}"
                 raise SourceUnavailable(text, soon=error.soon) from None
             text = f"its registry cannot be asked, so it serves {remembered.resolved.uri} as it did last: {error}"
-            return Settled(remembered.resolved, text)
+            return replace(remembered, stale=text)
+
+    def _chosen(self, resolved: Resolved) -> Settled | None:
+        """What an operator chose to serve instead; None: nobody did, or the reference means something else by now."""
+        entry = self.lock.read().get(resolved.reference) if resolved.mutable else None
+        if entry is None or (entry.registry, entry.instead_of) != (resolved.registry, resolved.immutable_id):
+            return None
+        return self.recall(resolved.reference)
 
     def _locked(self, reference: str) -> Settled:
         self._resolver(reference)  # whether it is allowed at all
@@ -259,12 +270,20 @@ class Registries:
 
     # -- what is remembered ----------------------------------------------------------------------------------------
 
-    def confirm(self, resolved: Resolved, digest: str) -> None:
-        """It serves: the lock says so from now on. A lock that cannot be written is told once and harms nobody."""
+    def confirm(self, resolved: Resolved, digest: str, reference: str = "", instead_of: str = "") -> None:
+        """It serves: the lock says so from now on. A lock that cannot be written is told once and harms nobody.
+
+        Args:
+            reference: what it serves for; empty: its own.
+            instead_of: identity of what that reference means while an operator chose this one; empty: nobody did.
+        """
         if self.locked:
             return
+        if reference and self._resolver(reference).registry_of(reference) != resolved.registry:
+            return  # a canary of another registry: nobody could fetch it by this reference
+        resolved = replace(resolved, reference=reference or resolved.reference)
         try:
-            if self.lock.record(entry_of(resolved, digest, self._wall_clock())):
+            if self.lock.record(replace(entry_of(resolved, digest, self._wall_clock()), instead_of=instead_of)):
                 log.info("%s: %s is %s, %s", self.lock.path, resolved.reference, resolved.uri, digest)
             self._lock_unwritable = False
         except (OSError, GatewayError) as error:

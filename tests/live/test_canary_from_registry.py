@@ -99,3 +99,10 @@ def test_variants_follow_their_aliases_and_the_canary_takes_over(mlflow: MlflowS
         refused = command(process, "promote", "nobody")
         assert refused.returncode == 1
         assert "no canary" in refused.stderr
+
+        assert command(process, "promote", NAME).returncode == 0
+        assert process.stop() == 0
+    with gateway("serve", "-c", str(config), "--workers", "1") as process:
+        assert ask(process)[:2] == (fourth.version, "champion"), "a promotion outlives the process"
+        mlflow.publish(NAME, times(5.0), alias="champion")
+        until(lambda: ask(process)[0] == "5", 60, "the alias is not followed any more")

@@ -180,6 +180,31 @@ def test_an_alias_is_followed_rolled_back_from_and_followed_again(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_rollback_outlives_the_process_until_the_alias_moves(tmp_path: Path, mlflow: MlflowServer) -> None:
+    alias = Alias(mlflow, "outlives")
+    config = str(alias.config(tmp_path, interval_s=0.2))
+    with gateway("serve", "-c", config) as process:
+        alias.means("2")
+        until(lambda: answered(process)[0] == FACTORS[1], PATIENCE_S, "the alias was not followed")
+        cli(process, "rollback", "m")
+        assert process.stop() == 0
+    with gateway("serve", "-c", config) as process:
+        assert answered(process) == (FACTORS[0], f'"m";version="1";digest="{alias.digests[0]}"')
+        assert "an operator chose" in process.output()
+        asked = status(process)["asked_at"] or 0.0
+        until(lambda: (status(process)["asked_at"] or 0.0) > asked, PATIENCE_S, "the source is not asked any more")
+        assert status(process)["withheld"]
+        assert answered(process)[0] == FACTORS[0]
+        third = alias.publish(scale(FACTORS[0] + 5), FACTORS[0] + 5)
+        alias.means(third)
+        until(lambda: answered(process)[0] == FACTORS[0] + 5, PATIENCE_S, "the alias was not followed")
+        assert process.stop() == 0
+    with gateway("serve", "-c", config) as process:
+        assert answered(process)[0] == FACTORS[0] + 5
+        assert "an operator chose" not in process.output()
+
+
+@pytest.mark.slow
 def test_what_must_not_serve_does_not_and_what_serves_goes_on(tmp_path: Path, mlflow: MlflowServer) -> None:
     alias = Alias(mlflow, "guarded")
     right = {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1, WIDTH], "data": [2 * x for x in DATA]}]}

@@ -47,6 +47,17 @@ def test_the_file_reads_well_and_its_order_is_stable(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["models.lock"]
 
 
+def test_what_an_operator_chose_stands_there_and_only_then(tmp_path: Path) -> None:
+    lock = LockFile(tmp_path / "models.lock")
+    lock.record(ENTRY)
+    assert "instead_of" not in lock.path.read_text()
+    chosen = replace(ENTRY, instead_of="m-4")
+    assert lock.record(chosen), "the files are the same, the reason is not"
+    assert lock.read()[ENTRY.reference] == chosen
+    assert lock.record(ENTRY)
+    assert lock.read()[ENTRY.reference] == ENTRY
+
+
 @given(reference=texts, uri=texts, registry=st.one_of(st.just(""), texts))
 def test_any_text_survives(reference: str, uri: str, registry: str) -> None:
     entry = Locked(reference, uri, "m-1", "3", registry, A, "now")
@@ -65,6 +76,8 @@ def test_any_text_survives(reference: str, uri: str, registry: str) -> None:
         (text_of([replace(ENTRY, digest="sha256:short")]), "digest or version"),
         (text_of([replace(ENTRY, version="0")]), "digest or version"),
         (text_of([replace(ENTRY, uri="")]), "no text, or empty"),
+        (text_of([ENTRY]) + 'instead_of = ""\n', "no text, or empty"),
+        (text_of([ENTRY]) + "instead_of = 4\n", "no text, or empty"),
         ("#" * (MAX_BYTES + 1), "larger than"),
         ("a = [", "is not TOML"),
     ],

@@ -237,6 +237,51 @@ def test_a_registry_that_is_down_at_the_start_is_told_and_what_served_last_serve
     assert registries.unanswered() == {}
 
 
+def test_what_an_operator_chose_serves_until_the_reference_means_something_else(
+    registry: Registry, registries: Registries
+) -> None:
+    first = registries.resolve(CHAMPION)
+    digest = registries.obtain(first).digest
+    registry.champion = "2"
+    registries.confirm(first, digest, CHAMPION, "m-2")
+    settled = registries.settle(CHAMPION)
+    assert (settled.resolved.version, settled.instead_of, settled.stale) == ("1", "m-2", "")
+    assert registries.obtain(settled.resolved).digest == digest
+    registry.down()
+    silent = registries.settle(CHAMPION)
+    assert (silent.resolved.version, silent.instead_of) == ("1", "m-2")
+    assert "cannot be asked" in silent.stale
+    registry.failures = 0
+    registry.versions["3"], registry.champion = b"three", "3"
+    moved = registries.settle(CHAMPION)
+    assert (moved.resolved.version, moved.instead_of) == ("3", "")
+
+
+def test_a_choice_in_another_registry_or_for_a_fixed_reference_is_none(
+    registry: Registry, registries: Registries
+) -> None:
+    first = registries.resolve(CHAMPION)
+    digest = registries.obtain(first).digest
+    registry.champion = "2"
+    registries.confirm(first, digest, CHAMPION, "m-2")
+    registry.url = "http://other"
+    assert registries.settle(CHAMPION).resolved.version == "2"
+    registries.confirm(first, digest, CHAMPION, "m-9")
+    assert registries.lock.read()[CHAMPION].instead_of == "m-2", "nobody could fetch it there"
+    registry.url = "http://h"
+    registries.confirm(first, digest, "models:/digits/2", "m-2")
+    assert registries.settle("models:/digits/2").resolved.version == "2"
+
+
+def test_a_promoted_canary_serves_for_the_reference_of_the_model(registry: Registry, registries: Registries) -> None:
+    canary = registries.resolve("models:/digits/2")
+    digest = registries.obtain(canary).digest
+    registries.confirm(canary, digest, CHAMPION, "m-1")
+    settled = registries.settle(CHAMPION)
+    assert (settled.resolved.reference, settled.resolved.version) == (CHAMPION, "2")
+    assert registries.obtain(settled.resolved).digest == digest
+
+
 def test_without_a_lock_the_cache_remembers(registry: Registry, registries: Registries) -> None:
     digest = serve(registries)
     registries.lock.path.unlink()
