@@ -28,7 +28,7 @@ from gateway.backends.interface import Replica
 from gateway.backends.one_shot import run_once
 from gateway.catalog import ServedVersion
 from gateway.core.assembly import AssemblyError, check_outputs
-from gateway.core.breaker_states import WORDS
+from gateway.core.breaker_states import WORDS, Cause
 from gateway.core.fleet import Fleet, Member, State
 from gateway.core.member import cause_of
 from gateway.core.model import ModelSpec
@@ -252,8 +252,11 @@ class Prober:
         now = self._now()
         wait = f" for {max(0.0, member.breaker.until - now):.1f} s" if state is State.OPEN else ""
         cause = cause_of(member, now) if state in (State.OPEN, State.UNAVAILABLE) else ""
+        level = logging.WARNING if state in (State.OPEN, State.UNAVAILABLE) else logging.INFO
+        if member.breaker.cause is Cause.SILENT or (state is State.CLOSED and member.breaker.was_asked):
+            level = logging.DEBUG  # a question and its answer are no news, and may be many: the metrics count them
         log.log(
-            logging.WARNING if state in (State.OPEN, State.UNAVAILABLE) else logging.INFO,
+            level,
             "model %s: backend %s is %s%s%s",
             self._spec.name, name, WORDS[state], wait, f": {cause}" if cause else "",
         )  # fmt: skip

@@ -383,6 +383,71 @@ def test_changes_of_state_are_told_to_the_log(caplog: pytest.LogCaptureFixture) 
     ]
 
 
+def test_a_question_and_its_answer_are_not_told_to_the_log_but_a_verdict_is(caplog: pytest.LogCaptureFixture) -> None:
+    hung = False
+
+    @simulated
+    async def run() -> None:
+        nonlocal hung
+        trial = Trial("oip", "oip")
+        trial.backend.respond = lambda batch: None if hung else batch.reply()
+        for hung in (False, False, True):
+            await _keep_waiting(trial)
+            await asyncio.sleep(0.1)
+            assert state_of(trial.fleet.members[0]) is (State.HALF_OPEN if hung else State.CLOSED)
+        for batch in [*trial.backend.running]:
+            batch.fail(FailureKind.TIMEOUT)
+        await turns(20)
+        assert state_of(trial.fleet.members[0]) is State.OPEN
+        await trial.finish()
+
+    with caplog.at_level(logging.INFO, "gateway.backends"):
+        run()
+    (said,) = caplog.records
+    assert said.levelname == "WARNING"
+    assert "failed again while it was on trial" in said.getMessage()
+
+
+async def _keep_waiting(trial: Trial) -> None:
+    """The first backend lets a batch time out in silence; then there is time enough to ask it."""
+    member, now = trial.fleet.members[0], trial.bench.loop.time()
+    trial.fleet.began(member, 1, now)
+    trial.fleet.failed(member, 1, Failure(FailureKind.TIMEOUT, "scripted"), 0.1, now)
+    assert state_of(member) is State.OPEN
+    await asyncio.sleep(0.03)
+
+
+@simulated
+async def test_who_was_silent_is_asked_once_and_in_time_whoever_else_waits() -> None:
+    trial = Trial("oip", "oip")
+    at: list[float] = []
+    trial.backend.inspect = lambda _: at.append(trial.bench.loop.time())
+    trial.backend.respond = lambda batch: batch.reply()
+    began = trial.bench.loop.time()
+    await _keep_waiting(trial)
+    assert at == [pytest.approx(began + 0.02, abs=0.006)]
+    assert state_of(trial.fleet.members[0]) is State.CLOSED
+    await trial.finish()
+
+
+@simulated
+async def test_who_is_asked_when_the_trials_end_is_asked_by_callers() -> None:
+    trial = Trial("oip", "oip")
+    trial.backend.respond = lambda _: None
+    await _keep_waiting(trial)
+    member = trial.fleet.members[0]
+    assert permit_of(member) is not None
+    trial.prober.close()
+    await trial.prober.closed()
+    assert permit_of(member) is None
+    await asyncio.sleep(0.3)
+    answering(trial)
+    trial.bench.send()
+    await turns(20)
+    assert state_of(member) is State.CLOSED
+    await trial.finish()
+
+
 @simulated
 async def test_probers_of_versions_come_and_go() -> None:
     bench = Bench(replicas=1, kinds=["oip"])

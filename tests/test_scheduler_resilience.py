@@ -298,6 +298,55 @@ async def test_who_crashes_workers_alone_is_told_so_and_is_not_executed_again() 
 
 
 @simulated
+async def test_in_a_storm_of_crashes_one_beyond_doubt_is_enough_and_innocents_are_answered() -> None:
+    """Five crashes make the storm, whichever they are; from then on rows run alone, and each of these costs one run."""
+    bench = Bench(BatchPolicy(8), replicas=2)
+    guilty: set[int] = set()
+    bench.backend.respond = lambda batch: (
+        batch.fail(FailureKind.BROKEN, "the worker died", Sign.CRASH)
+        if guilty.intersection(batch.numbers)
+        else batch.reply()
+    )
+
+    async def send(*, bad: bool) -> tuple[Caller, int]:
+        caller = bench.caller()
+        guilty.update(caller.numbers if bad else [])
+        bench.callers.append(caller)
+        bench.scheduler.submit(caller.request)
+        await asyncio.sleep(0.1)
+        return caller, sum(caller.numbers[0] in batch.numbers for batch in bench.backend.executed)
+
+    runs = []
+    for _ in range(5):
+        for bad in (True, False):
+            caller, count = await send(bad=bad)
+            assert isinstance(caller.error, PoisonRequest) if bad else caller.answered
+            runs += [count] if bad else []
+    assert runs == [2, 2, 1, 1, 1]
+    (dispatcher,) = bench.scheduler.dispatchers
+    assert dispatcher.failures.crashes.alone(bench.loop.time())
+    assert not dispatcher.failures.outage.outage
+    await bench.finish()
+
+
+@simulated
+async def test_a_storm_is_not_taken_for_an_outage() -> None:
+    """In a storm a row that a remote server breaks on is still tried as often as it may be; in an outage it is not."""
+    bench = Bench(BatchPolicy(8), replicas=2, kinds=["oip", "oip"])
+    (dispatcher,) = bench.scheduler.dispatchers
+    for _ in range(5):
+        dispatcher.failures.crashes.crashed(bench.loop.time())
+    caller = bench.send()
+    for _ in range(2):
+        (await bench.backend.expect_batch(rows=1)).fail(FailureKind.BROKEN)
+    await asyncio.sleep(1.0)
+    (third,) = bench.backend.running
+    third.reply()
+    await bench.finish()
+    assert caller.answered
+
+
+@simulated
 async def test_one_quarantined_batch_at_a_time_while_others_go_on() -> None:
     bench = Bench(BatchPolicy(4), replicas=3, slots=2)
     suspects = [bench.send() for _ in range(4)]

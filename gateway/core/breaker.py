@@ -5,9 +5,10 @@ one to another are in core/breaker_states.py. Rules:
 
   * CLOSED and RAMP open by themselves: see `Cause`. A trip opens for 1 s · 2^(k-1), at most 60 s, ± 20 %; every trip
     raises k, every 60 s CLOSED lower it by one (gRPC A50's multiplier decay), and it stays in 0 … `MAX_LEVEL`;
-  * silence is a question, not a verdict: CLOSED opens for a moment, k stays, and whatever comes from there, the probe
-    or an answer that was late, closes it again. The failures stay counted, so that a replica which answers nothing but
-    probes trips like any other;
+  * silence is a question, not a verdict: CLOSED opens for a moment, and whatever comes from there, the probe's answer,
+    a late one or a refusal, closes it again as if it had been CLOSED all along: k and how long it has served stay, and
+    so do the failures counted, so that a replica which answers nothing but probes trips like any other. More silence
+    is no answer. To go away meanwhile is what it is for one that is CLOSED, a probe that fails is a trip;
   * HALF_OPEN has one permit; three probes in a row have to succeed. A probe that was cancelled, and one whose outcome
     never came, give it back;
   * RAMP is small batches, one at a time: a server that has just started is slow at first. It takes ten seconds, or one
@@ -67,7 +68,7 @@ class Breaker:
     __slots__ = (
         "_closed_at", "_connects", "_health", "_mismatches", "_policy", "_proofs", "_rng", "_served_from", "_streak",
         "blocked_until", "cause", "in_time", "level", "pauses", "permit_at", "probe_after", "since", "state", "trips",
-        "until", "window",
+        "until", "was_asked", "window",
     )  # fmt: skip
 
     def __init__(self, policy: BreakerPolicy, rng: Rng, now: float, state: State = State.CLOSED) -> None:
@@ -77,6 +78,8 @@ class Breaker:
         self.since = self._closed_at = self._served_from = now
         """When the state began."""
         self.cause = Cause.NONE
+        self.was_asked = False
+        """Whether the state before this one was a question (SILENT): what comes after that is no recovery."""
         self.level = 0
         """k: how often it tripped lately."""
         self.until = now
@@ -103,17 +106,18 @@ class Breaker:
 
     def _go(self, event: Event, now: float) -> None:
         before, self.state = self.state, TRANSITIONS[self.state, event]
+        asked = self.was_asked = self.cause is Cause.SILENT
         self.since = now
-        if before not in (State.CLOSED, State.RAMP):
+        if before not in (State.CLOSED, State.RAMP) and not asked:
             self._served_from = now
         self._settle()
-        if self.cause is not Cause.SILENT:
+        if not asked:
             self._streak = 0
         if self.state in (State.CLOSED, State.RAMP):
-            if self.cause is not Cause.SILENT:
+            if not asked:
                 self.window.clear()
             self.cause = Cause.NONE
-        if self.state is State.CLOSED:
+        if self.state is State.CLOSED and not asked:
             self._closed_at = now
 
     def _trip(self, event: Event, cause: Cause, now: float, at_least_s: float = 0.0, worse: int = 1) -> None:
@@ -129,15 +133,19 @@ class Breaker:
 
     def _ask(self, now: float) -> None:
         """See the rule about silence."""
-        self.level = self.level_at(now)
         self.cause = Cause.SILENT
         self.trips[Cause.SILENT] += 1
         self._go(Event.TRIP, now)
-        self.until = max(now + self._policy.ask_s, self.blocked_until)
+        self.until = now + self._policy.ask_s
+
+    def answered(self, now: float) -> None:
+        """Something came from there, whatever it says: that is all that was asked, if it was."""
+        if self.cause is Cause.SILENT:
+            self._go(Event.ANSWERED, now)
 
     def level_at(self, now: float) -> int:
         """k, without what was worked off by being CLOSED."""
-        if self.state is not State.CLOSED:
+        if self.state is not State.CLOSED and self.cause is not Cause.SILENT:
             return self.level
         return max(0, self.level - int(max(now - self._closed_at, 0.0) / self._policy.decay_s))
 
@@ -171,7 +179,7 @@ class Breaker:
             return
         self.blocked_until = now
         self.pauses = 0
-        if remote and self.state in (State.CLOSED, State.RAMP):
+        if remote and (self.state in (State.CLOSED, State.RAMP) or self.cause is Cause.SILENT):
             settled = now - self._served_from >= self._policy.settled_s
             self._trip(Event.LOST, Cause.LOST, now, worse=0 if settled else 1)
         else:
@@ -213,6 +221,8 @@ class Breaker:
         """`in_use`: it would get batches even if it were open. `slow`: None where there is nobody to compare with.
         `late`: it took longer than it should, by whatever is known."""
         self.pauses = 0
+        if self.cause is Cause.SILENT:
+            self.answered(now)
         state = self.state
         if state is State.CLOSED or state is State.PINNED or state is State.RAMP:
             self._streak = self._connects = self._health = 0
@@ -223,8 +233,6 @@ class Breaker:
                     self._judge(now)
             if state is self.state is State.RAMP and not self._stale(started):
                 self._ramped(now, late)
-        elif state in (State.OPEN, State.HALF_OPEN) and self.cause is Cause.SILENT:
-            self._go(Event.PROVED_IN_USE, now)
         elif state in (State.OPEN, State.HALF_OPEN) and not self._stale(started):
             self._proofs += 1
             if self._proofs < self._policy.proofs:
@@ -266,7 +274,8 @@ class Breaker:
         if self.state is State.CLOSED or self.state is State.PINNED or self.state is State.RAMP:
             self._count(weight, started, now, slow, silence)
         elif self.state is State.HALF_OPEN and not self._stale(started):
-            self._trial_failed(Event.PROBE_FAILED, weight, now)
+            if silence is not Cause.SILENT or self.cause is not Cause.SILENT:
+                self._trial_failed(Event.PROBE_FAILED, weight, now)
         elif self.state is State.OPEN:
             self._proofs = 0
             if weight is Weight.OVERLOAD:
@@ -304,7 +313,7 @@ class Breaker:
             self._trip(Event.TRIP, Cause.HUNG, now)
         else:
             self._judge(now)
-            if silence is Cause.SILENT and self.state is State.CLOSED:
+            if silence is Cause.SILENT and self.state is State.CLOSED and self.blocked_until <= now:
                 self._ask(now)
 
     def _trial_failed(self, event: Event, weight: Weight, now: float) -> None:
@@ -374,11 +383,6 @@ class Breaker:
         """It answers: neither its health nor its connections are in doubt. Client batches stay counted."""
         if self.state in (State.CLOSED, State.RAMP, State.PINNED):
             self._health = self._connects = 0
-
-    @property
-    def clean(self) -> bool:
-        """Whether no failure of late is held against it."""
-        return not self._streak
 
     @property
     def soft_open(self) -> bool:

@@ -46,6 +46,8 @@ class Event(enum.Enum):
     """Enough probes in a row succeeded."""
     PROVED_IN_USE = "proved_in_use"
     """Enough attempts in a row succeeded while it was used although it is open."""
+    ANSWERED = "answered"
+    """It was silent, and is not any more."""
     LOST = "lost"
     BACK_WARM = "back_warm"
     """Available again, and warmed up."""
@@ -67,12 +69,14 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.CLOSED, Event.PIN): State.PINNED,
     (State.OPEN, Event.TIME): State.HALF_OPEN,
     (State.OPEN, Event.PROVED_IN_USE): State.CLOSED,
+    (State.OPEN, Event.ANSWERED): State.CLOSED,
     (State.OPEN, Event.LOST): State.UNAVAILABLE,
     (State.OPEN, Event.DRAIN): State.DRAINED,
     (State.OPEN, Event.PIN): State.PINNED,
     (State.HALF_OPEN, Event.PROBE_FAILED): State.OPEN,
     (State.HALF_OPEN, Event.PROVED): State.RAMP,
     (State.HALF_OPEN, Event.PROVED_IN_USE): State.CLOSED,
+    (State.HALF_OPEN, Event.ANSWERED): State.CLOSED,
     (State.HALF_OPEN, Event.LOST): State.UNAVAILABLE,
     (State.HALF_OPEN, Event.DRAIN): State.DRAINED,
     (State.HALF_OPEN, Event.PIN): State.PINNED,

@@ -41,7 +41,7 @@ from gateway.core.member import (
     MemberStatistics,
     seen,
 )
-from gateway.core.outcome import Failure, FailureKind, Success
+from gateway.core.outcome import Failure, FailureKind, Sign, Success
 from gateway.core.resilience import Balancing
 
 __all__ = ["Candidate", "Fleet", "FleetPolicy", "FleetStatistics", "Member", "MemberStatistics", "State"]
@@ -59,6 +59,9 @@ SHORTEST_ATTEMPT_S: Final = 0.05
 ALONE_S: Final = 5.0
 """A replica that has no peer to give the work to is waited for, a quarter of its callers' time and at most so long: a
 pause there is no reason to use up their attempts."""
+SILENT_SHARE: Final = 1.0 / 3.0
+"""Of an attempt's time, at its end. An attempt has half as much again as batches take (`batch_time.TIMEOUT_FACTOR`), so
+what was sent before it is answered by then. With many under way each would be one failure in a row otherwise."""
 PEERS: Final = 9
 """Slowness is judged against at most so many peers."""
 
@@ -228,11 +231,19 @@ class Fleet:
             if not member.adaptive:
                 return member.time.worker_timeout_s(rows, left_s)
             timeout_s = member.time.attempt_timeout_s(rows)
-            if timeout_s is not None and not self.others(now, (member,)):
+            if timeout_s is not None and not self._has_peer(member, now):
                 timeout_s = max(timeout_s, min(ALONE_S, left_s / 4.0))
         elif not member.adaptive:
             return timeout_s  # giving up costs the process: a deadline is no reason for that
         return max(min(left_s, left_s if timeout_s is None else timeout_s), SHORTEST_ATTEMPT_S)
+
+    def _has_peer(self, member: Member, now: float) -> bool:
+        """Whether somebody else could have the work of `member`. Not who is just being asked: if all stand still at
+        once it is no use to send rows from one to the other until their attempts are used up."""
+        return any(
+            other is not member and self.usable(other, now) and other.breaker.cause is not Cause.SILENT
+            for other in self.members
+        )
 
     def patience_s(self, member: Member, rows: int) -> float:
         """Seconds that an attempt there may take whatever its callers' deadlines: before that nothing is amiss."""
@@ -323,17 +334,22 @@ class Fleet:
             breaker.return_permit(now, now - took_s)
             if weight is Weight.NEUTRAL and before is State.HALF_OPEN and failure.kind is not FailureKind.SUSPECT:
                 breaker.rest(now)
+        if weight in (Weight.OVERLOAD, Weight.MISMATCH) or (failure.sign is Sign.ANSWERED and not timed_out):
+            breaker.answered(now)
         slow = timed_out and len(self.members) > 2
-        silent = timed_out and member.last_success <= now - took_s
-        silence = self._silence(member, took_s) if silent else Cause.NONE
+        silence = self._silence(member, took_s, now) if timed_out else Cause.NONE
         breaker.failed(weight, now - took_s, now, failure.retry_after_s, slow, silence)
         self._changed(member, before, now)
 
-    def _silence(self, member: Member, took_s: float) -> Cause:
-        """What it means that nothing came from `member` for `took_s` seconds."""
+    def _silence(self, member: Member, took_s: float, now: float) -> Cause:
+        """What it means that an attempt there timed out after `took_s` seconds.
+
+        Who is asked need not have been silent for all of them: what was sent before was answered in the beginning.
+        """
+        silent_s = now - member.last_success
         if self.sampled and member.adaptive:
-            return Cause.SILENT
-        return Cause.HUNG if took_s >= self._policy.breaker.hung_s else Cause.NONE
+            return Cause.SILENT if silent_s >= took_s * SILENT_SHARE else Cause.NONE
+        return Cause.HUNG if silent_s >= took_s >= self._policy.breaker.hung_s else Cause.NONE
 
     def blamed(self, member: Member, now: float) -> None:
         """Rows that it refused (SUSPECT) succeeded elsewhere: that was a failure of its own after all.
@@ -378,7 +394,9 @@ class Fleet:
         breaker.return_permit(now, started)
         if isinstance(outcome, Success):
             member.last_success = now
-            if before in (State.OPEN, State.HALF_OPEN):
+            if breaker.cause is Cause.SILENT:
+                breaker.answered(now)
+            elif before in (State.OPEN, State.HALF_OPEN):
                 breaker.succeeded(started, now, self.panic)
             breaker.health_probe_succeeded()
         elif outcome is not None:
@@ -397,6 +415,8 @@ class Fleet:
         if weight in (Weight.HARD, Weight.NEUTRAL):
             member.breaker.health_probe_failed(started, now)
         else:
+            if weight in (Weight.OVERLOAD, Weight.MISMATCH):
+                member.breaker.answered(now)
             member.breaker.failed(weight, started, now, failure.retry_after_s)
 
     def force(self, member: Member, to: Literal["open", "closed"] | None, now: float) -> None:
@@ -433,7 +453,8 @@ class Fleet:
 
     def _tell(self, member: Member, before: State) -> None:
         state = member.breaker.state
-        if before not in (State.CLOSED, State.RAMP) and state in (State.CLOSED, State.RAMP) and member.breaker.clean:
+        back = before not in (State.CLOSED, State.RAMP) and state in (State.CLOSED, State.RAMP)
+        if back and not member.breaker.was_asked:
             member.time.forgive()
         for watcher in self.watchers:
             watcher(member, before)

@@ -78,6 +78,8 @@ class Channel:
         """Called once when it is lost, before anyone else hears of it."""
         self.suspects: list[Any] = []
         """Models that executed or loaded in the process when it was lost."""
+        self.warm: set[Any] = set()
+        """Models that answered their warm-up batches in this process."""
         self.in_flight: dict[int, Attempt] = {}
         self.instances: dict[int, Hosted] = {}
         """By the number they have in this process."""
@@ -424,9 +426,10 @@ class Channel:
         self._lose(end, "died", None)
 
     def _crashed(self) -> bool:
-        """Whether it ended itself while it executed one batch and loaded nothing, so that there is no doubt of what."""
+        """Whether it ended itself while it executed one batch, and neither loaded nor freed anything: then there is no
+        doubt of what."""
         running = [identity for identity, how in self._board.progress().items() if how is Progress.EXECUTING]
-        if len(running) != 1 or any(model is not None for _, model in self._questions.values()):
+        if len(running) != 1 or self._questions:
             return False
         exit_code = self._process.poll()
         if exit_code is None:

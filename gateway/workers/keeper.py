@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -57,8 +58,9 @@ class Overseer(Protocol):
     def greeted(self, hello: ipc.Hello) -> None:
         """A process is up and said what it runs."""
 
-    def crashed(self, suspects: list[Model], text: str) -> Death:
-        """A process crashed while these models executed or loaded in it; returns whose doing it was."""
+    def crashed(self, suspects: list[Model], warm: Collection[Model], text: str) -> Death:
+        """A process crashed while these models executed or loaded in it; returns whose doing it was. `warm`: models
+        that answered their warm-up batches in it."""
 
     def unloadable(self, instance: Instance, text: str) -> None:
         """An instance that had been loaded before was refused by a fresh process."""
@@ -245,7 +247,7 @@ class Keeper:
         out_of_memory = out_of_memory_kills() > channel.out_of_memory_kills
         if not is_crash(exit_code, killed_by_us=channel.killed, out_of_memory=out_of_memory):
             return Death.OUTSIDE
-        return self._overseer.crashed(channel.suspects, f"worker {self.name} died: {text}")
+        return self._overseer.crashed(channel.suspects, channel.warm, f"worker {self.name} died: {text}")
 
     async def stop(self, timeout_s: float) -> None:
         """End the processes: in peace, after `timeout_s` by force. Attempts in flight are broken."""
@@ -376,6 +378,7 @@ class Keeper:
             outcome = await attempt.outcome
             if isinstance(outcome, Failure):
                 return outcome.in_full
+            channel.warm.add(instance.model)
         return ""
 
     async def unload(self, instance: Instance) -> None:
@@ -402,6 +405,8 @@ class Keeper:
             await channel.drained(instance.number)
             payload = ipc.encode_number(instance.number)
             await channel.ask(ipc.UNLOAD, payload, timeout_s=UNLOAD_TIMEOUT_S)
+        if not any(other.model is instance.model for other in channel.instances.values()):
+            channel.warm.discard(instance.model)
         self._unloads += 1
         if self._unloads >= supervision.RECYCLE_AFTER_UNLOADS and not self.dedicated:
             self._recycle.set()

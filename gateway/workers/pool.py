@@ -18,7 +18,7 @@ import asyncio
 import itertools
 import os
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, Generic
 
 from gateway.core.model import Artifact
@@ -294,9 +294,9 @@ class WorkerPool(Generic[R]):
     def greeted(self, hello: ipc.Hello) -> None:
         self.onnxruntime = hello.onnxruntime
 
-    def crashed(self, suspects: list[Model], text: str) -> Death:
+    def crashed(self, suspects: list[Model], warm: Collection[Model], text: str) -> Death:
         now = self.sweep.loop.time()
-        answered = [model for model in suspects if model.answered]
+        answered = [model for model in suspects if model.answered or model in warm]
         for model in answered:
             model.answered = False
         for verdict in self._blame.crash(now, [model for model in suspects if not model.closed], answered):

@@ -3,13 +3,14 @@
 - The life of one worker is a table.
 - Backoff: the first restart is immediate, then 0.5·2^k seconds, at most 30, full jitter; forgotten after a worker
   has been healthy for 60 seconds. A serving worker that somebody killed is started again at once, however often, and
-  one that its input killed after half a second at most.
+  one that its input killed after half a second at most: with what it answered before, the series begins anew.
 - Blame: a crash is charged to the models that were executing or loading in the process. A model seen at two
   crashes within a minute gets processes of its own, so that the next crash names the culprit and spares its
   neighbours. A model that crashes alone more than five times within a minute, and answers nothing between, has failed;
   it is tried again every minute, and while on probation its first crash fails it again unless it has answered before.
-- A crash of a model that has answered since the last one is its input's doing, and the dispatcher finds out whose:
-  callers who send what crashes it must not take it away from everybody else.
+- A crash of a model that has answered since the last one, be it the warm-up of the process that died, is its input's
+  doing, and the dispatcher finds out whose: callers who send what crashes it, however many at once, must not take it
+  away from everybody else.
 - A death that the process did not bring about itself blames nobody: SIGKILL sent by neither us nor the kernel's
   out-of-memory killer is somebody's decision, not a fault of the model.
 """
@@ -26,8 +27,6 @@ from typing import Final, Generic, TypeVar
 
 FIRST_DELAY_S: Final = 0.5
 MAX_DELAY_S: Final = 30.0
-INPUT_DELAY_S: Final = 0.5
-"""Most that a restart waits after a crash that is the input's doing."""
 HEALTHY_AFTER_S: Final = 60.0
 WINDOW_S: Final = 60.0
 SUSPECT_CRASHES: Final = 2
@@ -107,12 +106,13 @@ class Backoff:
             return 0.0
         if self._up_since is not None and now - self._up_since >= HEALTHY_AFTER_S:
             self._deaths = 0
+        if death is Death.INPUT and self._up_since is not None:
+            self._deaths = min(self._deaths, 1)
         self._up_since = None
         self._deaths += 1
         if self._deaths == 1:
             return 0.0
-        most = INPUT_DELAY_S if death is Death.INPUT else MAX_DELAY_S
-        return rng.uniform(0.0, min(most, FIRST_DELAY_S * 2.0 ** min(self._deaths - 2, 16)))
+        return rng.uniform(0.0, min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._deaths - 2, 16)))
 
 
 class Sentence(enum.Enum):

@@ -26,7 +26,7 @@ MODELS = {"whole": models.whole_linear(), "heavy": models.slow(256, 160)}
 CONNECTIONS = 16
 BACK_S = 60.0
 """Bound on a restart. A worker is back within a second; a loaded machine is given more."""
-ROUNDS = 20
+ROUNDS = 40
 """Most kills until one is seen to have hit a running batch."""
 
 

@@ -68,10 +68,29 @@ async def test_a_crash_beside_another_run_is_not_beyond_doubt() -> None:
         assert [(end.kind, end.sign) for end in ends] == [(FailureKind.BROKEN, Sign.EXIT)] * 2
 
 
+async def test_a_crash_while_another_model_is_freed_is_not_beyond_doubt() -> None:
+    """What is freed may crash the process as well as what executes."""
+    async with pool_of(1) as (pool, _):
+        model, other = await load_one(pool, grind(), "model"), await load_one(pool, matmul(), "other")
+        batch = long_batch()
+        model.replicas[0].execute(batch, 60.0)
+        channel = await executing(model)
+        await stop_process(channel.pid)
+        freeing = asyncio.ensure_future(other.unload())
+        await until(lambda: bool(channel._questions), "asked to free it")
+        os.kill(channel.pid, signal.SIGSEGV)
+        os.kill(channel.pid, signal.SIGCONT)
+        failure = await failure_of(batch)
+        assert (failure.kind, failure.sign) == (FailureKind.BROKEN, Sign.EXIT)
+        await freeing
+
+
 @pytest.mark.parametrize(
     ("number", "sign"),
     [
         (signal.SIGSEGV, Sign.CRASH),
+        (signal.SIGFPE, Sign.CRASH),
+        (signal.SIGILL, Sign.CRASH),
         (signal.SIGKILL, Sign.EXIT),
         (signal.SIGABRT, Sign.EXIT),
         (signal.SIGBUS, Sign.EXIT),

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -20,8 +21,10 @@ from gateway.core.tensor import DATATYPE
 from gateway.errors import ModelError, NotReady
 from gateway.workers import supervision
 from gateway.workers.attempt import WarmUp
+from gateway.workers.keeper import Keeper
 from tests.cut_off import CutOff
 from tests.workers.rig import (
+    GRIND_WIDTH,
     ROW,
     TestBatch,
     alive,
@@ -376,6 +379,61 @@ async def test_a_model_that_answers_between_its_crashes_is_isolated_but_never_fa
         for _ in range(supervision.FAIL_CRASHES):  # one was counted already
             await crash(model)
         await until(lambda: "model_failed" in kinds(events), "without answers it fails")
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_rows_that_crash_it_one_after_the_other_fail_no_model_that_answers_its_warm_up() -> None:
+    """What a caller sends at once leaves no time for anybody's answer between: the known good input speaks for it."""
+    async with pool_of(1) as (pool, events):
+        model = await load_one(pool, grind())
+        model.set_warm_up([[InputTensor(DATATYPE["FP32"], (1, GRIND_WIDTH), None, bytes(4 * GRIND_WIDTH))]])
+        for _ in range(supervision.FAIL_CRASHES + 4):
+            await crash(model)
+        await until(lambda: model.replicas[0].available)
+        assert model.dedicated
+        assert "model_failed" not in kinds(events)
+
+
+async def test_a_process_forgets_a_warm_up_with_the_last_instance_of_its_model() -> None:
+    async with pool_of(1) as (pool, _):
+        model = await pool.load(artifact(matmul()), LoadOptions(instances=2))
+        other = await load_one(pool, matmul(), "other")
+        for loaded in (model, other):
+            loaded.set_warm_up([[InputTensor(DATATYPE["FP32"], (1, 4), None, bytes(16))]])
+        os.kill(pid_of(pool, "onnx-1"), signal.SIGKILL)
+        await until(lambda: not other.replicas[0].available)
+        await until(lambda: all(replica.available for replica in [*model.replicas, *other.replicas]))
+        channel = other.instances[0].channel
+        assert channel is not None
+        assert channel.warm == {model, other}
+        first, second = model.instances
+        assert first.detach() is channel
+        assert isinstance(first.home, Keeper)
+        await first.home.free(channel, first)
+        assert channel.warm == {model, other}
+        assert second.channel is channel
+        await model.unload()
+        assert channel.warm == {other}
+
+
+async def test_how_soon_a_worker_is_back_depends_on_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths: list[supervision.Death] = []
+
+    def died(self: supervision.Backoff, now: float, rng: random.Random, death: supervision.Death) -> float:
+        deaths.append(death)
+        return 0.0
+
+    monkeypatch.setattr(supervision.Backoff, "died", died)
+    async with pool_of(1) as (pool, _):
+        model = await load_one(pool, grind())
+        os.kill(worker_of(model.instances[0]), signal.SIGKILL)
+        await until(lambda: len(deaths) == 1)
+        await crash(model)
+        await until(lambda: len(deaths) == 2 and model.replicas[0].available)
+        await short_batch_on(model.replicas[0]).success()
+        await crash(model)
+        await until(lambda: len(deaths) == 3)
+    assert deaths == [supervision.Death.OUTSIDE, supervision.Death.CRASH, supervision.Death.INPUT]
 
 
 @pytest.mark.usefixtures("_hasty")

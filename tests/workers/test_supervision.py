@@ -72,8 +72,22 @@ def test_a_serving_worker_that_somebody_killed_is_started_again_at_once_however_
 
 def test_a_worker_that_its_input_killed_is_started_again_within_half_a_second_however_often() -> None:
     backoff = Backoff()
-    assert [backoff.died(0.0, Highest(), Death.INPUT) for _ in range(6)] == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
-    assert backoff.died(0.0, Highest(), Death.CRASH) > 0.5
+
+    def killed(death: Death) -> float:
+        backoff.up(0.0)
+        return backoff.died(0.0, Highest(), death)
+
+    assert [killed(Death.INPUT) for _ in range(6)] == [0.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    # ... and does not make the delay of a crash that is not the input's doing longer than one death would.
+    assert [killed(Death.CRASH) for _ in range(3)] == [1.0, 2.0, 4.0]
+    assert [killed(Death.INPUT), killed(Death.CRASH)] == [0.5, 1.0]
+
+
+def test_a_worker_that_never_served_was_not_killed_by_input() -> None:
+    """Its model answers in another process, and crashes this one while it loads: that must not go on twice a second."""
+    backoff = Backoff()
+    delays = [backoff.died(0.0, Highest(), Death.INPUT) for _ in range(9)]
+    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 2000))
