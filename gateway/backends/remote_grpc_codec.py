@@ -1,14 +1,15 @@
 """A batch ↔ the messages of ModelInfer, for one model of one server.
 
 Requests carry raw tensors, written by hand; what describes them is remembered by their shapes. Answers may hold raw
-tensors (Triton) or typed ones (MLServer), for all outputs alike.
+tensors (Triton) or typed ones (MLServer), for all outputs alike. An answer that is, but for the bytes of numbers in raw
+tensors at its end, the same as an accepted one to the same question is not taken apart again.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gateway.backends.interface import Batch, Failure, Success
 from gateway.backends.remote_codec import (
@@ -48,6 +49,34 @@ _VARINT: Final = 0
 _FIXED: Final = {1: 8, 5: 4}
 """Bytes of wire types of a fixed size."""
 _RAW: Final = 6 << 3 | _LENGTH_GIVEN
+_ANY_BITS: Final = frozenset({"float", "half", "int", "uint"})
+"""Kinds of which every value of the right size is one."""
+MAX_REMEMBERED_BYTES: Final = 4096
+"""Longest description of an answer that is remembered."""
+
+
+class _Layout(NamedTuple):
+    """An accepted answer without the bytes of its tensors."""
+
+    fixed: tuple[tuple[int, bytes], ...]
+    """What must stand where: together with the tensors, the whole answer."""
+    tensors: tuple[tuple[SignatureTensor, tuple[int, ...], int, int], ...]
+    """In the order of the outputs asked for: shape, start and end."""
+
+    def read(self, answer: memoryview) -> Success | None:
+        """None: it is not such an answer."""
+        for at, expected in self.fixed:
+            if answer[at : at + len(expected)] != expected:
+                return None
+        return Success(
+            [
+                OutputTensor(tensor.name, tensor.datatype, shape, answer[start:end])
+                for tensor, shape, start, end in self.tensors
+            ],
+            0,
+            0,
+            0,
+        )
 
 
 class GrpcCodec:
@@ -67,6 +96,8 @@ class GrpcCodec:
         self._inputs = inputs
         self._outputs = outputs
         self._known: dict[BatchForm, tuple[bytes, int]] = {}
+        self._layouts: dict[tuple[int, tuple[int, ...]], _Layout] = {}
+        """By an answer's bytes and the outputs asked for."""
 
     def request(self, batch: Batch, timeout_us: int = 0) -> bytearray:
         """The message with its prefix.
@@ -115,9 +146,16 @@ class GrpcCodec:
     def success(self, answer: memoryview, outputs: tuple[int, ...]) -> Success | Failure:
         """The message of a call that ended with OK."""
         try:
+            layout = self._layouts.get((len(answer), outputs))
+            known = layout.read(answer) if layout is not None else None
+            if known is not None:
+                return known
             described, raw = parted(answer)
             parsed = message("inference.ModelInferResponse").FromString(described)
-            return self._read(parsed, raw, [self._outputs[place] for place in outputs])
+            success = self._read(parsed, raw, [self._outputs[place] for place in outputs])
+            if raw and len(described) <= MAX_REMEMBERED_BYTES:
+                self._remember(answer, described, raw, [item.name for item in parsed.outputs], success, outputs)
+            return success
         except (Mismatch, Garbled, GatewayError, AssemblyError, DecodeError) as error:
             return refusal(self._server, error)
 
@@ -139,6 +177,35 @@ class GrpcCodec:
                 from_raw(tensor, shape, raw[place]) if len(raw) else _from_typed(tensor, shape, item.contents)
             )
         return in_order(wanted, found)
+
+    def _remember(
+        self,
+        answer: memoryview,
+        described: bytes,
+        raw: list[memoryview],
+        names: list[str],
+        success: Success,
+        outputs: tuple[int, ...],
+    ) -> None:
+        """Where an accepted answer has its raw tensors, one behind the other at its end; `names`: whose they are."""
+        if any(output.datatype.kind not in _ANY_BITS for output in success.outputs):
+            return
+        fixed, places, before, at = [], {}, described, 0
+        for name, tensor in zip(names, raw, strict=True):
+            before += prefix(6, len(tensor))
+            fixed.append((at, before))
+            start = at + len(before)
+            at, before = start + len(tensor), b""
+            places[name] = (start, at)
+        if at != len(answer) or any(answer[start : start + len(text)] != text for start, text in fixed):
+            return
+        if len(self._layouts) >= REMEMBERED:
+            self._layouts.clear()
+        wanted = [self._outputs[place] for place in outputs]
+        tensors = [
+            (tensor, output.shape, *places[tensor.name]) for tensor, output in zip(wanted, success.outputs, strict=True)
+        ]
+        self._layouts[len(answer), outputs] = _Layout(tuple(fixed), tuple(tensors))
 
 
 def parted(answer: memoryview) -> tuple[bytes, list[memoryview]]:

@@ -2,7 +2,8 @@
 
 Invariants: parts are written in the order of the batch's members, one behind the other, and the number of bytes
 written is exactly the number announced; a batch's output is only cut when it has exactly as many rows as went in.
-The copy made by `write_parts` is the only one between a client's bytes and the worker's memory.
+The copy made by `write_parts` is the only one between a client's bytes and the worker's memory; small batches of bytes
+take a second one, which is cheaper.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from gateway.core.tensor import Datatype, element_count, unpack_bytes
 
 PACKED_VALUES: Final = 4096
 """Up to this many numbers are packed one by one; numpy is faster beyond."""
+JOINED_BYTES: Final = 65_536
+"""Up to this size the bytes of all parts are put together first, at once: cheaper than a slice for each of them."""
 _STRUCT_CODE: Final = {
     "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
     "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP32": "f", "FP64": "d",
@@ -60,6 +63,8 @@ def write_parts(batch_input: BatchInput, destination: memoryview) -> None:
     Raises:
         AssemblyError: the parts hold more or fewer bytes than announced.
     """
+    if batch_input.nbytes <= JOINED_BYTES and _write_joined(batch_input, destination):
+        return
     at = 0
     run: list[Any] = []
     for part in batch_input.parts:
@@ -74,6 +79,21 @@ def write_parts(batch_input: BatchInput, destination: memoryview) -> None:
         at = _put_values(destination, at, batch_input, run)
     if at != batch_input.nbytes:
         raise AssemblyError(f"batch input holds {at} bytes, announced {batch_input.nbytes}")
+
+
+def _write_joined(batch_input: BatchInput, destination: memoryview) -> bool:
+    """Where every part waits as bytes, and together they are as many as announced; False: nothing was written."""
+    parts = batch_input.parts
+    if not parts or parts[0].buffer is None:
+        return False
+    try:
+        joined = b"".join([part.buffer for part in parts])  # type: ignore[misc]  # None, of another, is a TypeError
+    except TypeError:
+        return False
+    if len(joined) != batch_input.nbytes:
+        return False
+    destination[: len(joined)] = joined
+    return True
 
 
 def _put_values(destination: memoryview, at: int, batch_input: BatchInput, values: list[Any]) -> int:

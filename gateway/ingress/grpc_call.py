@@ -41,6 +41,8 @@ JOINED_BYTES: Final = 65_536
 _HEADERS_FRAME: Final = struct.Struct(">BHBBI").pack
 _DATA_FRAME: Final = struct.Struct(">BHHIBI").pack
 """Head of a DATA frame, then a plain message's prefix."""
+_HEADERS_BYTES: Final = len(HEADERS_BLOCK)
+_TRAILERS_BYTES: Final = len(TRAILERS_OK)
 _INFLATED_BYTES: Final = 1024 * 1024
 """Inflated at one go; other calls have their turn before more is."""
 _ONE_MESSAGE: Final = "this method takes exactly one request message, and"
@@ -54,12 +56,12 @@ class GrpcCall(Stream):
         "_connection",
         "_delivering",
         "_ended",
-        "_held_bytes",
         "_pausing",
         "begun",
         "context",
         "deadline",
         "handler",
+        "held_bytes",
         "on_abort",
         "over",
         "received",
@@ -105,7 +107,8 @@ class GrpcCall(Stream):
         self.handler: StreamHandler | None = None
         self._connection = connection
         self._buffer: MessageBuffer | None = None
-        self._held_bytes = 0
+        self.held_bytes = 0
+        """Of this call, in `held` until it is over."""
         self._ended = False
         self._delivering = False
         self._pausing = False
@@ -135,16 +138,12 @@ class GrpcCall(Stream):
         else:
             self.deliver()
 
-    def hold_message(self, count: int) -> None:
-        """A whole message, counted in `held` by the connection, stays there until the call is over."""
-        self._held_bytes = count
-
     def _hold(self, count: int) -> bool:
         """Count bytes of this call; False: they are more than there is room for, and the call has ended.
 
         What a message's prefix announces is not reserved: several announced at one time may not all find room."""
         held = self._connection.shared.held
-        self._held_bytes += count
+        self.held_bytes += count
         held.used_bytes += count
         if count <= 0 or held.used_bytes <= held.limit_bytes:
             return True
@@ -305,12 +304,12 @@ class GrpcCall(Stream):
             http2.out.append(
                 b"".join(
                     (
-                        _HEADERS_FRAME(0, len(HEADERS_BLOCK) + len(head), 1, 4, stream_id),
+                        _HEADERS_FRAME(0, _HEADERS_BYTES + len(head), 1, 4, stream_id),
                         HEADERS_BLOCK,
                         head,
                         _DATA_FRAME(total >> 16, total & 0xFFFF, 0, stream_id, 0, length),
                         *parts,
-                        _HEADERS_FRAME(0, len(TRAILERS_OK), 1, 5, stream_id),
+                        _HEADERS_FRAME(0, _TRAILERS_BYTES, 1, 5, stream_id),
                         TRAILERS_OK,
                     )
                 )
@@ -390,9 +389,9 @@ class GrpcCall(Stream):
         self.on_abort = self.handler = None  # they hold the call, and a cycle would wait for the garbage collector
         connection = self._connection
         shared = connection.shared
-        if self._held_bytes:
-            shared.held.used_bytes -= self._held_bytes
-            self._held_bytes = 0
+        if self.held_bytes:
+            shared.held.used_bytes -= self.held_bytes
+            self.held_bytes = 0
         if self.begun:
             self.begun = False
             shared.in_flight -= 1

@@ -24,7 +24,6 @@ from gateway.ingress.grpc_call import GrpcCall
 from gateway.ingress.grpc_patience import Patience
 from gateway.ingress.grpc_shared import Shared
 from gateway.protocol import grpc_wire
-from gateway.protocol.grpc_wire import CallHead
 from gateway.protocol.http2 import NOT_HTTP2, Head, Http2, Piece, Stream
 from gateway.protocol.http2_fields import RequestFields
 from gateway.protocol.http2_frames import MAX_STREAM_ID, ErrorCode, goaway, settings
@@ -170,8 +169,12 @@ class GrpcConnection(asyncio.Protocol):
             return
         self._awake = True
         self.patience.read_at = now = self._clock()
-        self.http2.receive(data, now)
-        self.flush()
+        http2 = self.http2
+        http2.receive(data, now)
+        if http2.out or http2.waiting or http2.closed or not http2.streams:
+            self.flush()
+        else:
+            self._awake = False  # calls whose answers are still to come
 
     def read_head(self, request: RequestFields, list_bytes: int) -> Head:
         head = grpc_wire.read_head(request)
@@ -188,7 +191,7 @@ class GrpcConnection(asyncio.Protocol):
 
     def new_stream(self, stream_id: int, head: Head) -> Stream:
         http2 = self.http2
-        return GrpcCall(self, stream_id, cast("CallHead", head), http2.peer_window, http2.window)
+        return GrpcCall(self, stream_id, head, http2.peer_window, http2.window)  # type: ignore[arg-type]  # read_head's
 
     def opened(self, stream: Stream) -> None:
         call = cast("GrpcCall", stream)
@@ -213,14 +216,14 @@ class GrpcConnection(asyncio.Protocol):
         call.handler = call.head.route.open(call.head, call)
 
     def received(self, stream: Stream, piece: Piece, end: bool) -> None:
-        call = cast("GrpcCall", stream)
+        call: GrpcCall = stream  # type: ignore[assignment]  # new_stream's; cast() is a call
         if end and call.handler is None and not call.taken_bytes and not call.over and len(piece) >= 5:
             # The usual case: one whole message in one frame.
             flag, length = _PREFIX(piece)
             if not flag and length == len(piece) - 5 and length <= self.shared.limits.max_message_bytes:
                 held = self.shared.held
                 held.used_bytes += length
-                call.hold_message(length)
+                call.held_bytes = length
                 if held.used_bytes > held.limit_bytes:
                     self.refuse(call, grpc_wire.too_much_held())
                 else:

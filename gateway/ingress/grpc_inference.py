@@ -39,9 +39,9 @@ class Inference:
         self.unresolved = Unresolved(log, catalog) if log is not None else None
         self.openings = Openings()
         self.pipeline = pipeline
-        self._catalog = catalog
+        self.catalog = catalog
         self._options = options
-        self._invent_ids = options.invent_ids
+        self.invents_ids = options.invent_ids
 
     def version(self, opening: Opening) -> ServedVersion:
         """Whom a request is for.
@@ -52,7 +52,7 @@ class Inference:
             NotReady: it exists but cannot answer now.
         """
         named = opening.version
-        return self._catalog.resolve(opening.model, version_of(named) if named else None)
+        return self.catalog.resolve(opening.model, version_of(named) if named else None)
 
     def chosen(self, version: ServedVersion, cut: Cut, call: GrpcCall, head: CallHead) -> ServedVersion:
         """Who answers a request that names no version, where the model has a split (traffic.py).
@@ -96,7 +96,7 @@ class Inference:
 
     def unready(self, opening: Opening, error: NotReady) -> GrpcCodec | None:
         """A version that once served and has failed is known: its refusals are counted, and say which it is."""
-        version = self._catalog.find(opening.model, version_of(opening.version))
+        version = self.catalog.find(opening.model, version_of(opening.version))
         if version.scheduler is None:
             return None
         version.statistics.reject(error.reason)
@@ -105,7 +105,7 @@ class Inference:
     def read(self, codec: GrpcCodec, cut: Cut, call: GrpcCall, timeout_s: float) -> InferRequest:
         """See `GrpcCodec.read`."""
         request = codec.read(cut, call, timeout_s)
-        if self._invent_ids and request.request_id is None:
+        if self.invents_ids and request.request_id is None:
             request.request_id = str(uuid.uuid4())
         return request
 
@@ -132,24 +132,27 @@ class ModelInfer:
             inference.refuse(call, error)
             return
         try:
-            version = inference.version(cut.opening)
+            named = cut.opening.version
+            version = inference.catalog.resolve(cut.opening.model, version_of(named) if named else None)
         except NotReady as error:
-            codec = inference.unready(cut.opening, error)
-            if codec is None:
+            known = inference.unready(cut.opening, error)
+            if known is None:
                 inference.refuse(call, error, cut.opening)
             else:
-                codec.refuse(call, error)
+                known.refuse(call, error)
             return
         except GatewayError as error:
             inference.refuse(call, error, cut.opening)
             return
-        codec = inference.codec(version)
+        codec: GrpcCodec = version.grpc_codec or inference.codec(version)
         request = None
         try:
             if version.split is not None:
                 version = inference.chosen(version, cut, call, head)
                 codec = inference.codec(version)
-            request = inference.read(codec, cut, call, self._timeout_s)
+            request = codec.read(cut, call, self._timeout_s)
+            if inference.invents_ids and request.request_id is None:
+                request.request_id = str(uuid.uuid4())
             request.context = call
             request.settle = codec.settle
             call.on_abort = request.abort

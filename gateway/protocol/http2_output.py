@@ -170,12 +170,16 @@ class Output:
         self.finished(stream)
 
     def finished(self, stream: Stream) -> None:
-        """We have sent the last frame. A client that is still sending is told that nobody listens (§8.1)."""
+        """We have sent the last frame."""
         del self.streams[stream.id]
         self.calls.count -= 1
         if not stream.remote_closed:
-            self.out.append(rst_stream(stream.id, 0))
-            self.ignore(stream.id)
+            self._cut_short(stream)
+
+    def _cut_short(self, stream: Stream) -> None:
+        """A client that is still sending is told that nobody listens (§8.1)."""
+        self.out.append(rst_stream(stream.id, 0))
+        self.ignore(stream.id)
 
     def ignore(self, stream_id: int) -> None:
         """Frames of this stream may still be on their way; they mean nothing."""

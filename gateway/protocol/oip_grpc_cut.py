@@ -76,6 +76,10 @@ class Cut(NamedTuple):
     raw: list[bytes | memoryview] | None
 
 
+_cut: Final = tuple.__new__
+"""Makes a `Cut` of a tuple of its fields, without a frame of Python."""
+
+
 class Openings:
     """Cuts messages and remembers what they begin with; one for all models."""
 
@@ -99,11 +103,11 @@ class Openings:
             if start == end:
                 opening = self._openings.get(bytes(message[:at]))
                 if opening is not None and opening.known is not None and opening.known.fits(message, at):
-                    return Cut(opening, "", message, at, None)
+                    return _cut(Cut, (opening, "", message, at, None))
             elif message[start] == _ID and message[start + 1] == end - start - 2:
                 opening = self._openings.get((bytes(message[:start]), bytes(message[end:at])))
                 if opening is not None and opening.known is not None and opening.known.fits(message, at):
-                    return Cut(opening, _text(message[start + 2 : end]), message, at, None)
+                    return _cut(Cut, (opening, _text(message[start + 2 : end]), message, at, None))
         return self._walk(message) or self.cut_whole(message)
 
     def cut_whole(self, message: bytes | memoryview) -> Cut:

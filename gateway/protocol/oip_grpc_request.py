@@ -14,7 +14,7 @@ import numpy as np
 from gateway.core.client_memory import NO_CLIENT_MEMORY, Area, ClientMemory
 from gateway.core.model import ModelSpec
 from gateway.core.request import InferRequest, InputTensor
-from gateway.core.tensor import DATATYPE, MAX_RANK, pack_bytes
+from gateway.core.tensor import DATATYPE, MAX_RANK, Datatype, pack_bytes
 from gateway.errors import InvalidRequest
 from gateway.protocol import oip_binary, oip_data
 from gateway.protocol.oip_grpc_cut import Cut, Opening, is_typed, raw_tensors
@@ -87,7 +87,7 @@ class GrpcForm:
 class _Known:
     """What an opening means for one model version: everything but the data."""
 
-    __slots__ = ("areas", "form", "key", "nbytes", "options", "places", "plan", "tail")
+    __slots__ = ("areas", "form", "key", "nbytes", "options", "places", "plan", "single", "tail")
 
     def __init__(
         self, plan: Plan, form: GrpcForm, options: RequestOptions, areas: tuple[Area | None, ...] = ()
@@ -104,6 +104,9 @@ class _Known:
         self.nbytes = 0
         self.tail = -1
         """Bytes behind the opening where `places` applies."""
+        self.single: tuple[Datatype, tuple[int, ...], int, int] | None = None
+        """Datatype, shape, start and end of the only input of a model with one, where `places` applies and nothing of
+        the request is to be looked at again."""
         if not form.typed and not areas and all(item.datatype.kind not in {"bytes", "bool"} for item in plan.inputs):
             self._place()
 
@@ -117,6 +120,10 @@ class _Known:
             self.places.append((item, before, start, at))
             self.nbytes += size
         self.tail = at
+        plain = self.options is NO_OPTIONS and not self.form.response.areas
+        if plain and at <= SMALL_TAIL and len(self.places) == 1 == len(self.plan.trailing):
+            item, _, start, end = self.places[0]
+            self.single = item.datatype, item.shape, start, end
 
     def fits(self, message: bytes | memoryview, at: int) -> bool:
         """Whether exactly the inputs' raw tensors, of the right sizes, stand from `at` on."""
@@ -156,6 +163,14 @@ class RequestReader:
         if opening.reader is not self or type(known) is not _Known:
             known = self._form(opening)
             raw = raw if raw is not None else raw_tensors(message, at) or []
+        single = known.single
+        if raw is None and single is not None and type(message) is bytes:
+            datatype, shape, start, end = single
+            tensor = InputTensor(datatype, shape, None, message[at + start : at + end])
+            form = known.form
+            return InferRequest(
+                (tensor,), known.plan.rows, known.nbytes, known.key, form.response.needed, request_id or None, form
+            )
         if raw is None:
             return self._request(known, known.slices(message, at), known.nbytes, request_id)
         if known.areas:

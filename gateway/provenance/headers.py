@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 UUID7_RANDOM_BYTES: Final = 10
+_LAST_DIGITS: Final = [b"%02x" % byte for byte in range(256)]
 _PLAIN: Final = frozenset(map(chr, range(0x20, 0x7F)))
 _DISPLAY_PLAIN: Final = frozenset(range(0x20, 0x7F)) - {0x22, 0x25}
 
@@ -128,8 +129,14 @@ def uuid7_block(unix_ms: int, rand: bytes, n: int) -> list[bytes]:
     version_a = 0x7000 | (int.from_bytes(rand[:2], "big") & 0x0FFF)
     variant_b = 0x8000 | (int.from_bytes(rand[2:4], "big") & 0x3FFF)
     start = int.from_bytes(rand[4:], "big") >> 1
-    text = b"%08x-%04x-%04x-%04x-%%012x" % (time >> 16, time & 0xFFFF, version_a, variant_b)
-    return list(map(text.__mod__, range(start, start + n)))
+    text = b"%08x-%04x-%04x-%04x-%%010x" % (time >> 16, time & 0xFFFF, version_a, variant_b)
+    ids: list[bytes] = []
+    while len(ids) < n:  # those that differ in their last two digits only
+        head, low = text % (start >> 8), start & 0xFF
+        some = [head + digits for digits in _LAST_DIGITS[low : low + n - len(ids)]]
+        start += len(some)
+        ids += some
+    return ids
 
 
 # Reading the headers back: for the command line and for tests, never on the request path.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backends.remote_codec import NotEncodable
+from gateway.backends.remote_codec import REMEMBERED, NotEncodable
 from gateway.backends.remote_grpc_codec import GrpcCodec
 from gateway.backends.remote_http1 import HttpAnswer
 from gateway.backends.remote_http_codec import HttpCodec
@@ -320,3 +320,57 @@ def test_small_integers_of_grpc_are_checked_for_their_range() -> None:
     found = grpc_codec("INT8").success(memoryview(parsed.SerializeToString()), (0,))
     assert isinstance(found, Failure)
     assert found.sign is Sign.MISMATCH
+
+
+def raw_answer(tensors: dict[str, bytes], datatype: str = "FP32", version: str = "3", **more: Any) -> memoryview:
+    parsed = message("inference.ModelInferResponse")(model_name="m", model_version=version, **more)
+    for name, data in tensors.items():
+        size = DATATYPE[datatype].itemsize or len(data)
+        parsed.outputs.add(name=name, datatype=datatype, shape=[len(data) // size // 2, 2])
+        parsed.raw_output_contents.append(data)
+    return memoryview(parsed.SerializeToString())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([(0,), (1,), (0, 1), (1, 0)]), st.integers(1, 3), st.booleans()), max_size=12)
+)
+def test_an_answer_like_one_before_it_holds_its_own_numbers(asked: list[tuple[tuple[int, ...], int, bool]]) -> None:
+    codec = grpc_codec(outputs=("y", "z"))
+    for turn, (outputs, rows, swapped) in enumerate(asked * 2):
+        values = {name: np.full((rows, 2), turn * 10 + n, "<f4").tobytes() for n, name in enumerate("yz")}
+        names = "zy" if swapped else "yz"
+        found = codec.success(raw_answer({name: values[name] for name in names}), outputs)
+        assert isinstance(found, Success), found
+        assert [output.name for output in found.outputs] == ["yz"[place] for place in outputs]
+        assert [bytes(output.data) for output in found.outputs] == [values["yz"[place]] for place in outputs]
+        assert {output.shape for output in found.outputs} == {(rows, 2)}
+
+
+@pytest.mark.parametrize("at", range(len(raw_answer({"y": bytes(8)})) - 8))
+def test_an_answer_is_like_another_only_if_all_but_the_numbers_is_the_same(at: int) -> None:
+    usual = raw_answer({"y": bytes(8)})
+    changed = bytearray(usual)
+    changed[at] ^= 1
+    codec = grpc_codec()
+    for _ in range(2):
+        assert isinstance(codec.success(usual, (0,)), Success)
+    told, fresh = (c.success(memoryview(bytes(changed)), (0,)) for c in (codec, grpc_codec()))
+    assert type(told) is type(fresh)
+    if isinstance(told, Failure) and isinstance(fresh, Failure):
+        assert (told.kind, told.sign, told.message) == (fresh.kind, fresh.sign, fresh.message)
+
+
+def test_the_same_description_with_another_version_or_bool_is_looked_at_again() -> None:
+    codec, of_bools = grpc_codec(), grpc_codec("BOOL")
+    for _ in range(2):
+        assert isinstance(codec.success(raw_answer({"y": bytes(8)}), (0,)), Success)
+        assert isinstance(of_bools.success(raw_answer({"y": bytes(2)}, "BOOL"), (0,)), Success)
+    assert isinstance(codec.success(raw_answer({"y": bytes(8)}, version="4"), (0,)), Failure)
+    assert isinstance(of_bools.success(raw_answer({"y": b"\0\2"}, "BOOL"), (0,)), Failure)
+
+
+def test_layouts_that_are_remembered_are_few() -> None:
+    codec = grpc_codec()
+    for rows in range(1, 3 * REMEMBERED):
+        assert isinstance(codec.success(raw_answer({"y": bytes(8 * rows)}), (0,)), Success)
+    assert len(codec._layouts) <= REMEMBERED

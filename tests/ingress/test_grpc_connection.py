@@ -50,6 +50,26 @@ def test_a_fault_ends_the_connection_with_its_reason(loop: str) -> None:
     run(loop, test())
 
 
+def test_an_answer_given_later_leaves_at_the_end_of_that_turn(loop: str) -> None:
+    async def test() -> None:
+        async with grpc_bench() as bench:
+            client = await raw_client(bench)
+            for stream_id in (1, 3, 5):
+                client.send(call(stream_id, fields=LATER))
+                await until(lambda: bool(bench.app.later))
+                waiting, message = bench.app.later.pop()
+                (connection,) = bench.server._shared.connections
+                assert not connection.http2.out
+                waiting.reply([message], len(message))
+                assert connection.http2.out, "one write for all that comes up in this turn"
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                assert not connection.http2.out
+                assert (await client.answer())["grpc-status"] == "0"
+
+    run(loop, test())
+
+
 def test_a_client_of_http1_is_told_what_this_port_speaks(loop: str) -> None:
     async def test() -> None:
         async with grpc_bench() as bench:

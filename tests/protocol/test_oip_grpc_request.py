@@ -62,6 +62,21 @@ def test_inputs_are_put_in_the_models_order_and_those_left_out_stay_out() -> Non
         assert request.inputs[1] is None
 
 
+def test_the_only_input_of_a_model_is_read_alike_every_time_whatever_else_is_asked() -> None:
+    spec = model([tensor_spec("X", "FP32")])
+    codec = Codec(spec)
+    for turn in range(4):
+        data = np.full(3, turn, "<f4").tobytes()
+        plain = codec.read(infer_request(("X", "FP32", [1, 3], data)))
+        asked = codec.read(infer_request(("X", "FP32", [1, 3], data), parameters={"priority": 2, "timeout": 1500}))
+        for request in (plain, asked):
+            assert decoded(spec, request) == {"X": ((1, 3), data)}
+            assert (request.rows, request.nbytes, request.request_id) == (1, 12, None)
+            assert request.key == plain.key
+        assert (plain.priority, plain.stated_timeout_s) == (0, 0.0)
+        assert (asked.priority, asked.stated_timeout_s) == (2, 0.0015)
+
+
 def test_further_raw_entries_are_ignored() -> None:
     codec = Codec(TWO)
     for _ in range(3):

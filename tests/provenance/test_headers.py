@@ -185,6 +185,13 @@ def test_request_ids_are_uuid7_unique_and_increasing(unix_ms: int, rand: bytes, 
         assert read.int >> 80 == unix_ms
 
 
+@pytest.mark.parametrize("start", [0, 0xF0, 0xFFF0, 0x7FFF_FFFF_FFF0])
+def test_ids_of_a_block_count_up_over_every_carry(start: int) -> None:
+    ids = uuid7_block(1, bytes(4) + (start << 1).to_bytes(6, "big"), 600)
+    assert [uuid.UUID(text.decode()).node for text in ids] == list(range(start, start + 600))
+    assert len({text[:24] for text in ids}) == 1
+
+
 @given(st.binary(min_size=10, max_size=10), st.integers(0, 2**48 - 2))
 def test_ids_of_a_later_millisecond_are_greater(rand: bytes, unix_ms: int) -> None:
     assert uuid7_block(unix_ms, rand, 3)[-1] < uuid7_block(unix_ms + 1, bytes(10), 1)[0]
