@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from benchmarks.report import Claim, Outcome
 from benchmarks.server import BenchmarkError
-from gateway.inference_log import arrow_tables, frame, sealing, segments
+from gateway.inference_log import arrow_tables, frame, private_files, sealing, segments
 from gateway.inference_log.writer import LogWriter, WriterSettings
 from gateway.provenance.headers import uuid7_block
 
@@ -169,7 +169,7 @@ def _seal(layout: segments.Layout, segment: segments.Segment, first: int, table:
         file.show()
     end = first + len(table)
     commit = segments.Commit(segment.epoch, segment.number, first, end, len(table), 0, "", 0, files)
-    segments.write_json(layout.commit(segment), commit)
+    private_files.write_json(layout.commit(segment), commit)
 
 
 def _unsealed(directory: Path) -> list[str]:

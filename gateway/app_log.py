@@ -28,8 +28,9 @@ from gateway.errors import GatewayError
 from gateway.inference_log import sealer_settings, sink_state
 from gateway.inference_log.handover import InferenceLog, Wall
 from gateway.inference_log.outlet import Outlet
+from gateway.inference_log.private_files import read_json
 from gateway.inference_log.retention import RetentionPolicy
-from gateway.inference_log.segments import SealerState, new_epoch, read_json
+from gateway.inference_log.segments import SealerState, new_epoch
 from gateway.inference_log.writer import LogWriter, WriterSettings
 from gateway.observe.exposition import Family
 from gateway.observe.metrics_log import LogView, SealerView, SinkView, WalView, families

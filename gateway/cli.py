@@ -46,7 +46,7 @@ from gateway.cli_options import (
     Workers,
     read_access,
 )
-from gateway.cli_text import Verb, count, harmless
+from gateway.cli_text import Verb, harmless
 from gateway.config import Config, json_schema, load
 from gateway.errors import ConfigError, Fault, GatewayError
 from gateway.extras import advice
@@ -64,8 +64,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_OF_ONE_MODEL: Final = ("load", "unload", "history", "refresh", "rollback", "split", "promote")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -180,32 +178,15 @@ def _run(config: Config, *, demo: bool = False, reread: Callable[[], Config] | N
 def check(
     config: Annotated[Path, typer.Option("-c", "--config", envvar="GATEWAY_CONFIG", help="The file to check.")],
 ) -> None:
-    from gateway.config_models import find_models, verify  # noqa: PLC0415  # see the header
-    from gateway.config_sources import check_lock  # noqa: PLC0415
-    from gateway.config_variant_models import check_variants  # noqa: PLC0415
-    from gateway.registry.reference import OipServerSource, RegistrySource  # noqa: PLC0415
+    from gateway import cli_check  # noqa: PLC0415  # see the header
 
     settings = load(config, {}, os.environ)
     _require_models(settings)
-    found = find_models(settings)
-    verify(settings, found)
-    check_variants(settings)
-    check_lock(settings)
+    served, notes = cli_check.check_models(settings)
     _show_notes(settings)
-    for _, model in found:
-        for key in model.config.ignored if model.config is not None else ():
-            _say(_console(stderr=True), f"note: {model.source}/config.pbtxt: {key} has no effect here")
-    versions = sum(len(model.versions) for _, model in found)
-    names = {model.name for _, model in found} | {entry.name for entry in settings.models if entry.backends}
-    what = f"{count(len(names), 'model')}, {count(versions, 'version')} to serve"
-    backends = [backend for entry in settings.models for backend in entry.backends]
-    asked = sum(isinstance(settings.source(entry), RegistrySource) for entry in settings.models)
-    if asked:
-        what += f"; {count(asked, 'model')} from registries, not asked"
-    servers = len(backends) + sum(isinstance(settings.source(entry), OipServerSource) for entry in settings.models)
-    if servers:
-        what += f"; {count(servers, 'remote backend')}, not contacted"
-    _say(_console(), f"{config}: no faults; {what}; no model was loaded")
+    for note in notes:
+        _say(_console(stderr=True), f"note: {note}")
+    _say(_console(), f"{config}: no faults; {served}; no model was loaded")
 
 
 @app.command()
@@ -308,43 +289,13 @@ def models(
 
     Loading and unloading need a gateway that was started with --model-control explicit.
     """
-    from gateway import cli_infer  # noqa: PLC0415  # see the header
+    from gateway import cli_models  # noqa: PLC0415  # see the header
 
     access = read_access(timeout, header, ca)
-    if model is None and action in _OF_ONE_MODEL:
-        raise ConfigError(f"name the model: gateway models {action} NAME")
-    name = model or ""
-    if action in ("load", "unload"):
-        cli_infer.change_model(_console(), url, action, name, access)
-        return
-    if action in ("history", "refresh", "rollback"):
-        from gateway import cli_releases  # noqa: PLC0415  # see the header
-
-        if action == "history":
-            cli_releases.history(_console(), ops_url, name, access)
-        else:
-            cli_releases.change(_console(), ops_url, action, name, access, token_file, force=force)
-        return
-    if action in ("split", "promote"):
-        from gateway import cli_split  # noqa: PLC0415  # see the header
-
-        shares = {"canary": canary, "shadow": shadow}
-        cli_split.act(_console(), ops_url, action, name, shares, access, token_file)
-        return
-    if action not in ("list", "status"):
-        raise ConfigError(
-            f"'models {action}' does not exist; write list, status, history, refresh, rollback, split, promote, load "
-            "or unload"
-        )
-    cli_infer.models(_console(), ops_url, access, detailed=action == "status", only=model)
-    if action == "status" and _console().is_terminal:
-        from gateway import cli_split  # noqa: PLC0415  # see the header
-
-        cli_split.show(_console(), ops_url, model, access)
-    if action == "status" and model is not None and _console().is_terminal:
-        from gateway import cli_releases  # noqa: PLC0415  # see the header
-
-        cli_releases.show(_console(), ops_url, model, access)
+    shares = {"canary": canary, "shadow": shadow}
+    cli_models.act(
+        _console(), cli_models.Wanted(action, model, url, ops_url, access, token_file, force=force, shares=shares)
+    )
 
 
 @app.command()

@@ -354,7 +354,10 @@ def ship(
         raise ConfigError("name the database: --dsn env:NAME, or -c with a file that has inference_log: {postgres: …}")
     open_store(where)
     before = read_state(job.directory, NAME)
-    after = cli_log_ship.ship(replace(job, showcase_tables=job.showcase_tables or showcase_tables), wait)
+    job = replace(job, showcase_tables=job.showcase_tables or showcase_tables)
+    after = cli_log_ship.ship(
+        job, wait, lambda text: _console(stderr=True).print(f"note: {text}", markup=False, soft_wrap=True)
+    )
     say(cli_log_ship.shipped_line(before, after))
 
 

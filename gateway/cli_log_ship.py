@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from rich.console import Console
@@ -15,6 +16,9 @@ from gateway.cli_text import count
 from gateway.client import Access, ClientError, fetch
 from gateway.errors import ConfigError
 from gateway.inference_log.sink_state import Job, SinkState
+
+LOOK_S: Final = 0.1
+"""How often it is looked whether the database takes rows, until it was said that it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class Said:
     key: str | None
 
 
-def ship(job: Job, wait_s: float) -> SinkState:
-    """Ship everything that is there now.
+def ship(job: Job, wait_s: float, tell: Callable[[str], object]) -> SinkState:
+    """Ship everything that is there now; `tell` is told what stands in the way, once, while it is tried on.
 
     Raises:
         ConfigError: what is needed is not there.
@@ -42,7 +46,15 @@ def ship(job: Job, wait_s: float) -> SinkState:
     from gateway.inference_log.sinks import Shipper  # noqa: PLC0415 — an extra
 
     def started(shipper: Shipper) -> None:
-        asyncio.get_running_loop().call_later(wait_s, shipper.stop)
+        loop = asyncio.get_running_loop()
+        loop.call_later(wait_s, shipper.stop)
+        loop.call_later(LOOK_S, look, shipper)
+
+    def look(shipper: Shipper) -> None:
+        if (why := shipper.state.failing) is not None:
+            tell(f"{why}; trying on for {wait_s:g} s (--wait), Ctrl-C loses nothing")
+        else:
+            asyncio.get_running_loop().call_later(LOOK_S, look, shipper)
 
     done, state = asyncio.run(sink_process.ship(job, once=True, started=started))
     if not done:

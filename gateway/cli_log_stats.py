@@ -21,9 +21,10 @@ from rich.table import Table
 
 from gateway.cli_text import count, harmless
 from gateway.inference_log.log_queries import explained
+from gateway.inference_log.private_files import read_json
 from gateway.inference_log.rendering import json_text, jsonable
 from gateway.inference_log.retention import holds
-from gateway.inference_log.segments import UNRESOLVED, SealerState, read_json
+from gateway.inference_log.segments import UNRESOLVED, SealerState
 from gateway.inference_log.store import Store
 from gateway.inference_log.verification import verify as check
 

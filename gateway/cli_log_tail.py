@@ -120,7 +120,7 @@ def line_of(row: Mapping[str, Any], *, narrow: bool = False) -> str:
         ran = f"{row['backend']} of {row['batch_size']}"
     elif row["backend"]:
         ran = row["backend"]
-    line = f"{when} {row['status']} {served:<16} {row['total_ms']:7.1f} ms {ran:<13} {row['request_id']}"
+    line = f"{when} {row['status']} {served:<16} {row['total_ms']:7.1f} ms {ran:<20} {row['request_id']}"
     return f"{line} {_printable(row['error'])}" if row["error"] else line
 
 

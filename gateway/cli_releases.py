@@ -6,6 +6,7 @@ Rules: a table where a person watches, tab-separated lines where a program reads
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -44,7 +45,7 @@ def history(out: Console, url: str, model: str, access: Access) -> None:
         table.add_column(heading, overflow="fold", no_wrap=heading in ("when", "what"))
     for line in lines:
         took = "-" if line["took_s"] == "-" else f"{line['took_s']} s"
-        cells = [line["at"], line["outcome"], line["by"], line["from_version"], line["to_version"], took, line["why"]]
+        cells = [line["at"], _words(line), line["by"], line["from_version"], line["to_version"], took, line["why"]]
         table.add_row(*map(escape, cells))
     out.print(table)
 
@@ -62,7 +63,8 @@ def show(out: Console, url: str, model: str, access: Access) -> None:
         else "",
         "unreachable": status.get("trouble"),
         "refused": status.get("refused"),
-        "withheld": f"{status['withheld']}, until the source means something else, or: gateway models refresh --force"
+        "withheld": f"{status['withheld']}, until the source means something else, or: "
+        f"gateway models refresh {shlex.quote(model)} --force"
         if status.get("withheld")
         else "",
     }
@@ -71,7 +73,8 @@ def show(out: Console, url: str, model: str, access: Access) -> None:
             out.print(f"  {heading:<15} {value}", markup=False, highlight=False, soft_wrap=True)
     for one in [_line(one) for one in status.get("history") or []][-SHOWN:]:
         why = f": {one['why']}" if one["why"] != "-" else ""
-        text = f"  {one['at']}  {one['outcome']} by {one['by']}, {one['from_version']} -> {one['to_version']}{why}"
+        versions = one["to_version"] if one["from_version"] == "-" else f"{one['from_version']} -> {one['to_version']}"
+        text = f"  {one['at']}  {_words(one)} by {one['by']}, {versions}{why}"
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -112,6 +115,11 @@ def _status(url: str, model: str, access: Access) -> Mapping[str, Any]:
 def _line(happened: Mapping[str, Any]) -> dict[str, str]:
     cells = {field: str(happened.get(field)) if happened.get(field) not in (None, "") else "-" for field in FIELDS}
     return cells | {"at": _when(happened.get("at"))}
+
+
+def _words(line: Mapping[str, str]) -> str:
+    """What happened, for people."""
+    return line["outcome"].replace("_", " ")
 
 
 def _when(seconds: object) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from gateway.config_section import Section
+from gateway.extras import lacking
 from gateway.registry.reference import SECTIONS, RegistrySource, name_fault, not_allowed
 
 TRACKING_URI: Final = "MLFLOW_TRACKING_URI"
@@ -31,6 +32,8 @@ MAX_SECRET_BYTES: Final = 16_384
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _HOST: Final = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 _LOOKED_UP: Final = r"^(env|file):.+$"
+_ADDRESSES: Final = {"url": "http://mlflow:5000", "endpoint": "http://minio:9000"}
+"""Keys that hold a server's address, each with an example."""
 
 
 class MlflowKeys(Section):
@@ -151,6 +154,8 @@ def source_refusal(source: RegistrySource, keys: RegistriesKeys, *, named: bool)
     """Why a reference cannot be a model's source under `keys`; None if it can be asked for."""
     if getattr(keys, SECTIONS[source.scheme], None) is None:
         return not_allowed(source.scheme)
+    if source.scheme == "s3" and (missing := lacking("obstore")) is not None:
+        return missing
     if not named and name_fault(source.title) is not None:
         return f"'{source.title[:64]}' cannot be a model's name; write one in the key name beside it"
     return None
@@ -173,11 +178,11 @@ def _part_faults(
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     if not isinstance(part, dict):
         return
-    for key in ("url", "endpoint"):
-        if isinstance(url := part.get(key), str) and url and (wrong := _url_fault(url)) is not None:
+    for key, example in _ADDRESSES.items():
+        if isinstance(url := part.get(key), str) and url and (wrong := _url_fault(url, example)) is not None:
             yield (*place, key), wrong
     for key, value in part.items():
-        looked_up = isinstance(value, str) and re.match(_LOOKED_UP, value)
+        looked_up = isinstance(value, str) and key not in _ADDRESSES and re.match(_LOOKED_UP, value)
         if looked_up and (wrong := _secret_fault(value, base, environ)) is not None:
             yield (*place, key), wrong
     for one, other in (("access_key", "secret_key"), ("username", "password")):
@@ -200,14 +205,16 @@ def variables(keys: RegistriesKeys) -> set[str]:
     return found
 
 
-def _url_fault(url: str) -> str | None:
+def _url_fault(url: str, example: str) -> str | None:
     parts = urlsplit(url)
+    if parts.scheme in ("env", "file"):
+        return f"{parts.scheme}: is for credentials only; write the address itself, for example {example}"
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return "is no address of a server; write for example http://mlflow:5000"
+        return f"is no address of a server; write for example {example}"
     if "@" in parts.netloc:
         return "holds a user name or password; write those under username and password, as env: or file:"
     if parts.query or parts.fragment:
-        return "has more than an address and a path; write for example http://mlflow:5000"
+        return f"has more than an address and a path; write for example {example}"
     try:
         _ = parts.port
     except ValueError:

@@ -67,7 +67,8 @@ def read_tree(path: Path) -> Tree:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        hint = "check the path given with -c" if isinstance(error, FileNotFoundError) else "it must be readable"
+        hints = {FileNotFoundError: "check the path given with -c", IsADirectoryError: "name the file in it with -c"}
+        hint = hints.get(type(error), "it must be readable")
         raise ConfigError([Fault(file, 0, "", f"{error.strerror}; {hint}")]) from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError([Fault(file, 0, "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB")])

@@ -68,14 +68,20 @@ def explain(kind: type[Section], details: ErrorDetails) -> str:
     if known is not None and known.repr is False:  # what stands there may be the secret itself
         return f"expected env:VARIABLE or file:PATH, the place where it is; {example}"
     if error in _EXPECTED:
-        quoted = isinstance(value, int | float) and not isinstance(value, bool) and error == "string_type"
-        hint = f'write {key}: "{value}" (in quotes)' if quoted else example
+        hint = f'write {key}: "{value}" (in quotes)' if error == "string_type" and _names(value, known) else example
         return f"{_EXPECTED[error]}, found {shown(value)}; {hint}"
     if error == "literal_error":
         return _explain_choice(value, str(context["expected"]))
     if error == "string_pattern_mismatch":
         return _explain_pattern(value, key, str(context["pattern"]), example)
     return f"{_explain_bound(details, context)}; {example}"
+
+
+def _names(value: object, known: FieldInfo | None) -> bool:
+    """Whether the number only lacks its quotes: the key holds a name. An address or a path is never a number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return known is None or not known.examples or re.fullmatch(r"[\w-]+", str(known.examples[0])) is not None
 
 
 def _explain_pattern(value: object, key: str, pattern: str, example: str) -> str:

@@ -64,7 +64,7 @@ class BackendView:
     """Batches it is given at one time, at most."""
     in_flight: int
     latency_ms: float | None
-    """How long a batch like its latest would take now, by what was seen; None: nothing was."""
+    """How long a batch like its latest would take now, by what was seen; None: nothing was, or it is away."""
     share: float
     """Its part of the attempts of this model version in the last ten seconds."""
 
@@ -211,7 +211,8 @@ class Backends:
             seconds_left=None if left is None else round(left, 3),
             slots=seen.slots,
             in_flight=seen.in_flight,
-            latency_ms=round(seen.ewma_s * 1e3, 3) if seen.ewma_s > 0.0 else None,
+            # Of one that is away it would be the penalty for how it left.
+            latency_ms=round(seen.ewma_s * 1e3, 3) if seen.ewma_s > 0.0 and seen.state != "unavailable" else None,
             share=round(seen.share, 4),
         )
 

@@ -68,9 +68,11 @@ def test_faults_say_what_to_change(
     directory = segments.prepare(tmp_path / "log").directory
     assert main(["log", "ship", "--dir", str(directory), "--dsn", "env:NOT_SET_ANYWHERE"]) == 2
     assert "NOT_SET_ANYWHERE" in capsys.readouterr().err
-    assert main(["log", "ship", "--dir", str(directory), "--dsn", "env:LOG_DSN", "--wait", "0.3"]) == 1
+    assert main(["log", "ship", "--dir", str(directory), "--dsn", "env:LOG_DSN", "--wait", "0.5"]) == 1
     told = capsys.readouterr().err
-    assert "not everything was shipped within 0.3 s: PostgreSQL cannot be reached" in told
+    assert told.startswith("note: PostgreSQL cannot be reached"), "who waits is told at once what for"
+    assert "; trying on for 0.5 s (--wait)" in told
+    assert "not everything was shipped within 0.5 s: PostgreSQL cannot be reached" in told
     assert "s3cret" not in told
 
 

@@ -107,7 +107,20 @@ def test_what_is_withheld_and_what_was_never_asked_is_said_in_words(
         out = shown()
         cli_releases.show(out, url, "digits", Access(5.0))
     assert "every 30 s, not asked since the start" in text_of(out)
-    assert "withheld        m-5, until the source means something else, or: gateway models refresh" in text_of(out)
+    assert "m-5, until the source means something else, or: gateway models refresh digits --force" in text_of(out)
+
+
+def test_people_read_what_happened_in_words(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = STATUS["history"][0] | {"outcome": "loaded", "by": "start", "from_version": "", "to_version": "3"}
+    back = STATUS["history"][0] | {"outcome": "rolled_back", "by": "operator", "from_version": "4", "to_version": "3"}
+    monkeypatch.setitem(STATUS, "history", [first, back])
+    with serving(port) as url:
+        out, table = shown(), shown()
+        cli_releases.show(out, url, "digits", Access(5.0))
+        cli_releases.history(table, url, "digits", Access(5.0))
+    assert "loaded by start, 3\n" in text_of(out)
+    assert "rolled back by operator, 4 -> 3\n" in text_of(out)
+    assert "rolled back" in text_of(table)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,17 @@ CORPUS: list[tuple[str, list[str]]] = [
         "models:\n  - name: a\n    backends: [{url: 'http://h', name: onnx-1}]",
         ["3: models[0].backends[0].name: is what the gateway calls its own workers; choose another"],
     ),
-    ("models: [{source: 5}]", ['1: models[0].source: expected text, found 5; write source: "5" (in quotes)']),
+    ("models: [{source: 5}]", ["1: models[0].source: expected text, found 5; write for example source: ./models"]),
+    ("server: {host: 5}", ["1: server.host: expected text, found 5; write for example host: 127.0.0.1"]),
+    ("models: [{source: ., name: 7}]", ['1: models[0].name: expected text, found 7; write name: "7" (in quotes)']),
+    (
+        "models: [{name: a, backends: [{url: 5}]}]",
+        ["1: models[0].backends[0].url: expected text, found 5; write for example url: http://triton-a:8000"],
+    ),
+    (
+        "models: [{name: a, backends: [{url: 'http://a', zone: 1}]}]",
+        ['1: models[0].backends[0].zone: expected text, found 1; write zone: "1" (in quotes)'],
+    ),
     (
         "models:\n  - {source: ., name: a}\n  - {source: ., name: a}",
         ["3: models[1].name: the name 'a' is taken by models[0]; choose another"],
@@ -356,7 +366,7 @@ def test_aliases_are_followed_but_cannot_explode(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file or directory; check the path given with -c"):
         load(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory; name the file in it with -c"):
         load(tmp_path)
     big = tmp_path / "big.yaml"
     big.write_bytes(b"#" * (256 * 1024 + 1))

@@ -63,6 +63,11 @@ def test_a_name_that_cannot_be_one_needs_another(tmp_path: Path) -> None:
     [
         ("{mlflow: {}}", "registries.mlflow.url: "),
         ("{mlflow: {url: 'ftp://h'}}", "registries.mlflow.url: is no address of a server"),
+        ("{mlflow: {url: 'env:NOT_SET'}}", "url: env: is for credentials only; write the address itself, for example"),
+        (
+            "{s3: {endpoint: 'file:nowhere', buckets: [m]}}",
+            "endpoint: file: is for credentials only; write the address",
+        ),
         ("{mlflow: {url: 'http://ada:secret@h'}}", "registries.mlflow.url: holds a user name or password"),
         ("{mlflow: {url: 'http://h:99999'}}", "no usable port"),
         ("{mlflow: {url: 'http://h/?token=secret'}}", "has more than an address and a path"),

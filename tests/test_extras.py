@@ -54,6 +54,23 @@ def test_a_log_that_could_not_be_sealed_is_refused(
         load(file)
 
 
+def test_a_model_of_an_object_store_that_could_not_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(
+        "registries: {s3: {endpoint: 'http://h', buckets: [models]}, mlflow: {url: 'http://h'}}\n"
+        "models:\n  - {name: b, source: 'models:/b@x'}\n  - {name: a, source: 's3://models/a'}\n"
+    )
+    load(file)
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    (fault,) = caught.value.faults
+    assert (fault.line, fault.where) == (4, "models[1].source")
+    assert fault.message == "needs obstore, which is not installed: pip install 'oip-gateway[objects]'"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -91,8 +91,14 @@ async def test_what_a_replica_knows_of_its_absence_is_shown() -> None:
     bench = bench_of("oip", "oip")
     gone: Any = bench.backend.replicas[0]
     gone.cause, gone.url = "cannot connect: refused", "http://a:8000"
+    fleet, now = bench.scheduler.fleets[0], bench.loop.time()
+    for member in fleet.members:
+        fleet.began(member, 1, now)
+        fleet.succeeded(member, 1, 0.5, 0.0, now)
     gone.set_available(False)
     first, second = backends_of(Version(bench)).views()
+    assert first.latency_ms is None, "the penalty for how it left says nothing of how fast it is"
+    assert second.latency_ms is not None
     assert (first.state, first.cause, first.url) == ("unavailable", "cannot connect: refused", "http://a:8000")
     assert (second.state, second.cause, second.url) == ("closed", "", "")
     await bench.finish()

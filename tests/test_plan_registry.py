@@ -76,7 +76,7 @@ async def served(registered: RegisteredModels) -> Any:
     artifact, _ = wanted.read()
     await wanted.load(artifact)
     assert wanted.confirm is not None
-    wanted.confirm()
+    wanted.confirm("", "")
     return wanted, artifact
 
 

@@ -426,7 +426,7 @@ async def test_requests_too_large_to_look_up_pass_by() -> None:
 def test_the_configuration_decides_how_much_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text("server: {response_cache: {max_bytes: 5000, ttl_s: 2.5}}")
-    store = Gateway(load_config(file, {}, {})).pipeline._store
+    store = Gateway(load_config(file, {}, {})).models.pipeline._store
     assert store is not None
     assert (store.max_bytes, store.ttl_s) == (5000, 2.5)
     file.write_text("server: {response_cache: {max_bytes: 1}}")

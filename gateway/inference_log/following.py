@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from gateway.inference_log import wal
-from gateway.inference_log.segments import Layout, Segment, read_file
+from gateway.inference_log.private_files import read_file
+from gateway.inference_log.segments import Layout, Segment
 from gateway.inference_log.store import Store, tables_of
 
 COLUMNS: Final = (

@@ -23,7 +23,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gateway.inference_log import retention, sealing, segments
+from gateway.inference_log import private_files, retention, sealing
 from gateway.inference_log.sealing import Step, quiet
 from gateway.inference_log.segments import Commit, Layout, Ledger, Merge
 
@@ -105,7 +105,7 @@ def _merge(layout: Layout, partition: retention.Partition, files: Sequence[Path]
         step("merged")
         merge = Merge(stored, [layout.relative(path) for path in files], now_us)
         record = layout.sealed / f"merge-{identity}.json"
-        segments.write_json(record, merge)
+        private_files.write_json(record, merge)
         step("announced")
         output.show()
         step("shown")
@@ -136,7 +136,7 @@ def _finish(layout: Layout, record: Path, merge: Merge, step: Step) -> None:
     for name in merge.replaces:
         (layout.directory / name).unlink(missing_ok=True)
         step("removed")
-    segments.sync_directory((layout.directory / merge.output.path).parent)
+    private_files.sync_directory((layout.directory / merge.output.path).parent)
     _file(layout, _day(merge.merged_us), [], [merge])
     step("filed")
     record.unlink()
@@ -146,7 +146,7 @@ def fold(layout: Layout, wals: Sequence[Layout], now_us: int, many: int = MANY) 
     """Puts commit records whose WAL file is gone into the ledgers, once there are many of them; returns how many."""
     left = {segment for wal in wals for epoch in wal.epochs() for segment in wal.segments(epoch)}
     waiting = sorted(layout.committed() - left)
-    found = [(segment, segments.read_json(layout.commit(segment), Commit)) for segment in waiting]
+    found = [(segment, private_files.read_json(layout.commit(segment), Commit)) for segment in waiting]
     done = [(segment, commit) for segment, commit in found if commit and now_us - commit.sealed_us > 60_000_000]
     if len(done) < many:
         return 0
@@ -160,14 +160,14 @@ def fold(layout: Layout, wals: Sequence[Layout], now_us: int, many: int = MANY) 
 def _file(layout: Layout, day: str, commits: list[Commit], merges: list[Merge]) -> None:
     """Adds entries to a day's ledger; those it has already are not added again."""
     path = layout.ledger(day)
-    ledger = segments.read_json(path, Ledger) if path.exists() else Ledger()
+    ledger = private_files.read_json(path, Ledger) if path.exists() else Ledger()
     if ledger is None:
         raise OSError(f"{path} cannot be read; put it back from a backup, or move it away")
     known = {(commit.epoch, commit.number) for commit in ledger.commits}
     outputs = {merge.output.path for merge in ledger.merges}
     ledger.commits += [commit for commit in commits if (commit.epoch, commit.number) not in known]
     ledger.merges += [merge for merge in merges if merge.output.path not in outputs]
-    segments.write_json(path, ledger)
+    private_files.write_json(path, ledger)
 
 
 def _day(us: int) -> str:

@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 
 from gateway.errors import ConfigError
-from gateway.inference_log import segments
+from gateway.inference_log import private_files, segments
 from gateway.inference_log.frame import Event
 from gateway.inference_log.segments import Layout
 from gateway.inference_log.writer import write_events
@@ -100,7 +100,7 @@ def holds(layout: Layout) -> Holds:
     for path in sorted(layout.holds.glob("*")) if layout.holds.is_dir() else []:
         if path.name.startswith("."):
             continue
-        hold = segments.read_json(path, Hold)
+        hold = private_files.read_json(path, Hold)
         if hold is None or not _dates_are_sound(hold):
             unreadable.append(path.name)
         else:
@@ -121,8 +121,8 @@ def place_hold(layout: Layout, hold: Hold) -> Path:
     path = layout.holds / f"{hold.name}.json"
     if path.exists():
         raise ConfigError(f"hold {hold.name} is in force already; release it first or choose another name")
-    segments.make_directory(layout.holds)
-    segments.write_json(path, hold)
+    private_files.make_directory(layout.holds)
+    private_files.write_json(path, hold)
     return path
 
 
@@ -136,7 +136,7 @@ def release_hold(layout: Layout, name: str) -> None:
     if not HOLD_NAME.fullmatch(name) or not path.exists():
         raise ConfigError(f"there is no hold named {name[:64]!r}; see: gateway log hold list")
     path.unlink()
-    segments.sync_directory(layout.holds)
+    private_files.sync_directory(layout.holds)
 
 
 def _dates_are_sound(hold: Hold) -> bool:
@@ -195,7 +195,7 @@ def apply(layout: Layout, policy: RetentionPolicy, now_us: int, shipped: Mapping
         for path in files:
             path.unlink()
         partition.path.rmdir()
-        segments.sync_directory(partition.path.parent)
+        private_files.sync_directory(partition.path.parent)
         total = Deleted(total.partitions + 1, total.files + one.files, total.bytes + one.bytes)
     return total
 

@@ -30,7 +30,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.errors import ConfigError, GatewayError
-from gateway.inference_log import merging, retention, sealing, segments, sinks
+from gateway.inference_log import merging, private_files, retention, sealing, segments, sinks
 from gateway.inference_log.retention import RetentionPolicy
 from gateway.inference_log.sealer_settings import SealerSettings
 from gateway.inference_log.sealing import Step, quiet
@@ -75,7 +75,7 @@ class Sealer:
             ConfigError: the directory cannot be used.
         """
         segments.prepare(self._layout.directory)
-        self._lock = segments.take_lock(self._layout.directory / "sealer.lock")
+        self._lock = private_files.take_lock(self._layout.directory / "sealer.lock")
         if self._lock is None:
             raise SealerBusy(f"{self._layout.directory}: its sealer is running and seals by itself")
         for leftover in self._layout.directory.rglob(".*.tmp"):
@@ -127,7 +127,7 @@ class Sealer:
         failing = "; ".join([*self._faults[:4], *self._keeping_faults[:4]]) or None
         self._state = _changed(self._state, at_us=self._now_us(), failing=failing)
         with contextlib.suppress(OSError):
-            segments.write_json(self._layout.sealer_state, self._state)
+            private_files.write_json(self._layout.sealer_state, self._state)
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
@@ -147,7 +147,7 @@ class Sealer:
             with contextlib.suppress(OSError):  # just being made, or given up before it had a lock
                 home.rmdir()
             return 0, 0, 0
-        lock = segments.take_lock(home / "lock")
+        lock = private_files.take_lock(home / "lock")
         try:
             final = self._final(wals, epoch, alive=lock is None)
             done = sum(self._one(wals, segment) for segment in final)
@@ -247,7 +247,7 @@ def _sweep(home: Path) -> None:
     if [path.name for path in home.iterdir()] == ["lock"]:
         (home / "lock").unlink()
         home.rmdir()
-        segments.sync_directory(home.parent)
+        private_files.sync_directory(home.parent)
 
 
 def _size(directory: Path) -> int:

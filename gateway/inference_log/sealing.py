@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gateway.inference_log import arrow_tables, segments, wal
+from gateway.inference_log import arrow_tables, private_files, segments, wal
 from gateway.inference_log.frame import Event, Frame, FrameError, Requests, decode
 from gateway.inference_log.segments import Commit, Layout, Loss, Segment, StoredFile
 
@@ -59,7 +59,7 @@ def seal(layout: Layout, segment: Segment, now_us: int, step: Step = quiet) -> C
         OSError: the disk refused; nothing has changed that counts.
     """
     path = layout.segment(segment)
-    data = segments.read_file(path)
+    data = private_files.read_file(path)
     reading = wal.read(data, segment.epoch, segment.number)
     losses = list(_losses(reading, _first_position_after(layout, segment)))
     if not reading.records and not losses:
@@ -88,7 +88,7 @@ def seal(layout: Layout, segment: Segment, now_us: int, step: Step = quiet) -> C
     )
     if unreadable or any(not loss.entry.torn for loss in losses):
         _keep(layout, segment)
-    segments.write_json(layout.commit(segment), commit)
+    private_files.write_json(layout.commit(segment), commit)
     step("committed")
     remove(layout, segment, step)
     return commit
@@ -99,7 +99,7 @@ def remove(layout: Layout, segment: Segment, step: Step = quiet) -> None:
     path = layout.segment(segment)
     with suppress(FileNotFoundError):
         path.unlink()
-        segments.sync_directory(path.parent)
+        private_files.sync_directory(path.parent)
     step("removed")
 
 
@@ -201,16 +201,16 @@ def _tell_losses(files: _Files, segment: Segment, losses: list[_Lost], now_us: i
 
 def _keep(layout: Layout, segment: Segment) -> None:
     """A second name for a damaged segment: what could not be read here may be worth something to somebody."""
-    segments.make_directory(layout.damaged)
+    private_files.make_directory(layout.damaged)
     with suppress(FileExistsError):
         (layout.damaged / f"{segment.name}.wal").hardlink_to(layout.segment(segment))
-        segments.sync_directory(layout.damaged)
+        private_files.sync_directory(layout.damaged)
 
 
 def _first_position_after(layout: Layout, segment: Segment) -> int | None:
     path = layout.segment(Segment(segment.epoch, segment.number + 1))
     try:
-        head = segments.read_file(path)[: wal.HEADER_BYTES]
+        head = private_files.read_file(path)[: wal.HEADER_BYTES]
     except FileNotFoundError:
         return None
     header = wal.read(head, segment.epoch, segment.number + 1).header
@@ -272,8 +272,8 @@ class ParquetFile:
     def __init__(self, path: Path, kind: pa.Schema) -> None:
         self.path = path
         self._hidden = path.with_name(f".{path.name}.tmp")
-        segments.make_directory(path.parent)
-        self._context = segments.open_new(self._hidden)
+        private_files.make_directory(path.parent)
+        self._context = private_files.open_new(self._hidden)
         self._stream = self._context.__enter__()
         dictionary = [name for name in DICTIONARY if name.split(".")[0] in kind.names]
         self._writer: Any = pq.ParquetWriter(
@@ -306,7 +306,7 @@ class ParquetFile:
     def show(self) -> None:
         """Gives the file its name."""
         self._hidden.replace(self.path)
-        segments.sync_directory(self.path.parent)
+        private_files.sync_directory(self.path.parent)
 
     def give_up(self) -> None:
         """Forgets the file, unless it has its name already."""

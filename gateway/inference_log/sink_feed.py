@@ -30,7 +30,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gateway.inference_log import arrow_tables, frame, wal
-from gateway.inference_log.segments import Commit, Layout, Ledger, Merge, Segment, StoredFile, read_file, read_json
+from gateway.inference_log.private_files import read_file, read_json
+from gateway.inference_log.segments import Commit, Layout, Ledger, Merge, Segment, StoredFile
 
 log = logging.getLogger("gateway.inference_log")
 

@@ -20,7 +20,8 @@ from typing import Final
 
 from gateway.errors import ConfigError
 from gateway.inference_log.postgres import Postgres, PostgresSettings, read_dsn
-from gateway.inference_log.segments import prepare, take_lock
+from gateway.inference_log.private_files import take_lock
+from gateway.inference_log.segments import prepare
 from gateway.inference_log.sink_feed import Feed
 from gateway.inference_log.sink_state import NAME, Job, SinkState, state_file
 from gateway.inference_log.sinks import Shipper

@@ -10,7 +10,8 @@ from typing import Final
 
 import msgspec
 
-from gateway.inference_log.segments import Layout, read_json
+from gateway.inference_log.private_files import read_json
+from gateway.inference_log.segments import Layout
 
 NAME: Final = "postgres"
 

@@ -27,7 +27,7 @@ import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from gateway.errors import GatewayError
-from gateway.inference_log.segments import write_json
+from gateway.inference_log.private_files import write_json
 from gateway.inference_log.sink_feed import Feed, Piece
 from gateway.inference_log.sink_state import SinkState, read_state, shipped_up_to, state_file
 

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Final
 from gateway.errors import ConfigError, GatewayError
 from gateway.inference_log import arrow_tables, frame, wal
 from gateway.inference_log.feedback import LABELLED_VIEW, LABELS_VIEW, UNMATCHED_VIEW
-from gateway.inference_log.segments import STREAMS, Layout, Segment, Snapshot, read_file
+from gateway.inference_log.private_files import read_file
+from gateway.inference_log.segments import STREAMS, Layout, Segment, Snapshot
 
 if TYPE_CHECKING:
     import duckdb

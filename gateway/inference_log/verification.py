@@ -22,7 +22,8 @@ from typing import Any, Final
 
 from gateway.inference_log import wal
 from gateway.inference_log.log_queries import explained
-from gateway.inference_log.segments import Commit, Layout, Merge, Segment, StoredFile, read_file
+from gateway.inference_log.private_files import read_file
+from gateway.inference_log.segments import Commit, Layout, Merge, Segment, StoredFile
 from gateway.inference_log.store import VIEWS, LogReadError, Store
 
 CHUNK_BYTES: Final = 1 << 20

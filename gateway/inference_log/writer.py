@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.errors import ConfigError
-from gateway.inference_log import segments, wal
+from gateway.inference_log import private_files, segments, wal
 from gateway.inference_log.frame import Event, encode
 
 TURN_S: Final = 0.005
@@ -188,9 +188,9 @@ class LogWriter:
     def _take_lock(self, home: Path) -> int:
         """The lock of our own epoch. The sealer may take a new directory for an abandoned one and sweep it away."""
         for _ in range(LOCK_ATTEMPTS):
-            segments.make_directory(home)
+            private_files.make_directory(home)
             try:
-                lock = segments.take_lock(home / "lock")
+                lock = private_files.take_lock(home / "lock")
             except FileNotFoundError:
                 continue
             if lock is None:
@@ -300,7 +300,7 @@ class LogWriter:
             os.fchmod(descriptor, 0o600)
             header = wal.SegmentHeader(self.epoch, number, self._position, time.time_ns() // 1000)
             _write_all(descriptor, [wal.segment_header(header)])
-            segments.sync_directory(path.parent)
+            private_files.sync_directory(path.parent)
         except OSError:
             os.close(descriptor)
             raise

@@ -2,13 +2,12 @@
 
     <cache>/sha256/<hex>/         the files of a version whose digest is sha256:<hex> (digest.py)
     <cache>/sha256/<hex>.json     where they came from, and when
-    <cache>/incoming/<token>/     files on their way; <token>.busy is locked while somebody writes there
-    <cache>/incoming/<id>.turn    locked by whoever fetches one version, so that others wait and find it
+    <cache>/incoming/             files on their way, see cache_incoming.py
 
 A version is fetched into `incoming`, hashed, compared with every digest that is known for it, synced to the disk, made
 read-only, and renamed into its place. So a directory under `sha256` is whole, or was changed by somebody else: it is
 hashed again each time it is read, and one that is not what its name says is never served, but thrown away and fetched
-anew. A process that is killed leaves something in `incoming` only, which the next fetch removes.
+anew.
 
 Several processes may share a cache. All methods block on the disk; errors of it are SourceUnavailable.
 """
@@ -16,17 +15,10 @@ Several processes may share a cache. All methods block on the disk; errors of it
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
 import logging
 import os
-import shutil
-import stat
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +26,7 @@ from typing import Any, Final
 
 from gateway.core.model import ArtifactFile
 from gateway.errors import ConfigError, SourceError, SourceUnavailable
+from gateway.registry.cache_incoming import Incoming, move, replace_file, settle
 from gateway.registry.digest import read_artifact
 from gateway.registry.resolver import Dataset, Lineage, Resolved
 
@@ -42,9 +35,6 @@ log = logging.getLogger("gateway.registry")
 MAX_ORIGINS: Final = 16
 """Origins of one digest that are remembered, newest first."""
 MAX_RECORD: Final = 4 * 1024 * 1024
-_TURN_AGE_S: Final = 86_400.0
-_TURN_S: Final = 0.1
-"""Between two looks whether another process has finished fetching."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +89,7 @@ class Cache:
         """`turn_s`: how long another process's fetch of the same version is waited for."""
         self.directory = directory
         self._turn_s = turn_s
+        self._incoming = Incoming(directory / "incoming")
         self._hits = self._fetches = self._fetched_bytes = self._damaged = self._collected = 0
 
     # -- looking ---------------------------------------------------------------------------------------------------
@@ -173,7 +164,7 @@ class Cache:
         if wanted is not None and (found := self._open_checked(wanted, resolved, check)) is not None:
             return found
         try:
-            with self._turn(resolved):
+            with self._incoming.turn(f"{resolved.registry}\n{resolved.immutable_id}", resolved.uri, self._turn_s):
                 wanted = digest or self.known(resolved)  # whoever had the turn before has fetched it
                 if wanted is not None and (found := self._open_checked(wanted, resolved, check)) is not None:
                     return found
@@ -196,7 +187,7 @@ class Cache:
         return found
 
     def _fetch(self, resolved: Resolved, fetch: Callable[[Path], None], check: Check) -> Cached:
-        with self._incoming() as directory:
+        with self._incoming.directory() as directory:
             fetch(directory)
             try:
                 artifact = read_artifact(directory, "", "", model_file="")
@@ -206,11 +197,11 @@ class Cache:
                 raise SourceError(f"{resolved.uri} has no files")
             _compare(resolved, artifact.files)
             check(artifact.digest)
-            _settle(directory)
+            settle(directory)
             target = self.path(artifact.digest)
             target.parent.mkdir(parents=True, exist_ok=True)
             if self.open(artifact.digest) is None:  # the same files may have come from elsewhere
-                _move(directory, target)
+                move(directory, target)
         self._fetches += 1
         self._fetched_bytes += sum(file.size for file in artifact.files)
         at = self._remember(artifact.digest, resolved)
@@ -239,50 +230,8 @@ class Cache:
             return same[0].fetched_at
         kept = [o for o in before if o not in same][: MAX_ORIGINS - 1]
         document = {"digest": digest, "origins": [_document(origin), *map(_document, kept)]}
-        _replace(self.path(digest).with_suffix(".json"), json.dumps(document, indent=1).encode())
+        replace_file(self.path(digest).with_suffix(".json"), json.dumps(document, indent=1).encode())
         return now
-
-    @contextlib.contextmanager
-    def _turn(self, resolved: Resolved) -> Iterator[None]:
-        """Only one process fetches a version at a time."""
-        identity = f"{resolved.registry}\n{resolved.immutable_id}".encode()
-        path = self.directory / "incoming" / f"{hashlib.sha256(identity).hexdigest()}.turn"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + self._turn_s
-        with path.open("w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise SourceUnavailable(f"another process is still fetching {resolved.uri}") from None
-                    time.sleep(_TURN_S)
-            yield
-
-    @contextlib.contextmanager
-    def _incoming(self) -> Iterator[Path]:
-        """An empty directory of our own; whatever is left in it goes, also after our death."""
-        folder = self.directory / "incoming"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._sweep(folder)
-        path = folder / uuid.uuid4().hex
-        busy = path.with_suffix(".busy")
-        with _held(busy):
-            path.mkdir(mode=0o700)
-            try:
-                yield path
-            finally:
-                _erase(path)
-                busy.unlink(missing_ok=True)
-
-    def _sweep(self, folder: Path) -> None:
-        """Remove what dead processes left."""
-        for busy in folder.glob("*.busy"):
-            with contextlib.suppress(OSError), busy.open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _erase(busy.with_suffix(""))
-                busy.unlink(missing_ok=True)
 
     # -- keeping less ----------------------------------------------------------------------------------------------
 
@@ -303,21 +252,13 @@ class Cache:
         for digest in gone:
             self._remove(digest)
             self._collected += 1
-        self._sweep_turns()
+        self._incoming.sweep_turns()
         return gone
-
-    def _sweep_turns(self) -> None:
-        """Lock files that nobody has wanted for a day."""
-        for turn in (self.directory / "incoming").glob("*.turn"):
-            with contextlib.suppress(OSError), turn.open("r") as lock:
-                if time.time() - turn.stat().st_mtime > _TURN_AGE_S:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    turn.unlink(missing_ok=True)
 
     def _remove(self, digest: str) -> None:
         """First out of its place, in one step, so that nobody finds half of it."""
         with contextlib.suppress(OSError):
-            with self._incoming() as away:
+            with self._incoming.directory() as away:
                 path = self.path(digest)
                 path.chmod(0o700)
                 path.rename(away / "gone")
@@ -330,20 +271,6 @@ class Cache:
         return f"<Cache {self.directory}>"
 
 
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """A lock file of our own, locked; made again if somebody swept it before it was locked."""
-    while True:
-        with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            found = None
-            with contextlib.suppress(FileNotFoundError):
-                found = path.stat().st_ino
-            if found == os.fstat(lock.fileno()).st_ino:
-                yield
-                return
-
-
 def _compare(resolved: Resolved, files: Collection[ArtifactFile]) -> None:
     """Whether the files are what their source states. Raises SourceError."""
     found = {file.path: file.sha256 for file in files}
@@ -352,60 +279,6 @@ def _compare(resolved: Resolved, files: Collection[ArtifactFile]) -> None:
             raise SourceError(
                 f"{resolved.uri}: {path} has SHA-256 {found.get(path, '(not there)')}, its registry states {wanted}"
             )
-
-
-def _settle(directory: Path) -> None:
-    """Everything below is on the disk, and nobody writes to it any more; only regular files and directories remain."""
-    for folder, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            path = Path(folder) / name
-            if path.is_symlink():
-                raise SourceError(f"the version holds the link {name}; only files are taken")
-            path.chmod(0o444)
-            _sync(path)
-        if Path(folder) != directory:
-            Path(folder).chmod(0o555)
-        _sync(Path(folder))
-
-
-def _move(directory: Path, target: Path) -> None:
-    """Take a version in, in one step; whoever was faster with the same files has done it."""
-    try:
-        directory.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        return
-    target.chmod(0o555)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _erase(path: Path) -> None:
-    """Remove a tree, read-only or not."""
-    for folder, _, _ in os.walk(path):
-        with contextlib.suppress(OSError):
-            Path(folder).chmod(stat.S_IRWXU)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    made = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with made.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -171,8 +171,10 @@ def locate_mlflow(text: str) -> MlflowReference:
 def locate_object(text: str) -> ObjectReference:
     """Raises ValueError, as `locate_reference`."""
     found = _OBJECT.fullmatch(text)
-    if found is None or _BUCKET.fullmatch(found["bucket"]) is None:
+    if found is None:
         raise ValueError("is no reference of an object store; write s3://BUCKET/KEY or s3://BUCKET/KEY?versionId=ID")
+    if _BUCKET.fullmatch(found["bucket"]) is None:
+        raise ValueError("has no usable name of a bucket; write s3://BUCKET/KEY, BUCKET of 3 to 63 of a-z 0-9 . -")
     key = (found["key"] or "").strip("/")
     _check_path(key)
     if not key and found["version"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from gateway.inference_log import frame, segments, wal
+from gateway.inference_log import frame, private_files, segments, wal
 from gateway.inference_log.frame import Batch, Column, Detail, Requests, Row
 from gateway.inference_log.segments import Layout
 from gateway.provenance.headers import UUID7_RANDOM_BYTES, uuid7_block
@@ -102,7 +102,7 @@ def numbers_in_wal(directory: Path) -> list[int]:
     layout = Layout(directory)
     found = []
     for segment in layout.snapshot().wal:
-        data = segments.read_file(layout.segment(segment))
+        data = private_files.read_file(layout.segment(segment))
         for record in wal.read(data, segment.epoch, segment.number).records:
             found += numbers_of(record.payload)
     return found

@@ -15,7 +15,8 @@ import pytest
 from msgspec.structs import replace
 
 from gateway.errors import ConfigError
-from gateway.inference_log.exporting import FORMS, Selection, export_log
+from gateway.inference_log.exported_file import FORMS
+from gateway.inference_log.exporting import Selection, export_log
 from gateway.inference_log.flattening import Roles
 from gateway.inference_log.frame import Column, Event, Requests
 from gateway.inference_log.store import Store

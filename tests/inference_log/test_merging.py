@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gateway.inference_log import merging, sealing, segments
+from gateway.inference_log import merging, private_files, sealing, segments
 from gateway.inference_log.segments import Layout, Segment
 from tests.inference_log.log_rows import DAY_S, NOON, encoded, new_epoch, numbers_in_parquet, segment_bytes
 
@@ -23,7 +23,7 @@ def sealed(layout: Layout, count: int, at: float = NOON) -> str:
     """`count` segments of three rows each, a row of another model among them."""
     epoch = new_epoch()
     segments.prepare(layout.directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     for number in range(count):
         start = number * 3
         frames = [(encoded([start, start + 1], at=at), 2), (encoded([start + 2], "salary", at), 1)]
@@ -132,7 +132,7 @@ def test_a_commit_record_stays_while_its_wal_file_is_there(layout: Layout, tmp_p
     """Of a spilt segment too, whose WAL lies elsewhere: without the record it would be sealed again."""
     epoch = sealed(layout, 2)
     spill = Layout(layout.directory, tmp_path / "spill")
-    segments.make_directory(spill.epoch(epoch))
+    private_files.make_directory(spill.epoch(epoch))
     spill.segment(Segment(epoch, 1)).write_bytes(b"")
     assert merging.fold(layout, [layout, spill], LATER_US, many=1) == 1
     assert layout.committed() == {Segment(epoch, 1)}

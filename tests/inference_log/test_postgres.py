@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 
 from gateway.errors import ConfigError
-from gateway.inference_log import frame, postgres_schema, segments
+from gateway.inference_log import frame, postgres_schema, private_files, segments
 from gateway.inference_log.frame import NO_BATCH, Column, Detail, Event, Requests
 from gateway.inference_log.postgres import Postgres, PostgresSettings, read_dsn
 from gateway.inference_log.segments import Layout, Segment
@@ -39,7 +39,7 @@ def directory(tmp_path: Path) -> Path:
 def write(directory: Path, *frames: tuple[bytes, int], epoch: str = "") -> str:
     """One segment with these frames; its epoch."""
     layout, epoch = Layout(directory), epoch or new_epoch()
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     layout.segment(Segment(epoch, 0)).write_bytes(segment_bytes(epoch, 0, 0, frames, end=True))
     return epoch
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gateway.errors import ConfigError
-from gateway.inference_log import retention, sealing, segments
+from gateway.inference_log import private_files, retention, sealing, segments
 from gateway.inference_log.frame import Event
 from gateway.inference_log.retention import Hold, Partition, RetentionPolicy
 from gateway.inference_log.sealer import Sealer
@@ -29,7 +29,7 @@ def stored(layout: Layout, ages: Mapping[int, str]) -> str:
     epoch = new_epoch()
     frames = [(encoded([age], model=model, at=NOON - age * DAY_S), 1) for age, model in ages.items()]
     segments.prepare(layout.directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     layout.segment(Segment(epoch, 0)).write_bytes(segment_bytes(epoch, 0, 0, frames, end=True))
     sealing.seal(layout, Segment(epoch, 0), NOON * 10**6)
     return epoch
@@ -108,7 +108,7 @@ def test_a_hold_that_cannot_be_read_keeps_everything_and_is_told(layout: Layout)
     sealer.keep()
     sealer.report()
     sealer.close()
-    state = segments.read_json(layout.sealer_state, segments.SealerState)
+    state = private_files.read_json(layout.sealer_state, segments.SealerState)
     assert state is not None
     assert "holds/typo.json cannot be read" in (state.failing or "")
     assert left(layout) == [200]
@@ -203,9 +203,9 @@ def test_a_full_disk_is_an_alarm_and_deletes_nothing(layout: Layout) -> None:
 )
 def test_a_hold_whose_dates_make_no_sense_keeps_everything(layout: Layout, first: str, last: str) -> None:
     stored(layout, {400: "digits"})
-    segments.make_directory(layout.holds)
+    private_files.make_directory(layout.holds)
     fields = {"name": "odd", "reason": "r", "by": "b", "at": "2026-09-01T00:00:00Z", "models": ["other"]}
-    segments.write_json(layout.holds / "odd.json", fields | {"first": first, "last": last})
+    private_files.write_json(layout.holds / "odd.json", fields | {"first": first, "last": last})
     assert retention.holds(layout).unreadable == ("odd.json",)
     assert applied(layout, RetentionPolicy(200)) == 0
     assert left(layout) == [400]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway.inference_log import sealer_settings, sealing, segments
+from gateway.inference_log import private_files, sealer_settings, sealing, segments
 from gateway.inference_log.retention import RetentionPolicy
 from gateway.inference_log.sealer import Sealer, SealerBusy, seal_by_hand
 from gateway.inference_log.sealer_settings import SealerSettings
@@ -88,11 +88,11 @@ def test_a_sealed_segment_whose_file_stayed_is_not_sealed_again(layout: Layout) 
     one = written(layout.directory, range(5))
     one.close()
     segment = Segment(one.epoch, 0)
-    data = segments.read_file(layout.segment(segment))
+    data = private_files.read_file(layout.segment(segment))
     seal_by_hand(SealerSettings(layout.directory))
     (file,) = layout.parquet("requests")
     file.rename(file.with_name("merged-elsewhere.parquet"))
-    segments.make_directory(layout.epoch(one.epoch))
+    private_files.make_directory(layout.epoch(one.epoch))
     layout.segment(segment).write_bytes(data)
     before = layout.commits()
     state = seal_by_hand(SealerSettings(layout.directory))
@@ -171,7 +171,7 @@ def test_an_epoch_without_a_lock_file_is_recovered_too(layout: Layout) -> None:
     one = written(layout.directory, range(3))
     one.close()
     (layout.epoch(one.epoch) / "lock").unlink()
-    segments.make_directory(layout.epoch(new_epoch()))
+    private_files.make_directory(layout.epoch(new_epoch()))
     seal_by_hand(SealerSettings(layout.directory))
     assert numbers_in_parquet(layout.directory) == [0, 1, 2]
     assert layout.epochs() == []
@@ -196,7 +196,7 @@ def test_the_process_seals_and_ends_with_whoever_started_it(layout: Layout) -> N
     parent.stdout.close()
 
     def state() -> SealerState | None:
-        return segments.read_json(layout.sealer_state, SealerState)
+        return private_files.read_json(layout.sealer_state, SealerState)
 
     until(lambda: (found := state()) is not None and found.pid == pid, 60.0, "it did not report")
     assert os.getpriority(os.PRIO_PROCESS, pid) == 19

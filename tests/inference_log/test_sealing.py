@@ -14,7 +14,7 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from gateway.inference_log import frame, merging, sealing, segments, wal
+from gateway.inference_log import frame, merging, private_files, sealing, segments, wal
 from gateway.inference_log.frame import Column, Event
 from gateway.inference_log.sealer import Sealer
 from gateway.inference_log.sealer_settings import SealerSettings
@@ -36,7 +36,7 @@ NOW_US = NOON * 1_000_000
 def put(layout: Layout, data: bytes, epoch: str, number: int = 0) -> Segment:
     segments.prepare(layout.directory)
     one = Segment(epoch, number)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     layout.segment(one).write_bytes(data)
     return one
 

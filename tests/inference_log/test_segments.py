@@ -1,17 +1,16 @@
-"""The directory: what a snapshot says is to be read, and files that are there whole or not at all."""
+"""The directory: what lies where, and what a snapshot says is to be read."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import ConfigError
-from gateway.inference_log import segments
+from gateway.inference_log import private_files, segments
 from gateway.inference_log.segments import Commit, Layout, Merge, Segment, StoredFile
 from tests.inference_log.log_rows import new_epoch
 
@@ -44,7 +43,7 @@ def test_a_segment_is_read_from_one_place_only(layout: Layout) -> None:
         for one in (both, unsealed, sealed)
     }
     for one in (both, sealed):
-        segments.write_json(layout.commit(one), Commit(epoch, one.number, 0, 0, 0, 0, "", 0, []))
+        private_files.write_json(layout.commit(one), Commit(epoch, one.number, 0, 0, 0, 0, "", 0, []))
     snapshot = layout.snapshot()
     assert snapshot.wal == (unsealed,)
     assert layout.parquet("requests", snapshot) == [files[both], files[sealed]]
@@ -75,35 +74,13 @@ def check_partition(layout: Layout, model: str) -> None:
     assert (path.parent.name, path.name) == (f"model={name}", "date=2026-01-01")
 
 
-def test_everything_is_private_even_under_a_umask_that_takes_our_own_rights(layout: Layout) -> None:
-    earlier = layout.directory / "earlier"
-    earlier.write_bytes(b"long content of before")
-    earlier.chmod(0o644)
-    before = os.umask(0o777)
-    try:
-        segments.make_directory(layout.directory / "a" / "b")
-        for name in ("new", "earlier"):
-            with segments.open_new(layout.directory / name) as stream:
-                stream.write(b"x")
-    finally:
-        os.umask(before)
-    modes = [(layout.directory / name).stat().st_mode & 0o777 for name in ("a", "a/b", "new", "earlier")]
-    assert modes == [0o700, 0o700, 0o600, 0o600]
-    assert earlier.read_bytes() == b"x"
-
-
-def test_a_lock_is_not_taken_through_a_link(layout: Layout, tmp_path: Path) -> None:
-    (layout.directory / "sealer.lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic link"):
-        segments.take_lock(layout.directory / "sealer.lock")
-    assert not (tmp_path / "elsewhere").exists()
-
-
 def test_a_merge_counts_from_the_moment_its_file_has_its_name(layout: Layout) -> None:
     home = "requests/model=m/date=2026-01-01/"
     small = place(layout, home + "a.parquet", home + "b.parquet")
     output = StoredFile(home + "merged.parquet", "requests", 0, 0, "", 0, 0)
-    segments.write_json(layout.sealed / "merge-x.json", Merge(output, [layout.relative(path) for path in small], 0))
+    private_files.write_json(
+        layout.sealed / "merge-x.json", Merge(output, [layout.relative(path) for path in small], 0)
+    )
     assert layout.parquet("requests", layout.snapshot()) == small
     merged = place(layout, output.path)
     assert layout.parquet("requests", layout.snapshot()) == merged
@@ -116,48 +93,15 @@ def test_hidden_and_foreign_files_are_not_read(layout: Layout) -> None:
     assert (layout.snapshot().wal, layout.commits()) == ((), {})
 
 
-def test_a_file_is_there_whole_or_not_at_all(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = layout.directory / "x.json"
-    segments.write_json(path, {"a": 1})
-
-    def dies(_: int) -> None:
-        raise OSError("no power")
-
-    monkeypatch.setattr(os, "fsync", dies)
-    with pytest.raises(OSError, match="no power"):
-        segments.write_json(path, {"a": 2})
-    assert msgspec.json.decode(path.read_bytes()) == {"a": 1}
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"epoch": 5}', b"\xff"])
-def test_a_record_that_cannot_be_read_is_none(layout: Layout, content: bytes) -> None:
-    path = layout.directory / "broken.json"
-    path.write_bytes(content)
-    assert segments.read_json(path, Commit) is None
-    assert segments.read_json(layout.directory / "missing.json", Commit) is None
-
-
-def test_links_are_not_followed(layout: Layout, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_bytes(b"secret")
-    link = layout.directory / "link"
-    link.symlink_to(secret)
-    with pytest.raises(OSError, match="symbolic link"):
-        segments.read_file(link)
-    with pytest.raises(OSError, match="symbolic link"), segments.open_new(link):
-        pass
-    assert secret.read_bytes() == b"secret"
-
-
 def test_a_lock_is_held_by_one_and_ends_with_its_descriptor(layout: Layout) -> None:
     epoch = new_epoch()
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     assert not segments.is_alive(layout, epoch)
     path = layout.epoch(epoch) / "lock"
-    lock = segments.take_lock(path)
+    lock = private_files.take_lock(path)
     assert lock is not None
     assert segments.is_alive(layout, epoch)
-    assert segments.take_lock(path) is None
+    assert private_files.take_lock(path) is None
     os.close(lock)
     assert not segments.is_alive(layout, epoch)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.inference_log import frame, merging, segments, sink_feed, wal
+from gateway.inference_log import frame, merging, private_files, segments, sink_feed, wal
 from gateway.inference_log.frame import Column, Event, Requests
 from gateway.inference_log.sealing import seal
 from gateway.inference_log.segments import Layout, Segment
@@ -26,7 +26,7 @@ def write(
 ) -> Path:
     """A segment whose frames hold these numbers."""
     layout = Layout(directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     path = layout.segment(Segment(epoch, number))
     path.write_bytes(segment_bytes(epoch, number, position, [(encoded(one), len(one)) for one in numbers], end=end))
     return path
@@ -127,7 +127,7 @@ def test_behind_a_segment_that_is_sealed_meanwhile_the_epoch_waits(
     def sealed_first(path: Path, start: int = 0) -> bytes:
         monkeypatch.undo()
         seal(layout, Segment(epoch, 0), NOW_US)
-        return segments.read_file(path, start)
+        return private_files.read_file(path, start)
 
     monkeypatch.setattr(sink_feed, "read_file", sealed_first)
     feed, shipped = Feed(directory), dict[str, int]()
@@ -207,7 +207,7 @@ def test_the_spill_directory_is_shipped_too(directory: Path, tmp_path: Path) -> 
 def test_side_streams_come_with_the_rows_around_them(directory: Path) -> None:
     epoch = new_epoch()
     layout = Layout(directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     event = frame.encode(Event(NOON * 10**9, "lifecycle", "loaded", "digits", "3", "{}"))
     frames = [(encoded([0, 1]), 2), (event, 1), (encoded([2]), 1)]
     layout.segment(Segment(epoch, 0)).write_bytes(segment_bytes(epoch, 0, 0, frames, end=True))
@@ -238,7 +238,7 @@ def test_damage_is_counted_and_the_rest_goes_on(directory: Path) -> None:
 def test_a_frame_that_contradicts_itself_is_left_out_and_counted(directory: Path) -> None:
     epoch = new_epoch()
     layout = Layout(directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     good = requests([1])
     bad = Requests(
         *[

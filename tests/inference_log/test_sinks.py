@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.inference_log import segments
+from gateway.inference_log import private_files, segments
 from gateway.inference_log.segments import Layout, Segment
 from gateway.inference_log.sink_feed import Feed, Piece
 from gateway.inference_log.sink_state import Job, SinkState, command, read_state, shipped_up_to, state_file
@@ -66,7 +66,7 @@ def directory(tmp_path: Path) -> Path:
 def write(directory: Path, rows: int, number: int = 0, epoch: str = "") -> str:
     epoch = epoch or new_epoch()
     layout = Layout(directory)
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     frames = [(encoded([n]), 1) for n in range(rows)]
     layout.segment(Segment(epoch, number)).write_bytes(segment_bytes(epoch, number, number * rows, frames, end=True))
     return epoch

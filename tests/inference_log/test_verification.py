@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gateway.inference_log import merging, retention, segments, wal
+from gateway.inference_log import merging, private_files, retention, segments, wal
 from gateway.inference_log.sealer import seal_by_hand
 from gateway.inference_log.sealer_settings import SealerSettings
 from gateway.inference_log.segments import Layout, Segment
@@ -78,7 +78,7 @@ def relisted(log: Path) -> None:
             for file in commit.files
         ]
         fields = {name: getattr(commit, name) for name in commit.__struct_fields__} | {"files": files}
-        segments.write_json(layout.commit(segment), segments.Commit(**fields))
+        private_files.write_json(layout.commit(segment), segments.Commit(**fields))
 
 
 TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -141,13 +141,13 @@ def test_a_missing_segment_is_a_fault(tmp_path: Path) -> None:
     commit = layout.commits()[first]
     moved = {name: getattr(commit, name) for name in commit.__struct_fields__}
     moved |= {"next_position": commit.next_position + 5}
-    segments.write_json(layout.commit(first), segments.Commit(**moved))
+    private_files.write_json(layout.commit(first), segments.Commit(**moved))
     assert any("5 positions are missing" in fault for fault in verdict(tmp_path).faults)
 
 
 def test_segments_whose_positions_overlap_are_a_fault(tmp_path: Path) -> None:
     layout, epoch = segments.prepare(tmp_path), new_epoch()
-    segments.make_directory(layout.epoch(epoch))
+    private_files.make_directory(layout.epoch(epoch))
     for number, first in enumerate((0, 3)):
         data = segment_bytes(epoch, number, first, [(encoded(range(5)), 5)], end=True)
         layout.segment(Segment(epoch, number)).write_bytes(data)

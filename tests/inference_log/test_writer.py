@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ConfigError
-from gateway.inference_log import segments, wal, writer
+from gateway.inference_log import private_files, segments, wal, writer
 from gateway.inference_log.frame import Event, decode
 from gateway.inference_log.segments import Layout, Segment
 from gateway.inference_log.writer import LogWriter, WriterSettings
@@ -48,7 +48,9 @@ def drained(one: LogWriter) -> None:
 
 def readings(directory: Path, epoch: str) -> list[wal.Reading]:
     layout = Layout(directory / "log")
-    return [wal.read(segments.read_file(layout.segment(one)), one.epoch, one.number) for one in layout.segments(epoch)]
+    return [
+        wal.read(private_files.read_file(layout.segment(one)), one.epoch, one.number) for one in layout.segments(epoch)
+    ]
 
 
 def test_what_is_offered_is_there_once_and_in_order(tmp_path: Path, opened: Callable[..., LogWriter]) -> None:
@@ -340,7 +342,7 @@ def test_what_a_hanging_disk_holds_up_is_counted_wherever_it_waits(
 def test_a_lock_that_was_swept_away_while_it_was_taken_is_taken_again(
     tmp_path: Path, opened: Callable[..., LogWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = segments.take_lock
+    real = private_files.take_lock
     swept: list[Path] = []
 
     def take(path: Path) -> int | None:
@@ -350,7 +352,7 @@ def test_a_lock_that_was_swept_away_while_it_was_taken_is_taken_again(
             path.unlink()
         return lock
 
-    monkeypatch.setattr(segments, "take_lock", take)
+    monkeypatch.setattr(private_files, "take_lock", take)
     one = opened()
     assert len(swept) == 1
     assert segments.is_alive(Layout(tmp_path / "log"), one.epoch)
@@ -412,7 +414,7 @@ def test_events_of_a_process_that_has_only_a_few(tmp_path: Path) -> None:
     writer.write_events(tmp_path / "log", [event, event], 1_790_000_000 * 10**9)
     layout = Layout(tmp_path / "log")
     (segment,) = layout.snapshot().wal
-    reading = wal.read(segments.read_file(layout.segment(segment)), segment.epoch, segment.number)
+    reading = wal.read(private_files.read_file(layout.segment(segment)), segment.epoch, segment.number)
     assert [decode(record.payload) for record in reading.records] == [event, event]
     assert not segments.is_alive(layout, segment.epoch)
 
@@ -473,7 +475,7 @@ def test_a_writer_that_is_killed_keeps_every_synced_row_exactly_once(tmp_path: P
     for epoch, synced in killed_writers(layout.directory, [0.0, 0.003, 0.02, 0.05]):
         found = []
         for segment in layout.segments(epoch):
-            data = segments.read_file(layout.segment(segment))
+            data = private_files.read_file(layout.segment(segment))
             for record in wal.read(data, epoch, segment.number).records:
                 found += numbers_of(record.payload)
         assert found == list(range(len(found))), "a hole, or something twice"

@@ -34,9 +34,9 @@ class InProcess(Gateway):
     def _catch_signals(self) -> None:
         pass
 
-    async def _serve(self, wanted, listener, grpc_listener, *others, demo):  # type: ignore[no-untyped-def]
-        self.port, self.grpc_port = listener.port, grpc_listener.port
-        return await super()._serve(wanted, listener, grpc_listener, *others, demo=demo)
+    async def _serve(self, wanted, listeners, *others, demo):  # type: ignore[no-untyped-def]
+        self.port, self.grpc_port = listeners.http.port, listeners.grpc.port
+        return await super()._serve(wanted, listeners, *others, demo=demo)
 
     @property
     def loaded(self) -> bool:
@@ -57,17 +57,17 @@ class InProcess(Gateway):
     def residue(self) -> list[str]:
         """Whatever is still waiting, running or held anywhere; empty when the gateway is idle."""
         found = []
-        for version in self.catalog.versions():
+        for version in self.models.catalog.versions():
             if version.scheduler is None:
                 continue
             queue = version.scheduler.queue_statistics()
             if queue.rows or queue.nbytes or queue.requests or version.scheduler.pending:
                 found.append(f"{version.name}: {queue}, pending {version.scheduler.pending}")
             found += [f"{version.name}: {r!r} in flight {r.in_flight}" for r in version.replicas if r.in_flight]
-        http: HttpStatistics = self.http.statistics()
+        http: HttpStatistics = self.ports.http.statistics()
         if http.in_flight or http.held_bytes:
             found.append(f"http: {http.in_flight} in flight, {http.held_bytes} bytes held")
-        grpc = self.grpc.statistics()
+        grpc = self.ports.grpc.statistics()
         if grpc.in_flight or grpc.held_bytes:
             found.append(f"grpc: {grpc.in_flight} in flight, {grpc.held_bytes} bytes held")
         return found

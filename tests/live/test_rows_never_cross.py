@@ -214,10 +214,10 @@ def play_mix(gateway: InProcess, mix: list[Caller], alone: dict[str, Alone]) -> 
 @contextlib.contextmanager
 def nothing_left(gateway: InProcess) -> Iterator[None]:
     """After the block no row, byte, batch or request of it may be anywhere, and the workers are the same as before."""
-    workers = [worker.pid for worker in gateway.call(gateway.pool.statistics).workers]
+    workers = [worker.pid for worker in gateway.call(gateway.models.pool.statistics).workers]
     yield
     until(lambda: not gateway.call(gateway.residue), 60, f"left behind: {gateway.call(gateway.residue)}")
-    after = gateway.call(gateway.pool.statistics).workers
+    after = gateway.call(gateway.models.pool.statistics).workers
     assert [worker.pid for worker in after] == workers
     assert {worker.state for worker in after} == {"ready"}
 
@@ -263,7 +263,7 @@ def crowd(model: str, callers: int, each: int, rng: np.random.Generator) -> list
 
 
 def test_a_crowd_shares_batches_and_nobody_notices(gateway: InProcess, alone: dict[str, Alone]) -> None:
-    statistics = gateway.catalog.resolve("whole", None).statistics
+    statistics = gateway.models.catalog.resolve("whole", None).statistics
     runs, rows = statistics.execution_count, statistics.inference_count
     mix = crowd("whole", 24, 20, np.random.default_rng(1))
     with nothing_left(gateway):

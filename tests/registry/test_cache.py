@@ -17,6 +17,7 @@ import pytest
 
 from gateway.errors import SourceError, SourceUnavailable
 from gateway.registry import cache as module
+from gateway.registry import cache_incoming
 from gateway.registry.cache import Cache, Cached
 from gateway.registry.digest import read_artifact
 from gateway.registry.resolver import Dataset, Lineage, Resolved
@@ -163,7 +164,7 @@ def test_what_must_not_be_served_is_not_given_out_of_the_cache_either(tmp_path: 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    sync, move = os.fsync, module._move
+    sync, move = os.fsync, cache_incoming.move
 
     def noted(descriptor: int) -> None:
         synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
@@ -176,7 +177,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
         assert synced == ["sha256"], "the name itself is on the disk too"
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(module, "_move", moved)
+    monkeypatch.setattr(module, "move", moved)
     put(Cache(tmp_path), model=b"one", sub__data=b"two")
 
 
