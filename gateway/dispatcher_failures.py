@@ -278,8 +278,9 @@ class Failures:
         self._logged = now if loud else self._logged
         log.log(
             logging.INFO if loud else logging.DEBUG,
-            "model %s: batch of %d requests on %s failed (%s: %s): %s",
-            self._spec.name, len(members), batch.backend, failure.kind.value, failure.in_full, verdict.value,
+            "model %s: batch of %d request%s on %s failed (%s: %s): %s",
+            self._spec.name, len(members), "" if len(members) == 1 else "s", batch.backend,
+            failure.kind.value, failure.in_full, verdict.value,
         )  # fmt: skip
 
 

@@ -129,6 +129,8 @@ class FollowedModel:
             self.last_swap = happened.at
         about = {"digest": happened.to_digest} if happened.to_digest else {}
         old, new = happened.from_version or "-", happened.to_version or "-"
+        what = happened.outcome.replace("_", " ")
+        versions = f"version {old} -> {new}" if happened.from_version else f"version {new}"
         if happened.outcome in ("refused", "failed"):
             again = "" if happened.outcome == "refused" else "; it is tried again"
             log.error(
@@ -138,10 +140,9 @@ class FollowedModel:
         else:
             took = f" in {happened.took_s:.3f} s" if happened.took_s else ""  # nobody timed what was there at the start
             log.info(
-                "model %s: %s by %s: version %s -> %s%s", self.name, happened.outcome, happened.by, old, new, took,
-                extra=about,
+                "model %s: %s by %s: %s%s", self.name, what, happened.by, versions, took, extra=about
             )  # fmt: skip
-        audit.info("model %s: %s by %s, %s -> %s", self.name, happened.outcome, happened.by, old, new)
+        audit.info("model %s: %s by %s, %s", self.name, what, happened.by, versions)
         return happened
 
     def result(self, outcome: ResultOutcome, text: str) -> Result:

@@ -151,7 +151,9 @@ def cause_of(member: Member, now: float) -> str:
     if state is State.CLOSED:
         return "overloaded: it asked to be left alone" if breaker.blocked_until > now else ""
     text = CAUSES[breaker.cause]
-    return f"{text}; the last: {member.note}" if member.note and breaker.cause is not Cause.SLOW else text
+    if not member.note or breaker.cause is Cause.SLOW:
+        return text
+    return member.note if state is State.UNAVAILABLE else f"{text}; the last: {member.note}"
 
 
 def until_of(member: Member, now: float, ramp_s: float) -> float | None:
