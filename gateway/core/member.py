@@ -136,16 +136,20 @@ CAUSES: Final[dict[Cause, str]] = {
 }
 
 
+STATES: Final[dict[State, str]] = {
+    State.DRAINED: "drained by an operator",
+    State.PINNED: "held closed by an operator",
+    State.RAMP: "just back: work is raised step by step",
+}
+"""Of states that say why by themselves."""
+
+
 def cause_of(member: Member, now: float) -> str:
     """Why it is as it is, for people."""
     breaker = member.breaker
     state = breaker.state
-    if state is State.DRAINED:
-        return "drained by an operator"
-    if state is State.PINNED:
-        return "held closed by an operator"
-    if state is State.RAMP:
-        return "just back: work is raised step by step"
+    if state in STATES:
+        return STATES[state]
     if state is State.OPEN and breaker.cause is Cause.LOST:
         return "it was not available, and may go away again"
     if state is State.CLOSED:
