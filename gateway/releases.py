@@ -335,7 +335,13 @@ class Releases:
         # Files that changed keep their version number: then the digests tell the two apart.
         full = before is not None and before.version == release.version
         was = named(before, full=full) if before is not None else "nothing"
-        result = model.result(outcome, f"{named(release, full=full)} serves now, {was} before")
+        text = f"{named(release, full=full)} serves now, {was} before"
+        if track.withheld and model.following.source is not None:
+            text += (
+                f"; {model.following.reference} is not followed until it means something else, or: gateway models "
+                f"refresh {model.name} --force"
+            )
+        result = model.result(outcome, text)
         await model.note(release)
         return result
 

@@ -161,7 +161,7 @@ class FollowedModel:
             asked_at=self.asked_at,
             trouble=self.trouble,
             refused=track.refusal[1] if track.refusal is not None else "",
-            withheld=track.withheld,
+            withheld=self._withheld(),
             remembers=self.following.remembers,
             releases=[
                 ReleaseStatus(role, one.version, one.digest, one.identity, one.uri, one.since)
@@ -172,6 +172,13 @@ class FollowedModel:
             swaps=dict(self.swaps),
             last_swap=self.last_swap,
         )
+
+    def _withheld(self) -> str:
+        """By the name that people know it by, where it is here or was on its way."""
+        track = self.track
+        known = (one for one in (track.trial, *track.previous) if one is not None and one.identity == track.withheld)
+        found = next(known, None)
+        return track.withheld if found is None else f"version {found.version} ({found.uri})"
 
     def __repr__(self) -> str:
         return f"<FollowedModel {self.name} {self.track}>"

@@ -217,6 +217,9 @@ async def test_a_rollback_is_instant_and_not_undone_by_the_source() -> None:
         case.source.reads.clear()
         result = await case.releases.rollback("numbers", "operator")
         assert (result.outcome, case.version()) == ("rolled_back", "3")
+        assert "version 3 serves now, version 4 before; models:/numbers@champion is not followed" in result.text
+        assert "gateway models refresh numbers --force" in result.text
+        assert case.releases.statistics()[0].withheld == "version 4 (models:/numbers/4)"
         assert (await case.releases.refresh("numbers", "poll")).outcome == "withheld"
         assert (case.version(), case.source.reads) == ("3", [])
         assert (await case.releases.refresh("numbers", "operator", insist=True)).outcome == "swapped"
