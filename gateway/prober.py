@@ -211,7 +211,7 @@ class Prober:
             now = self._now()
             if isinstance(outcome, Success) and member.kind == "oip":
                 self._took[member] = max(self._took.get(member, 0.0), now - started)
-            fleet.probed(member, outcome, now - started, now)
+            fleet.probed(member, outcome, now - started, now, self._rows)
             self._scheduler.kick()  # it held a slot, and may be usable again
         if isinstance(outcome, Failure):
             text = "model %s: a trial inference on backend %s failed (%s): %s"

@@ -8,7 +8,9 @@ one to another are in core/breaker_states.py. Rules:
   * silence is a question, not a verdict: CLOSED opens for a moment, and whatever comes from there, the probe's answer,
     a late one or a refusal, closes it again as if it had been CLOSED all along: k and how long it has served stay, and
     so do the failures counted, so that a replica which answers nothing but probes trips like any other. More silence
-    is no answer. To go away meanwhile is what it is for one that is CLOSED, a probe that fails is a trip;
+    is no answer, nor is one that took much longer than its peers need; a probe that did is made once more, and the
+    second one is a trip (SLOW): what is ten times slower times out too, but a pause ends. To go away meanwhile is what
+    it is for one that is CLOSED, a probe that fails is a trip;
   * HALF_OPEN has one permit; three probes in a row have to succeed. A probe that was cancelled, and one whose outcome
     never came, give it back;
   * RAMP is small batches, one at a time: a server that has just started is slow at first. It takes ten seconds, or one
@@ -57,6 +59,8 @@ class Rng(Protocol):
         """Uniform in [0, 1)."""
 
 
+SLOW_ANSWERS: Final = 2
+"""Probes of a silent replica that took much longer than its peers need: it is slow, and not only just awake."""
 MAX_LEVEL: Final = 7
 """From here on nothing gets longer: 2^6 s is over the cap. A bound, so that the level also comes down again."""
 _EPSILON_S: Final = 1e-6
@@ -143,6 +147,13 @@ class Breaker:
         if self.cause is Cause.SILENT:
             self._go(Event.ANSWERED, now)
 
+    def answered_slowly(self, started: float, now: float) -> None:
+        """The probe that asked it took much longer than its peers need."""
+        if self.state is State.HALF_OPEN and self.cause is Cause.SILENT and not self._stale(started):
+            self._proofs += 1
+            if self._proofs >= SLOW_ANSWERS:
+                self._trip(Event.PROBE_FAILED, Cause.SLOW, now)
+
     def level_at(self, now: float) -> int:
         """k, without what was worked off by being CLOSED."""
         if self.state is not State.CLOSED and self.cause is not Cause.SILENT:
@@ -222,6 +233,9 @@ class Breaker:
         `late`: it took longer than it should, by whatever is known."""
         self.pauses = 0
         if self.cause is Cause.SILENT:
+            if slow:
+                self.window.time(True, now)
+                return
             self.answered(now)
         state = self.state
         if state is State.CLOSED or state is State.PINNED or state is State.RAMP:

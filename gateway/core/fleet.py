@@ -387,15 +387,21 @@ class Fleet:
             self._review(now)
         return due
 
-    def probed(self, member: Member, outcome: Success | Failure | None, took_s: float, now: float) -> None:
-        """Outcome of a probe, for health or from `probes_due`, that began `took_s` ago. None: it was not made."""
+    def probed(
+        self, member: Member, outcome: Success | Failure | None, took_s: float, now: float, rows: int = 1
+    ) -> None:
+        """Outcome of a probe of so many rows, for health or from `probes_due`, that began `took_s` ago. None: it was
+        not made."""
         breaker = member.breaker
         before, started = breaker.state, now - took_s
         breaker.return_permit(now, started)
         if isinstance(outcome, Success):
             member.last_success = now
             if breaker.cause is Cause.SILENT:
-                breaker.answered(now)
+                if self._is_slow(member, rows, took_s / (member.batches + 1)):
+                    breaker.answered_slowly(started, now)
+                else:
+                    breaker.answered(now)
             elif before in (State.OPEN, State.HALF_OPEN):
                 breaker.succeeded(started, now, self.panic)
             breaker.health_probe_succeeded()

@@ -53,6 +53,58 @@ def test_who_is_silent_is_asked_before_it_gets_more() -> None:
     assert it.fleet.choose(it.now, 1) is second, "its failure is not forgotten"
 
 
+def slow_bench() -> Bench:
+    """Three of which two are known to take 10 ms; the first was silent and is about to be asked."""
+    it = bench(3)
+    it.fleet.sampled = True
+    for member in it.members:
+        it.run(member, *[OK] * 10)
+    it.run(it.members[0], TIMEOUT, took_s=0.1)
+    it.wait(0.02)
+    assert it.fleet.probes_due(it.now) == it.members[:1]
+    return it
+
+
+def test_who_answers_much_later_than_its_peers_is_asked_once_more() -> None:
+    it = slow_bench()
+    first = it.members[0]
+    it.probe(first, OK, took_s=0.3)
+    assert it.states()[0] == "half_open", "it may only just have woken up"
+    assert it.fleet.probes_due(it.now) == [first]
+    it.probe(first, OK, took_s=0.01)
+    assert it.states()[0] == "closed"
+    assert it.fleet.statistics(it.now).members[0].level == 0
+
+
+def test_who_answers_late_twice_is_slow() -> None:
+    it = slow_bench()
+    first = it.members[0]
+    for _ in range(2):
+        it.probe(first, OK, took_s=0.1)
+        it.fleet.probes_due(it.now)
+    seen = it.fleet.statistics(it.now).members[0]
+    assert (it.states()[0], seen.level, seen.ejections) == ("open", 1, {"silent": 1, "slow": 1})
+    assert not it.fleet.usable(first, it.now)
+
+
+def test_a_batch_that_came_back_much_later_than_from_its_peers_ends_no_doubt() -> None:
+    it = bench(3)
+    it.fleet.sampled = True
+    for member in it.members:
+        it.run(member, *[OK] * 10)
+    first = it.members[0]
+    late = it.begin(first)
+    it.now += 0.05
+    it.run(first, TIMEOUT, took_s=0.1)
+    assert it.states()[0] == "open"
+    it.end(first, late, OK)
+    assert it.states()[0] == "open"
+    it.wait(0.02)
+    assert it.fleet.probes_due(it.now) == [first]
+    it.probe(first, OK)
+    assert it.states()[0] == "closed"
+
+
 def test_who_is_silent_when_asked_is_out_as_after_any_trip() -> None:
     it = silent_bench()
     it.wait(0.02)
@@ -423,6 +475,8 @@ def test_a_pause_of_all_of_them_ejects_nobody(count: int, silent: int, panic: bo
     assert it.states()[:silent] == ["half_open"] * silent
     for member, since in probes.items():
         it.fleet.probed(member, OK, it.now - since, it.now)
+    for member in it.fleet.probes_due(it.now):  # that took long, so they are asked once more
+        it.fleet.probed(member, OK, 0.01, it.now)
     assert it.states() == ["closed"] * count
     assert not it.fleet.panic
     assert all(breaker.level_at(it.now) == 0 for breaker in (member.breaker for member in it.members))
