@@ -31,8 +31,8 @@ async def serve(grpc_port: int, http_port: int) -> None:
     server.add_generic_rpc_handlers((service,))
     server.add_insecure_port(f"127.0.0.1:{grpc_port}")
     await server.start()
-    await asyncio.start_server(_ready, "127.0.0.1", http_port)
-    await server.wait_for_termination()
+    async with await asyncio.start_server(_ready, "127.0.0.1", http_port):
+        await server.wait_for_termination()
 
 
 if __name__ == "__main__":

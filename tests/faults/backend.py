@@ -112,8 +112,9 @@ async def _serve(options: argparse.Namespace) -> None:
     backend.engine.behave(Behaviour.from_document(orjson.loads(options.behaviour)))
     await backend.start()
     options.control.unlink(missing_ok=True)
-    await asyncio.start_unix_server(partial(_obey, backend), options.control)
-    await asyncio.get_running_loop().create_future()
+    control = await asyncio.start_unix_server(partial(_obey, backend), options.control)
+    async with control:  # a server that nobody refers to may be collected, and listens no more
+        await control.serve_forever()
 
 
 def main() -> None:
