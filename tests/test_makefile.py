@@ -78,3 +78,30 @@ def test_ci_runs_lint_and_both_suites() -> None:
     assert """make test-slow ARGS="$(printf -- '--ignore=%s ' $FOREIGN)\"""" in commands
     assert any(line.startswith('make test-slow ARGS="$FOREIGN" || ') for line in commands)
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("printed", "alone", "green"),
+    [
+        ("FAILED tests/a.py::test_b[x] - assert 1 == 2", 0, True),
+        ("FAILED tests/a.py::test_b[x] - assert 1 == 2", 1, False),
+        ("FAILED tests/a.py::test_b - x\\nFAILED a.py::c\\nFAILED a.py::d\\nERROR a.py::e", 0, False),
+        ("FAILED tests/a.py::test_b - x\\n!!!!!!! Interrupted: 1 error !!!!!!!", 0, False),
+        ("make: *** [test] Error 1", 0, False),
+    ],
+    ids=["passes alone", "fails alone", "too many", "broken off", "nothing named"],
+)
+def test_ci_plays_few_failed_tests_once_more(tmp_path: Path, printed: str, alone: int, green: bool) -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    functions = script[script.index("step()") : script.index("# Clients, servers and tools")]
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >played\nexit {alone}\n')
+    python.chmod(0o755)
+    code = f"set -euo pipefail\n{functions}\nfailing() {{ printf '{printed}\\n'; return 1; }}\nsuite failing\n"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is green, done.stdout + done.stderr
+    played = tmp_path / "played"
+    assert played.is_file() == ("once more, alone" in done.stdout)
+    if green:
+        assert played.read_text() == "-m pytest tests/a.py::test_b[x]\n"
